@@ -1,0 +1,18 @@
+"""Kernels for hyperspherical energy, principal directions and sparse projection; needs torch only."""
+
+from sphere_kernels.directions import PrincipalDirections, principal_directions
+from sphere_kernels.energy import hyperspherical_energy, orthogonal_energy
+from sphere_kernels.projection import LowRankUpdate, apply_projected_update_, sparse_projection
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LowRankUpdate",
+    "PrincipalDirections",
+    "__version__",
+    "apply_projected_update_",
+    "hyperspherical_energy",
+    "orthogonal_energy",
+    "principal_directions",
+    "sparse_projection",
+]

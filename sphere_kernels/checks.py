@@ -1,0 +1,57 @@
+"""Argument checks that several operations share; messages name the argument, what is expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphere_kernels.dispatch import IMPLS
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def matrix(name: str, value: Any) -> None:
+    """Require a tensor ``[..., rows, columns]`` of a dtype in `DTYPES`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+    if value.ndim < 2:
+        raise ValueError(f"{name} must have at least 2 dimensions [..., rows, columns], got shape {list(value.shape)}")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Require two tensors on one device."""
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
+
+
+def choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Require one of a few names."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def impl(value: Any) -> None:
+    """Require the name of an implementation, or ``"auto"``."""
+    choice("impl", value, IMPLS)
+
+
+def number(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Require a finite real number in ``[low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not low <= value <= high or value == math.inf:  # NaN fails the comparison
+        expected = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def integer(name: str, value: Any, low: int, high: float = math.inf) -> None:
+    """Require an integer in ``[low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    number(name, value, low, high)

@@ -1,0 +1,27 @@
+"""The result of `principal_directions`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PrincipalDirections:
+    """Leading eigenvectors of ``C = U_hat^T U_hat / n`` for the unit rows ``U_hat [n, d]`` of a weight.
+
+    Attributes:
+        basis: ``[..., d, r]``, orthonormal columns; in a batch, zero columns past a matrix's own rank.
+        eigenvalues: ``[..., k]``, descending eigenvalues of C; all ``min(n, d)`` or, for the subspace method, the
+            leading ones that were certified.
+        rank: int64 ``[...]``.
+        energy_ratio: float64 ``[...]``, share of the trace of C that the basis holds.
+        method: ``"eigh"``, ``"svd"`` or ``"subspace"``: what computed it.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    rank: Tensor
+    energy_ratio: Tensor
+    method: str

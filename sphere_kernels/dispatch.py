@@ -1,0 +1,108 @@
+"""Which implementation of an operation runs: a registry, and one pure function that decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sphere_kernels import env
+
+IMPLS = ("auto", "reference", "native", "triton", "cuda")
+PREFERENCE = ("cuda", "triton", "native", "reference")  # the order in which "auto" asks
+
+# Why an implementation cannot take tensors of this device type, dtype and shape; None when it can.
+Supports = Callable[[str, torch.dtype, tuple[int, ...]], "str | None"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation."""
+
+    run: Callable[..., Any]
+    supports: Supports
+
+
+_REGISTRY: dict[str, dict[str, Implementation]] = {}
+
+
+def runs_everywhere(device_type: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    """The ``supports`` of plain torch code."""
+    return None
+
+
+def register(op: str, impl: str, supports: Supports = runs_everywhere) -> Callable[[Function], Function]:
+    """Decorator: make a function the implementation ``impl`` of ``op``."""
+    if impl not in PREFERENCE:
+        raise ValueError(f"impl must be one of {', '.join(PREFERENCE)}, got {impl!r}")
+
+    def add(run: Function) -> Function:
+        _REGISTRY.setdefault(op, {})[impl] = Implementation(run, supports)
+        return run
+
+    return add
+
+
+def operations() -> tuple[str, ...]:
+    """Names of the operations that have an implementation."""
+    return tuple(sorted(_REGISTRY))
+
+
+def refusal(op: str, impl: str, device_type: str, dtype: torch.dtype, shape: Iterable[int]) -> str | None:
+    """Why ``impl`` cannot run ``op`` on such a tensor; None when it can."""
+    implementations = _implementations(op)
+    if impl not in implementations:
+        return "this build has no such implementation"
+    return implementations[impl].supports(device_type, dtype, tuple(shape))
+
+
+def available(op: str, device_type: str, dtype: torch.dtype, shape: Iterable[int]) -> tuple[str, ...]:
+    """The implementations that can run ``op`` on such a tensor, the preferred one first."""
+    shape = tuple(shape)
+    return tuple(impl for impl in PREFERENCE if refusal(op, impl, device_type, dtype, shape) is None)
+
+
+def select(op: str, impl: str, device_type: str, dtype: torch.dtype, shape: Iterable[int]) -> str:
+    """Name the implementation of ``op`` that runs for ``impl`` on such a tensor; depends on nothing else.
+
+    Args:
+        op: operation name, one of `operations()`.
+        impl: ``"auto"`` (the first of `PREFERENCE` that can run) or one implementation by name.
+        device_type, dtype, shape: of the operation's leading tensor.
+
+    Returns:
+        An entry of `PREFERENCE`.
+
+    Raises:
+        ValueError: unknown ``op`` or ``impl``, or the implementation named cannot run; it never falls back.
+    """
+    shape = tuple(shape)
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    choices = available(op, device_type, dtype, shape)
+    if impl == "auto" and choices:
+        return choices[0]
+    if impl in choices:
+        return impl
+    reason = refusal(op, impl, device_type, dtype, shape) if impl != "auto" else "no implementation can run"
+    raise ValueError(
+        f"impl={impl!r} is not available for {op}: {reason} "
+        f"({device_type}, {dtype}, shape {list(shape)}); available here: {', '.join(choices) or 'none'}"
+    )
+
+
+def implementation(op: str, impl: str, tensor: Tensor) -> Callable[..., Any]:
+    """The function that computes ``op`` on ``tensor``; ``impl="auto"`` yields to ``SPHERE_KERNELS_IMPL``."""
+    requested = env.kernels_impl() if impl == "auto" else impl
+    chosen = select(op, requested, tensor.device.type, tensor.dtype, tensor.shape)
+    return _REGISTRY[op][chosen].run
+
+
+def _implementations(op: str) -> dict[str, Implementation]:
+    if op not in _REGISTRY:
+        raise ValueError(f"op must be one of {', '.join(operations())}, got {op!r}")
+    return _REGISTRY[op]

@@ -1,0 +1,60 @@
+"""The ``SPHERE_*`` environment variables: every one is declared, documented and read here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: its name, the value that an unset one stands for, and what it does."""
+
+    name: str
+    default: str
+    meaning: str
+
+    @property
+    def value(self) -> str:
+        """What the environment says now; unset and empty both mean the default."""
+        return os.environ.get(self.name) or self.default
+
+
+KERNELS_IMPL = Variable(
+    "SPHERE_KERNELS_IMPL",
+    "auto",
+    'The implementation that impl="auto" stands for: auto, reference, native, triton or cuda. '
+    "Like an explicit argument, it raises where the named one cannot run.",
+)
+EDIT_CACHE = Variable(
+    "SPHERE_EDIT_CACHE",
+    "~/.cache/sphere-edit",
+    "Folder for what the editing loop computes once per model: covariances, null-space projectors.",
+)
+EDIT_DATA = Variable(
+    "SPHERE_EDIT_DATA",
+    "",
+    "Folder searched for data sets before the packaged ones; empty: only the packaged ones.",
+)
+VARIABLES = (KERNELS_IMPL, EDIT_CACHE, EDIT_DATA)
+
+
+def kernels_impl() -> str:
+    """The implementation that ``impl="auto"`` stands for."""
+    return KERNELS_IMPL.value
+
+
+def edit_cache() -> Path:
+    """The folder for artefacts computed once per model (it may not exist yet)."""
+    return Path(EDIT_CACHE.value).expanduser()
+
+
+def edit_data() -> Path | None:
+    """The folder of the user's own data sets, if one is named."""
+    return Path(EDIT_DATA.value).expanduser() if EDIT_DATA.value else None
+
+
+def table() -> list[dict[str, str]]:
+    """All variables as rows of ``name``, ``value`` (in force now), ``default`` and ``meaning``."""
+    return [{"name": v.name, "value": v.value, "default": v.default, "meaning": v.meaning} for v in VARIABLES]

@@ -1,0 +1,71 @@
+"""Rows on the unit hypersphere: the normalisation that energy and directions share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-8
+CHUNK_ELEMENTS = 1 << 20  # fp64 working rows at a time
+
+
+def row_chunks(n: int, elements_per_row: int) -> Iterator[slice]:
+    """Slices of ``range(n)`` that hold about `CHUNK_ELEMENTS` elements each."""
+    step = max(1, CHUNK_ELEMENTS // max(1, elements_per_row))
+    return (slice(start, min(n, start + step)) for start in range(0, n, step))
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """Matrices and their rows ``w / (|w| + 1e-8)``.
+
+    Attributes:
+        weight: ``[batch, n, d]``, as given.
+        norm: ``[batch, n]``, fp64 norms of the rows; past 1.3e154 they overflow and the unit row is NaN.
+        unit: ``[batch, n, d]``, fp64 for an fp64 weight, else fp32: divided in fp64, then rounded once.
+    """
+
+    weight: Tensor
+    norm: Tensor
+    unit: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> UnitRows:
+        """Normalise the rows of ``[..., n, d]``; the leading dimensions become one."""
+        weight = weight.reshape(math.prod(weight.shape[:-2]), *weight.shape[-2:])
+        batch, n, d = weight.shape
+        norm = weight.new_empty(batch, n, dtype=torch.float64)
+        unit = torch.empty_like(weight, dtype=compute_dtype(weight), memory_format=torch.contiguous_format)
+        for chunk in row_chunks(n, batch * d):
+            rows = weight[:, chunk].double()
+            norm[:, chunk] = torch.linalg.vector_norm(rows, dim=-1)
+            unit[:, chunk] = rows / _scale(norm[:, chunk])
+        return cls(weight, norm, unit)
+
+    @property
+    def deficit(self) -> Tensor:
+        """``1 - |unit row|^2``, ``[batch, n]`` fp64, without cancellation."""
+        return EPSILON * (2 * self.norm + EPSILON) / (self.norm + EPSILON).square()
+
+    @property
+    def square(self) -> Tensor:
+        """``|unit row|^2``, ``[batch, n]`` fp64."""
+        return (self.norm / (self.norm + EPSILON)).square()
+
+    def exact(self, matrix: int, rows: Tensor) -> Tensor:
+        """The unit rows ``rows`` of one matrix in fp64."""
+        return self.weight[matrix, rows].double() / _scale(self.norm[matrix, rows])
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp64 if any tensor is fp64, else fp32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _scale(norm: Tensor) -> Tensor:
+    # An overflowed norm must not turn a finite row into a plausible zero row.
+    return (norm + norm.sub(norm) + EPSILON).unsqueeze(-1)

@@ -1,0 +1,34 @@
+"""Fixtures of the kernel tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sphere_kernels.energy import tiles
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of at most 7 rows, two 7-row matrices at a time."""
+    monkeypatch.setattr(tiles, "TILE_ROWS", 7)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 98)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements that any operation's result owned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.fixture
+def largest_tensor():
+    return LargestTensor()
