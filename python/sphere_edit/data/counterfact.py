@@ -1,0 +1,55 @@
+"""CounterFact and MultiCounterFact in the published schema (Meng et al. 2022, ROME and MEMIT)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sphere_edit.data.reading import DataError, Fields
+from sphere_edit.requests import EditRequest
+
+
+def recognises(fields: dict[str, Any]) -> bool:
+    """Whether a record is of this schema."""
+    return "requested_rewrite" in fields
+
+
+def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
+    """Turn one record into a request.
+
+    Args:
+        where: the place of the record, for messages.
+        fields: ``case_id``, ``requested_rewrite`` with ``prompt``, ``subject``, ``target_new.str``,
+            ``target_true.str`` and perhaps ``relation_id``, then ``paraphrase_prompts`` and ``neighborhood_prompts``.
+            Other fields are not read (``generation_prompts`` among them: no score here uses free text).
+        position: not used; the record carries its ``case_id``.
+
+    Raises:
+        DataError: a field is missing or of the wrong type.
+        RequestError: the fields do not make an edit, e.g. the prompt has no ``{}``.
+    """
+    record = Fields(where, fields)
+    rewrite = record.inside("requested_rewrite")
+    return EditRequest(
+        id=record.identifier("case_id"),
+        prompt=rewrite.text("prompt"),
+        subject=rewrite.text("subject"),
+        target_new=rewrite.inside("target_new").text("str"),
+        target_true=rewrite.inside("target_true").text("str"),
+        paraphrases=record.texts("paraphrase_prompts", required=True),
+        neighborhood=record.texts("neighborhood_prompts", required=True),
+        relation=rewrite.optional_text("relation_id"),
+    )
+
+
+def mcf_index(where: str, fields: dict[str, Any]) -> int | None:
+    """The record's index in ``multi_counterfact.json``, or None where that file does not have it.
+
+    Raises:
+        DataError: the record has no such field (the published files do not: their order is the file's order).
+    """
+    if "mcf_index" not in fields:
+        raise DataError(f"{where}: order 'mcf_index' needs the field 'mcf_index' (an integer or null) in each record")
+    value = fields["mcf_index"]
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise DataError(f"{where}: field 'mcf_index' must be an integer from 0, or null, got {value!r}")
+    return value

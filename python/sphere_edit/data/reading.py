@@ -1,0 +1,182 @@
+"""Reading JSON records from a file, with errors that say where they are."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from sphere_edit.requests import RequestError
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_BOM = b"\xef\xbb\xbf"
+
+
+class DataError(RequestError):
+    """A file of requests that cannot be used; the message names the file and the line (or record) and what is wrong."""
+
+
+class Record(NamedTuple):
+    """One JSON object of a file and where it stands, e.g. ``edits.jsonl, line 3``."""
+
+    where: str
+    fields: dict[str, Any]
+
+
+def read_records(path: str | Path) -> Iterator[Record]:
+    """Yield the JSON objects of a file in order, reading no further than asked.
+
+    Args:
+        path: a JSON list of objects, or JSON lines; plain or gzip. Which one it is shows from the content, not the
+            name, except that a file named ``.gz`` must be gzip. Blank lines are skipped, a byte order mark is accepted.
+
+    Raises:
+        DataError: the file is missing, unreadable, empty, not gzip though named so, cut off or damaged, not UTF-8,
+            not JSON, or holds something other than objects.
+    """
+    path = Path(path)
+    found = False
+    try:
+        with open(path, "rb") as raw:
+            for record in _records(_decompressed(raw, path), path):
+                found = True
+                yield record
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except EOFError as error:
+        raise DataError(f"{path}: the gzip data ends too early; the file was cut off") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: damaged gzip data ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not found:
+        raise DataError(f"{path}: the file is empty; expected a JSON list of records, or one JSON object per line")
+
+
+def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
+    magic = raw.read(len(_GZIP_MAGIC))
+    raw.seek(0)
+    if magic == _GZIP_MAGIC:
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
+    if path.suffix == ".gz" and magic:
+        raise DataError(f"{path}: not gzip data, though the name ends in .gz")
+    return raw
+
+
+def _records(stream: BinaryIO, path: Path) -> Iterator[Record]:
+    is_list: bool | None = None
+    for number, line in enumerate(stream, start=1):
+        if number == 1:
+            line = line.removeprefix(_BOM)
+        if not line.strip():
+            continue
+        if is_list is None:
+            is_list = line.lstrip().startswith(b"[")
+            if is_list:
+                yield from _list_records(line + stream.read(), path, number)
+                return
+        where = f"{path}, line {number}"
+        yield Record(where, _object(_parse(_text(line, path, number), path, number), where))
+
+
+def _list_records(data: bytes, path: Path, first_line: int) -> Iterator[Record]:
+    for index, value in enumerate(_parse(_text(data, path, first_line), path, first_line)):
+        where = f"{path}, record {index}"
+        yield Record(where, _object(value, where))
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _text(data: bytes, path: Path, first_line: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + data[: error.start].count(b"\n")
+        raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason} 0x{data[error.start]:02x})") from error
+
+
+def _parse(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise DataError(f"{path}, line {line}: invalid JSON ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of nested brackets
+        raise DataError(f"{path}, line {first_line}: invalid JSON ({error})") from error
+
+
+class Fields:
+    """Typed access to the fields of one record; every complaint names the place and the field."""
+
+    def __init__(self, where: str, fields: dict[str, Any], prefix: str = "") -> None:
+        self.where = where
+        self._fields = fields
+        self._prefix = prefix
+
+    def text(self, name: str) -> str:
+        """A field that must be there and hold text."""
+        return self._checked_text(name, self._required(name, "text"))
+
+    def optional_text(self, name: str) -> str | None:
+        """Text, or None where the field is absent or null."""
+        value = self._fields.get(name)
+        return None if value is None else self._checked_text(name, value)
+
+    def texts(self, name: str, *, required: bool) -> tuple[str, ...]:
+        """A list of texts; absent or null is an empty list unless ``required``."""
+        value = self._required(name, "a list of text") if required else self._fields.get(name)
+        if value is None and not required:
+            return ()
+        if not isinstance(value, list):
+            raise self._wrong(name, "a list of text", value)
+        return tuple(self._checked_text(f"{name}[{i}]", item) for i, item in enumerate(value))
+
+    def optional_identifier(self, name: str) -> str | None:
+        """Text or an integer, as text; None where absent or null."""
+        value = self._fields.get(name)
+        return None if value is None else self.identifier(name)
+
+    def identifier(self, name: str) -> str:
+        """Text or an integer, as text."""
+        value = self._required(name, "text or an integer")
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, str) and value.strip():
+            return self._checked_text(name, value)
+        raise self._wrong(name, "text or an integer", value)
+
+    def inside(self, name: str) -> Fields:
+        """The fields of an object inside this one."""
+        value = self._required(name, "an object")
+        if not isinstance(value, dict):
+            raise self._wrong(name, "an object", value)
+        return Fields(self.where, value, f"{self._prefix}{name}.")
+
+    def _required(self, name: str, expected: str) -> Any:
+        if name not in self._fields:
+            raise DataError(f"{self.where}: field '{self._prefix}{name}' is missing; expected {expected}")
+        return self._fields[name]
+
+    def _checked_text(self, name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise self._wrong(name, "text", value)
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise self._wrong(name, "text without lone surrogates", value) from error
+        return value
+
+    def _wrong(self, name: str, expected: str, value: Any) -> DataError:
+        shown = ascii(value)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        return DataError(
+            f"{self.where}: field '{self._prefix}{name}' must be {expected}, got {type(value).__name__} {shown}"
+        )

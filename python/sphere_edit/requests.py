@@ -1,0 +1,116 @@
+"""What an edit is: one fact to change, and the prompts that tell whether the change went well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+class RequestError(ValueError):
+    """A request that cannot be edited; the message names the request and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to edit.
+
+    Args:
+        prompt: template with exactly one ``{}`` where the subject goes, e.g. ``"The capital of {} is"``.
+        subject: what the fact is about.
+        target_new: what the model shall say after the prompt. Stored without surrounding blanks.
+        target_true: what it should say now; needed for *success* and for specificity.
+        paraphrases: complete prompts that ask for the same fact in other words (generalization).
+        neighborhood: complete prompts about *other* subjects whose right answer is ``target_true`` (specificity).
+        relation: name of the relation, for grouping.
+        id: what identifies the request in outputs; any short string.
+    """
+
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    neighborhood: tuple[str, ...] = ()
+    relation: str | None = None
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "subject", "target_new"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise RequestError(f"{self._name}: {name} must be text, got {type(value).__name__} {value!r}")
+            if not value.strip():
+                raise RequestError(f"{self._name}: {name} is empty")
+        if self.prompt.count("{}") != 1:
+            raise RequestError(
+                f"{self._name}: prompt must have exactly one {{}} for the subject, "
+                f"got {self.prompt.count('{}')} in {self.prompt!r}"
+            )
+        if self.target_true is not None and (not isinstance(self.target_true, str) or not self.target_true.strip()):
+            raise RequestError(f"{self._name}: target_true must be non-empty text or absent, got {self.target_true!r}")
+        for name in ("paraphrases", "neighborhood"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(p, str) and p.strip() for p in value):
+                raise RequestError(f"{self._name}: {name} must be a list of non-empty prompts, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        if not (self.relation is None or isinstance(self.relation, str)):
+            raise RequestError(f"{self._name}: relation must be text or absent, got {self.relation!r}")
+        object.__setattr__(self, "id", str(self.id))
+        object.__setattr__(self, "subject", self.subject.strip())
+        object.__setattr__(self, "target_new", self.target_new.strip())
+        if self.target_true is not None:
+            object.__setattr__(self, "target_true", self.target_true.strip())
+
+    @property
+    def _name(self) -> str:
+        return f"request {self.id!r}" if self.id != "" else f"request about {self.subject!r}"
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject in place."""
+        return self.prompt.replace("{}", self.subject)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any], id: str = "") -> EditRequest:
+        """Build from the plain JSONL schema; unknown keys are refused so that a typing error is not lost."""
+        known = {"prompt", "subject", "target_new", "target_true", "paraphrases", "neighborhood", "relation", "id"}
+        unknown = sorted(set(record) - known)
+        if unknown:
+            raise RequestError(f"request {id!r}: unknown field {unknown[0]!r}; known fields are {sorted(known)}")
+        missing = [name for name in ("prompt", "subject", "target_new") if name not in record]
+        if missing:
+            raise RequestError(f"request {id!r}: field {missing[0]!r} is missing")
+        return cls(**{"id": id, **{key: value for key, value in record.items() if value is not None}})
+
+
+def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[EditRequest]:
+    """Accept dataclasses or plain dictionaries, in any mixture; unnamed ones are named by their place."""
+    out = []
+    for i, request in enumerate(requests):
+        if isinstance(request, EditRequest):
+            out.append(request)
+        elif isinstance(request, Mapping):
+            out.append(EditRequest.from_dict(request, id=str(i)))
+        else:
+            raise RequestError(f"request {i}: expected an EditRequest or a dict, got {type(request).__name__}")
+    return out
+
+
+def check_batches(requests: Sequence[EditRequest], batch_size: int) -> None:
+    """Refuse a batch in which the same prompt about the same subject is given two different new targets."""
+    for start in range(0, len(requests), batch_size):
+        seen: dict[str, EditRequest] = {}
+        for request in requests[start : start + batch_size]:
+            key = " ".join(request.text.split()).casefold()
+            other = seen.setdefault(key, request)
+            if other.target_new != request.target_new:
+                raise RequestError(
+                    f"batch {start // batch_size} (batch size {batch_size}): requests {other.id!r} and {request.id!r} "
+                    f"contradict each other: {request.text!r} → {other.target_new!r} and → {request.target_new!r}"
+                )
+
+
+def batch_count(n: int, batch_size: int) -> int:
+    return math.ceil(n / batch_size)
