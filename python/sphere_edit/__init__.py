@@ -1,0 +1,25 @@
+"""Edit facts of Hugging Face language models in sequence, with SPHERE."""
+
+from sphere_edit.config import PRESETS, EditConfig, preset
+from sphere_edit.data import load_requests
+from sphere_edit.editor import EditResult, SphereEditor
+from sphere_edit.metrics import evaluate, perplexity
+from sphere_edit.models import load_model
+from sphere_edit.requests import EditRequest
+from sphere_edit.structure import find_structure
+from sphere_kernels import __version__
+
+__all__ = [
+    "PRESETS",
+    "EditConfig",
+    "EditRequest",
+    "EditResult",
+    "SphereEditor",
+    "__version__",
+    "evaluate",
+    "find_structure",
+    "load_model",
+    "load_requests",
+    "perplexity",
+    "preset",
+]

@@ -1,0 +1,3 @@
+from sphere_edit.cli import main
+
+main()

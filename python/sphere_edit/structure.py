@@ -1,0 +1,170 @@
+"""Find the parts of a causal LM by structure, not by name: blocks, MLP down-projections, final norm and head."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class StructureError(ValueError):
+    """The model is not one that can be edited; the message lists what was seen."""
+
+
+@dataclass(frozen=True)
+class DownProjection:
+    """The last linear map of one block's MLP.
+
+    ``weight`` is always ``[n, d]``, neurons (outputs) in rows: ``nn.Linear`` stores it so, ``Conv1D`` (GPT-2) stores
+    the transpose, of which this is a view. Writing in place into it changes the model.
+    """
+
+    layer: int
+    name: str
+    module: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().T if isinstance(self.module, Conv1D) else weight.detach()
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """Where the parts are. ``blocks[i]`` is decoder block ``i``; ``down[i]`` its MLP down-projection."""
+
+    blocks: tuple[nn.Module, ...]
+    down: tuple[DownProjection, ...]
+    final_norm: nn.Module
+    head: nn.Module
+    hidden_size: int
+    softcap: float | None = None  # Gemma 2 squashes its logits: softcap * tanh(logits / softcap)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.head.parameters()).device
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """From the last block's output ``[..., hidden]`` to logits ``[..., vocabulary]``."""
+        out: Tensor = self.head(self.final_norm(hidden))
+        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
+
+    def check_layers(self, layers: tuple[int, ...]) -> None:
+        """Layers must be distinct, ascending and within the model."""
+        if not layers:
+            raise StructureError("layers is empty; expected at least one layer to edit")
+        bad = [i for i in layers if not 0 <= i < len(self.blocks)]
+        if bad:
+            raise StructureError(f"layers {list(layers)}: {bad[0]} is out of range, the model has {len(self.blocks)}")
+        if list(layers) != sorted(set(layers)):
+            raise StructureError(f"layers {list(layers)} must be ascending without repeats")
+        if layers[-1] == len(self.blocks) - 1:
+            raise StructureError(
+                f"layers {list(layers)}: the last block ({layers[-1]}) leaves nothing above it that could read the edit"
+            )
+
+
+def find_structure(model: Any) -> ModelStructure:
+    """Find blocks, MLP down-projections, final norm and head of a Hugging Face causal LM.
+
+    The blocks are the longest ``ModuleList`` of equal modules; in each, the MLP down-projection is the linear map onto
+    the hidden size with the widest input that another linear map of the block feeds (its up-projection has the same
+    width, or twice that where gate and up are fused). Attention's output projection is narrower.
+
+    Raises:
+        StructureError: an encoder-decoder, no or several candidates (a mixture of experts), quantised, meta or
+            offloaded weights. The message lists the linear maps that were seen.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise StructureError(f"{type(model).__name__} is an encoder-decoder; expected a decoder-only causal LM")
+    _check_storage(model)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise StructureError(f"{type(model).__name__} has no output embeddings; expected a causal LM with a head")
+    hidden = int(config.hidden_size)
+    path, blocks = _find_blocks(model)
+    down = tuple(_find_down(f"{path}.{i}", block, i, hidden) for i, block in enumerate(blocks))
+    norm = _find_final_norm(model, path, hidden)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return ModelStructure(tuple(blocks), down, norm, head, hidden, softcap)
+
+
+def check_weights_finite(model: nn.Module) -> None:
+    """Raise if any parameter holds NaN or Inf, naming it."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise StructureError(f"parameter {name} {list(parameter.shape)} holds NaN or Inf; expected finite weights")
+
+
+def _check_storage(model: Any) -> None:
+    """Weights must be plain floating-point tensors that are really there."""
+    quantised = getattr(model, "hf_quantizer", None) is not None and getattr(model, "is_quantized", True)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise StructureError(f"parameter {name} is on the meta device (not loaded, or offloaded); load it first")
+        if quantised or not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
+            raise StructureError(
+                f"parameter {name} is quantised ({parameter.dtype}); expected float16, bfloat16, float32 or float64"
+            )
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise StructureError(f"module {name} is offloaded; expected every weight in memory")
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    lists = [
+        (name, list(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1
+    ]
+    lists = [(name, blocks) for name, blocks in lists if _linears(blocks[0])]
+    if not lists:
+        raise StructureError(f"{type(model).__name__} has no list of equal decoder blocks; seen: {_summary(model)}")
+    return max(lists, key=lambda item: len(item[1]))
+
+
+def _linears(block: nn.Module) -> list[tuple[str, nn.Module, int, int]]:
+    """Every linear map of a block as (name, module, inputs, outputs)."""
+    out: list[tuple[str, nn.Module, int, int]] = []
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            out.append((name, module, module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):
+            out.append((name, module, module.weight.shape[0], module.weight.shape[1]))
+    return out
+
+
+def _find_down(path: str, block: nn.Module, layer: int, hidden: int) -> DownProjection:
+    linears = _linears(block)
+    widths = {outputs for _, _, inputs, outputs in linears if inputs == hidden}
+    fed = [item for item in linears if item[3] == hidden and (item[2] in widths or 2 * item[2] in widths)]
+    widest = max((item[2] for item in fed), default=0)
+    found = [item for item in fed if item[2] == widest]
+    if len(found) == 1 and len(fed) > 1:
+        return DownProjection(layer, f"{path}.{found[0][0]}", found[0][1])
+    seen = ", ".join(f"{name} {inputs}→{outputs}" for name, _, inputs, outputs in linears) or _summary(block)
+    why = "no MLP down-projection" if not fed else f"{len(found)} candidates for the MLP down-projection (experts?)"
+    raise StructureError(f"{path} ({type(block).__name__}): {why}; hidden size {hidden}; linear maps seen: {seen}")
+
+
+def _find_final_norm(model: nn.Module, blocks_path: str, hidden: int) -> nn.Module:
+    """The childless module beside the blocks, after them, whose weight is one vector of the hidden size."""
+    parent = model.get_submodule(blocks_path.rpartition(".")[0])
+    norms = [c for c in parent.children() if not list(c.children()) and _shape(getattr(c, "weight", None)) == (hidden,)]
+    if not norms:
+        raise StructureError(f"no final norm of size {hidden} beside {blocks_path}; seen: {_summary(parent)}")
+    return norms[-1]
+
+
+def _shape(weight: object) -> tuple[int, ...] | None:
+    return tuple(weight.shape) if isinstance(weight, Tensor) else None
+
+
+def _summary(module: nn.Module) -> str:
+    return ", ".join(f"{count}×{name}" for name, count in Counter(type(m).__name__ for m in module.modules()).items())

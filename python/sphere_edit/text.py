@@ -1,0 +1,47 @@
+"""Text for the key covariance and for perplexity: a file, or the prose that comes with the package."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BUILTIN = {"builtin": "builtin.txt", "heldout": "heldout.txt"}
+
+
+def text_path(spec: str) -> Path:
+    """``builtin`` and ``heldout`` name the package's own texts; anything else is a path (``.txt`` or ``.gz``)."""
+    path = Path(__file__).parent / "data" / "texts" / _BUILTIN[spec] if spec in _BUILTIN else Path(spec)
+    if not path.is_file():
+        raise FileNotFoundError(f"text {spec!r}: no such file; expected a path, or one of {', '.join(_BUILTIN)}")
+    return path
+
+
+def token_windows(tokenizer: Any, spec: str, window: int, limit: int) -> Iterator[Tensor]:
+    """Stream a text as consecutive windows ``[window]`` of token ids; the last may be shorter, but not below 2.
+
+    Args:
+        window: tokens per window, one of them BOS where the tokenizer adds it.
+        limit: stop after this many tokens.
+    """
+    path = text_path(spec)
+    head = tokenizer("", add_special_tokens=True)["input_ids"][:1]
+    size, pending, given = window - len(head), [], 0
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        try:
+            for line in file:
+                pending += tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"]
+                while len(pending) >= size and given < limit:
+                    yield torch.tensor(head + pending[:size])
+                    pending, given = pending[size:], given + window
+                if given >= limit:
+                    return
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"text {spec!r} cannot be read: {error}") from error
+    if len(pending) + len(head) >= 2:
+        yield torch.tensor(head + pending)

@@ -1,0 +1,91 @@
+"""From prompts to token rows: where the subject ends, where the target begins, and how rows are padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised prompt.
+
+    Args:
+        ids: token ids, special tokens included as the tokenizer adds them (SmolLM2 adds none, Llama 3 adds BOS).
+        subject_last: index of the subject's last token, or -1 if the row has no subject.
+        target: the tokens of the target, which are *not* part of ``ids`` except for all but the last of them.
+    """
+
+    ids: tuple[int, ...]
+    subject_last: int = -1
+    target: tuple[int, ...] = ()
+
+
+def encode(tokenizer: Any, template: str, subject: str | None = None, target: str | None = None) -> Row:
+    """Tokenise ``template`` with the subject in place of ``{}``, followed by all but the last token of ``target``.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer (positions come from its character offsets).
+        template: the prompt; with a subject, exactly one ``{}``.
+        subject: what goes in place of ``{}``; the index of its last token is found from offsets, not by re-tokenising.
+        target: the continuation, one blank before it. Its tokens are read off the whole text, so that tokenizers
+            that treat a leading blank in their own way are followed.
+
+    Returns:
+        Row: with ``len(ids) = prompt tokens + target tokens - 1``; position ``len(ids) - len(target)`` predicts the
+        first target token.
+    """
+    prompt = template if subject is None else template.replace("{}", subject)
+    text = prompt if target is None else f"{prompt} {target}"
+    encoding = tokenizer(text, return_offsets_mapping=True)
+    ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    last = -1
+    if subject is not None:
+        end = template.index("{}") + len(subject)
+        inside = [i for i, (a, b) in enumerate(offsets) if a < end <= b]
+        if not inside:
+            raise ValueError(f"the tokenizer gives no token for the end of the subject {subject!r} in {prompt!r}")
+        last = inside[-1]
+    if target is None:
+        return Row(tuple(_without_trailing_special(ids, offsets)), last)
+    first = next((i for i, (_, b) in enumerate(offsets) if b > len(prompt)), None)
+    if first is None or first == 0:
+        raise ValueError(f"the tokenizer gives no token for the target {target!r} after {prompt!r}")
+    ids = _without_trailing_special(ids, offsets)
+    return Row(tuple(ids[:-1]), last, tuple(ids[first:]))
+
+
+def _without_trailing_special(ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Sequence[int]:
+    """Drop an end-of-text token that some tokenizers append: a prompt is to be continued."""
+    n = len(ids)
+    while n > 1 and offsets[n - 1][0] == offsets[n - 1][1]:
+        n -= 1
+    return ids[:n]
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer {type(tokenizer).__name__} has no character offsets; expected a fast tokenizer "
+            "(AutoTokenizer.from_pretrained(..., use_fast=True))"
+        )
+
+
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """Left-padded ``input_ids``, ``attention_mask`` and ``position_ids`` ``[rows, longest]``: all rows end together.
+
+    The pad token is 0, whatever the tokenizer's own: it is masked, and no row reads it.
+    """
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        if len(row):
+            ids[i, longest - len(row) :] = torch.tensor(row)
+            mask[i, longest - len(row) :] = 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "position_ids": positions.to(device)}

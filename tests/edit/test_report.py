@@ -1,0 +1,412 @@
+"""The report page: its figures are those of the events, foreign text stays text, and it is one valid file by itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sphere_edit import files, runs
+from sphere_edit.config import EditConfig
+from sphere_edit.report import write_report
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "\"'><img src=x onerror=alert(1)>",
+    "</style></svg></table><!-- ]]>",
+    "costs $x_1$ and $\\frac{1}{0}$ {{ 7 * 7 }} {% raw %}",
+    "W" * 300,
+    "אמת \u202eabc\u202c العربية",
+    "👩‍👩‍👧 Zürich 東京",
+    "bell \x07 null \x00 return \r c1 \x85 del \x7f",
+    "lone \ud83d surrogate \udc00, non-characters \ufffe \U0010ffff",
+    "line\nbreak\n\nand &amp; &#60;b>",
+]
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+NAMES = [f"{m}_{k}" for m in ("efficacy", "generalization", "specificity") for k in ("success", "accuracy")]
+
+
+def events_of(layers: list[int], sizes: list[int], n: int = 24, sphere: bool = True, true: bool = True) -> list[dict]:
+    """Events as `procedure.run` writes them, with figures that are all different."""
+    events: list[dict[str, Any]] = []
+
+    def look(when: str, shift: float) -> None:
+        scores = {
+            name: {"mean": None, "stderr": None, "n": 0}
+            if not true and (name.endswith("success") or name.startswith("specificity"))
+            else {"mean": 0.111 * (i + 1) + shift, "stderr": 0.0123 * (i + 1), "n": sum(sizes) - i % 2}
+            for i, name in enumerate(NAMES)
+        }
+        events.append({"event": "evaluation", "when": when, "scores": scores, "perplexity": 27.615 + 10 * shift})
+        for layer in layers:
+            values = [math.exp(-0.1 * i) * (1 + 0.01 * layer) for i in range(n)]
+            values = [v / sum(values) for v in values]
+            events.append(
+                {
+                    "event": "spectrum",
+                    "when": when,
+                    "layer": layer,
+                    "rank": 5 + layer % 3,
+                    "energy_ratio": 0.51,
+                    "eigenvalues": values,
+                }
+            )
+
+    look("before", 0.0)
+    events.append({"event": "prepared", "contexts": ["{}", HOSTILE[0]], "null_space_rank": {}, "seconds": 3.25})
+    excess = {layer: 80.0 + 3.37 * layer for layer in layers}
+    orthogonal = 234193.765
+    for layer in layers:
+        events.append(
+            {
+                "event": "energy",
+                "batch": 0,
+                "edits": 0,
+                "layer": layer,
+                "energy": orthogonal + excess[layer],
+                "excess": excess[layer],
+            }
+        )
+    done = 0
+    for number, size in enumerate(sizes, 1):
+        done += size
+        for layer in layers:
+            excess[layer] += 1.43 * (layer - 5.2) / number
+            event = {
+                "event": "energy",
+                "batch": number,
+                "edits": done,
+                "layer": layer,
+                "energy": orthogonal + excess[layer],
+                "excess": excess[layer],
+                "update_norm": 0.5 + 0.11 * layer + 0.01 * number,
+                "suppressed": 0.0,
+                "residual": 1.5 - 0.1 * layer,
+                "weight_norm": 40.0 + layer,
+            }
+            if sphere:
+                event |= {"rank": 7, "energy_ratio": 0.5, "suppressed": 0.2 + 0.013 * layer + 0.01 * number}
+            events.append(event)
+        events.append(
+            {
+                "event": "batch",
+                "batch": number,
+                "edits": done,
+                "size": size,
+                "loss": 0.04,
+                "nll": 0.01,
+                "steps": 21.5,
+                "seconds": {"values": 2.5 + number, "keys": 0.25, "solve": 0.125, "energy": 0.5},
+            }
+        )
+    look("after", 0.3)
+    return events
+
+
+def make_run(
+    path: Path,
+    texts: list[str] | None = None,
+    sphere: bool = True,
+    true: bool = True,
+    edits: int = 12,
+    layers: tuple[int, ...] = (4, 5, 6, 7, 8),
+) -> Path:
+    """A small run folder; ``texts`` are used wherever a model, a data file or a person can put text."""
+    path.mkdir(parents=True)
+    sizes = [4] * (edits // 4)
+    said = texts or ["plain text"]
+    config = EditConfig(layers=layers, batch_size=4, sphere=sphere)
+    runs.write_config(
+        path,
+        {
+            "model": said[0],
+            "data": said[-1],
+            "edits": edits,
+            "perplexity_text": "heldout",
+            "perplexity_tokens": 3000,
+            "settings": config.to_dict(),
+            "environment": {"torch": "2.13.0", "machine": said[1 % len(said)]},
+        },
+    )
+    requests, events = [], events_of(list(layers), sizes, sphere=sphere, true=true)
+    for i in range(edits):
+        text = said[i % len(said)]
+        requests.append(
+            {
+                "prompt": "The capital of {} is" + f" {text}" * bool(texts),
+                "subject": f"Land {i}",
+                "target_new": f"City {i}" if texts is None else text,
+                "target_true": "Old" if true else None,
+                "paraphrases": [text],
+                "neighborhood": [],
+                "relation": text,
+                "id": text,
+            }
+        )
+        before = {"efficacy_accuracy": 0.0} | ({"efficacy_success": float(i % 3 == 0)} if true else {})
+        after = {"efficacy_accuracy": float(i % 4 != 0)} | ({"efficacy_success": 1.0} if true else {})
+        events.append({"event": "request", "id": text, "before": before, "after": after})
+    for i, text in enumerate(said):
+        kind = ("edited", "paraphrase", "neighbor", "neutral")[i % 4]
+        events.append({"event": "sample", "kind": kind, "prompt": text, "before": text, "after": f" {text}"})
+    events.append({"event": "finished", "seconds": 100.5})
+    for name, records in ((runs.REQUESTS, requests), (runs.METRICS, events)):
+        (path / name).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+class Page(HTMLParser):
+    """Tables as lists of rows, all text, attributes and ids; complains about tags that do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.texts: list[str] = []
+        self.tiles: list[str] = []
+        self.table = ""
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.table = dict(attrs)["id"] or ""
+            self.tables[self.table] = []
+        elif tag == "tr":
+            self.tables[self.table].append([])
+        elif tag in ("td", "th"):
+            self.tables[self.table][-1].append("")
+        elif tag == "div" and ("class", "tile") in attrs:
+            self.tiles.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+        if {"td", "th"} & set(self.open):
+            self.tables[self.table][-1][-1] += data
+        elif "dl" in self.open and self.tiles:
+            self.tiles[-1] += data
+
+    def body(self, table: str) -> list[list[str]]:
+        return [[" ".join(cell.split()) for cell in row] for row in self.tables[table][1:]]
+
+
+def load(run: Path) -> tuple[str, Page]:
+    html = write_report(run).read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def number(text: str) -> float:
+    return float(text.replace("\u202f", "").replace(" ", "").replace("−", "-").removesuffix("%"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> Page:
+    return load(run)[1]
+
+
+def test_tables_hold_the_figures_of_the_events(run: Path, page: Page) -> None:
+    events = runs.read_events(run)
+    before, after = (e for e in events if e["event"] == "evaluation")
+    *rows, perplexity = page.body("scores")
+    assert len(rows) == len(NAMES)
+    for name, row in zip(NAMES, rows, strict=True):
+        assert row[0] == name.replace("_", " ")
+        for cell, of in ((row[1], before), (row[2], after)):
+            mean, error = cell.split("±")
+            assert number(mean) == pytest.approx(100 * of["scores"][name]["mean"], abs=0.051)
+            assert number(error) == pytest.approx(100 * of["scores"][name]["stderr"], abs=0.051)
+        assert int(row[3]) == before["scores"][name]["n"]
+    assert [number(v) for v in perplexity[1:3]] == pytest.approx([27.615, 30.615], abs=0.0051)
+    for row in page.body("energies"):
+        first, *_, last = [e for e in events if e["event"] == "energy" and str(e["layer"]) == row[0]]
+        wanted = [first["energy"], last["energy"], last["energy"] - first["energy"], first["excess"], last["excess"]]
+        assert [number(v) for v in row[1:]] == pytest.approx(wanted, abs=0.0051, rel=0)
+    for row in page.body("directions"):
+        of = [e for e in events if e["event"] == "energy" and str(e["layer"]) == row[0]][1:]
+        rank = 5 + int(row[0]) % 3
+        means = [sum(e[name] for e in of) / len(of) for name in ("suppressed", "update_norm", "residual")]
+        wanted = [rank, rank, 24, 100 * means[0], *means[1:]]
+        assert [number(v) for v in row[1:]] == pytest.approx(wanted, abs=0.051)
+    assert len(page.body("energies")) == len(page.body("directions")) == 5
+    stages = {row[0]: number(row[1]) for row in page.body("stages")}
+    batches = [e["seconds"] for e in events if e["event"] == "batch"]
+    assert stages["optimise values"] == pytest.approx(sum(b["values"] for b in batches), abs=0.051)
+    assert stages["together"] == pytest.approx(100.5, abs=0.051)
+
+
+def test_tiles_hold_the_key_figures(run: Path, page: Page) -> None:
+    before, after = (e for e in runs.read_events(run) if e["event"] == "evaluation")
+    energies = [e for e in runs.read_events(run) if e["event"] == "energy"]
+    tiles = [" ".join(tile.split()) for tile in page.tiles]
+    assert len(tiles) == len(NAMES) + 2
+    for name, tile in zip(NAMES, tiles, strict=False):
+        was, now = (f"{100 * of['scores'][name]['mean']:.1f} %" for of in (before, after))
+        assert f"{was} → {now}" in tile
+    assert "27.61 → 30.61" in tiles[-2] or "27.62 → 30.62" in tiles[-2]
+    was, now = sum(e["excess"] for e in energies[:5]), sum(e["excess"] for e in energies[-5:])
+    assert f"{was:.1f} → {now:.1f}" in tiles[-1]
+
+
+def test_requests_show_hit_or_miss(page: Page) -> None:
+    rows = page.body("requests")
+    assert len(rows) == 12
+    for i, row in enumerate(rows):
+        verdicts = ["hit" if i % 3 == 0 else "miss", "hit", "miss", "hit" if i % 4 else "miss"]
+        assert row == [f"The capital of Land {i} is", f"City {i}", "Old", *verdicts]
+
+
+def test_only_the_first_fifty_requests(tmp_path: Path) -> None:
+    _, page = load(make_run(tmp_path / "run", edits=60))
+    assert len(page.body("requests")) == 50
+    assert any("The first 50 of 60." in text for text in page.texts)
+
+
+def test_self_contained_and_valid(run: Path) -> None:
+    html, page = load(run)
+    assert "script" not in page.tags and "link" not in page.tags and "img" not in page.tags
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on")
+        if name.split(":")[-1] in ("src", "href", "action", "data", "srcset"):
+            assert value.startswith("#"), (tag, name, value)
+    assert not re.search(r"@import|url\((?!#)", html)
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = {value[1:] for _, name, value in page.attributes if name == "xlink:href"} | set(
+        re.findall(r"url\(#([^)]+)\)", html)
+    )
+    assert used <= set(ids)
+    labels = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
+    assert page.tags["svg"] == len(labels) == 5 and all(len(label) > 30 for label in labels)
+    assert "#0101" not in html
+    assert "sc-" not in html and "<metadata" not in html
+
+
+def test_hostile_text_stays_text(tmp_path: Path, page: Page) -> None:
+    html, hostile = load(make_run(tmp_path / "run", HOSTILE))
+    extra = hostile.tags - page.tags
+    assert set(extra) <= {"p", "dl", "dt", "dd", "div"}, "text became tags"
+    text = "".join(hostile.texts)
+    for wanted in HOSTILE[:7]:
+        assert wanted in text
+    assert "bell ␇ null ␀ return ␍ c1 \ufffd del ␡" in text
+    assert "lone \ufffd surrogate \ufffd, non-characters \ufffd \ufffd" in text
+    assert "line⏎ break⏎ ⏎ and &amp; &#60;b>" in text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", html)
+    long = "q" * 5000
+    html, _ = load(make_run(tmp_path / "long", [long]))
+    assert long not in html and "q" * 600 + "…" in html
+
+
+@pytest.mark.parametrize(("sphere", "true"), [(False, True), (True, False), (False, False)])
+def test_missing_fields_are_dashes(tmp_path: Path, sphere: bool, true: bool) -> None:
+    html, page = load(make_run(tmp_path / "run", sphere=sphere, true=true))
+    assert ("without SPHERE" in html) is not sphere
+    assert page.tags["svg"] == (5 if sphere else 4)
+    for row in page.body("directions"):
+        assert (row[4] == "–") is not sphere
+    scored = ("efficacy accuracy", "generalization accuracy")
+    for row in page.body("scores")[:-1]:
+        assert (row[1] == row[2] == "–") is (not true and row[0] not in scored)
+    assert all((row[2:5] == ["–"] * 3) is not true for row in page.body("requests"))
+    assert "None" not in html and "nan" not in "".join(page.texts)
+
+
+def test_every_event_may_be_missing(tmp_path: Path) -> None:
+    """Any first part of a log makes a page: interrupted runs are looked at too."""
+    run = make_run(tmp_path / "run", edits=4, layers=(4, 5))
+    lines = (run / runs.METRICS).read_text().splitlines(keepends=True)
+    for count in range(1, len(lines), 4):
+        (run / runs.METRICS).write_text("".join(lines[:count]))
+        assert "has not finished" in load(run)[0]
+
+
+def test_odd_figures(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", edits=4, layers=(4,))
+    events = runs.read_events(run)
+    for event in events:
+        if event["event"] == "evaluation" and event["when"] == "after":
+            event["perplexity"] = math.inf
+            event["scores"]["efficacy_success"] = {"mean": 1.0, "stderr": None, "n": 1}
+        if event["event"] == "energy" and event["batch"]:
+            event["weight_norm"] = 0.0
+        if event["event"] == "spectrum":
+            event["eigenvalues"] = [0.9, 0.1] + [0.0] * 6
+            event["rank"] = 3
+    (run / runs.METRICS).write_text("".join(json.dumps(event) + "\n" for event in events))
+    _, page = load(run)
+    assert page.body("scores")[0][2] == "100.0 %"
+    assert page.body("scores")[-1][2] == "inf"
+
+
+def test_same_folder_same_bytes(tmp_path: Path, run: Path) -> None:
+    assert write_report(run) == run / runs.REPORT
+    first = (run / runs.REPORT).read_bytes()
+    (run / runs.REPORT).unlink()
+    write_report(run)
+    assert (run / runs.REPORT).read_bytes() == first
+    assert not re.search(rb"20\d\d-\d\d-\d\d", first)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_write_leaves_the_old_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    run = make_run(tmp_path / "run", edits=4, layers=(4,))
+    (run / runs.REPORT).write_text("old page")
+    names = sorted(p.name for p in run.iterdir())
+
+    def fail(*args: object) -> None:
+        raise error("now")
+
+    monkeypatch.setattr(files.os, "replace", fail)
+    with pytest.raises(error):
+        write_report(run)
+    assert (run / runs.REPORT).read_text() == "old page"
+    assert sorted(p.name for p in run.iterdir()) == names
+
+
+def test_errors_name_the_folder_and_leave_it(tmp_path: Path) -> None:
+    with pytest.raises(runs.RunError, match="not a run folder"):
+        write_report(tmp_path)
+    run = make_run(tmp_path / "run", edits=4, layers=(4,))
+    (run / runs.METRICS).write_text("")
+    with pytest.raises(runs.RunError, match="no events"):
+        write_report(run)
+    (run / runs.METRICS).unlink()
+    with pytest.raises(runs.RunError, match="no readable metrics.jsonl"):
+        write_report(run)
+    (run / runs.METRICS).write_text('{"event": "energy"\n')
+    with pytest.raises(runs.RunError, match="line 1"):
+        write_report(run)
+    (run / runs.CONFIG).write_text(yaml.safe_dump({"format": 99}))
+    with pytest.raises(runs.RunError, match="another version"):
+        write_report(run)
+    assert not (run / runs.REPORT).exists()
