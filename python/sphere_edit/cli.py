@@ -366,6 +366,10 @@ def _load(model: str, dtype: str, device: str, threads: int | None, trust_remote
         raise ConfigError(f"dtype: expected auto, float32, bfloat16, float16 or float64, got {dtype!r}")
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     return load_model(
         model,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -378,10 +382,7 @@ def _settings(preset_name: str, file: Path | None, pairs: list[str], named: dict
     """Preset, then file, then ``--set``, then the named options: the later wins."""
     values = preset(preset_name).to_dict()
     if file is not None:
-        try:
-            loaded = yaml.safe_load(file.read_text())
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{file}: not YAML ({error})") from error
+        loaded = _yaml(file.read_text(), str(file))
         if not isinstance(loaded, dict):
             raise ConfigError(f"{file}: expected settings as 'name: value' lines, found {type(loaded).__name__}")
         values |= loaded.get("settings", loaded)
@@ -389,8 +390,15 @@ def _settings(preset_name: str, file: Path | None, pairs: list[str], named: dict
         name, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"--set {pair}: expected NAME=VALUE")
-        values[name] = yaml.safe_load(value)
+        values[name] = _yaml(value, f"--set {pair}")
     return EditConfig.from_dict(values | {name: value for name, value in named.items() if value is not None})
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
 
 
 def _numbers(text: str) -> list[int]:

@@ -67,7 +67,8 @@ class EditConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.layers, (list, tuple)):
+            object.__setattr__(self, "layers", tuple(self.layers))
         for field in dataclasses.fields(self):
             _check(field.name, getattr(self, field.name))
 
@@ -99,7 +100,8 @@ def _check(name: str, value: Any) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
     if name == "layers":
-        ok, expected = all(isinstance(i, int) and not isinstance(i, bool) for i in value), "a list of block numbers"
+        ok = isinstance(value, tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+        expected = "a list of block numbers"
     elif name in _CHOICES:
         ok, expected = value in _CHOICES[name], f"one of {', '.join(_CHOICES[name])}"
     elif name in _FLAGS:

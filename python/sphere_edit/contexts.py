@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from sphere_edit.tokens import encode
+
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -26,9 +28,10 @@ def generate_contexts(model: Any, tokenizer: Any, count: int, length: int, seed:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for i in range(count):
-            inputs = tokenizer(_OPENINGS[i % len(_OPENINGS)], return_tensors="pt").to(device)
+            ids = torch.tensor([encode(tokenizer, _OPENINGS[i % len(_OPENINGS)]).ids], device=device)
             out = model.generate(
-                **inputs,
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
                 max_new_tokens=length,
                 min_new_tokens=length,
                 do_sample=True,

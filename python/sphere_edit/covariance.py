@@ -1,13 +1,14 @@
 """Second moment of the keys of each edited layer, ``E[k kᵀ]``, over text; kept on disk.
 
-A file's name is a hash of what determines it: the model's weights up to the layer, the layer, the text and how much
-of it was read. An edited or another model therefore never meets a wrong file.
+A file's name says model, layer and text, and ends in a hash of what determines it: the model's weights up to the
+layer, the layer, the text and how much of it was read. An edited or another model therefore never meets a wrong file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,16 +68,16 @@ def key_covariances(
     described = {
         layer: {
             "format": _FORMAT,
-            "model": str(model.config.name_or_path),
             "weights": prints[layer],
             "layer": str(layer),
             "text": text,
+            "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             "tokens_at_most": str(config.covariance_tokens),
             "window": str(_WINDOW),
         }
         for layer in layers
     }
-    paths = {layer: cache / f"{_key(described[layer])}.safetensors" for layer in layers}
+    paths = {layer: _path(cache, described[layer], model, config.covariance_text) for layer in layers}
     found = {layer: _load(paths[layer], described[layer]) for layer in layers}
     missing = [layer for layer in layers if found[layer] is None]
     if missing:
@@ -119,10 +120,12 @@ def _measure(
     return moments
 
 
-def _key(described: dict[str, str]) -> str:
-    """The model's name is only for the reader: the weights decide."""
-    named = {key: value for key, value in described.items() if key != "model"}
-    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:32]
+def _path(cache: Path, described: dict[str, str], model: Any, text: str) -> Path:
+    """The names are for the reader: the hash decides, whatever the model was called when the file was made."""
+    key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
+    names = [re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).name)[:40] for name in (model.config.name_or_path, text)]
+    made = cache / f"{names[0] or 'model'}-layer{described['layer']}-{names[1]}-{key}.safetensors"
+    return next(cache.glob(f"*-{key}.safetensors"), made)
 
 
 def _load(path: Path, described: dict[str, str]) -> Tensor | None:
@@ -135,7 +138,7 @@ def _load(path: Path, described: dict[str, str]) -> Tensor | None:
             moment: Tensor = file.get_tensor("moment")
     except (SafetensorError, OSError, KeyError):
         return None
-    same = all(metadata.get(key) == value for key, value in described.items() if key != "model")
+    same = all(metadata.get(key) == value for key, value in described.items())
     return moment if same and bool(torch.isfinite(moment).all()) else None
 
 

@@ -17,7 +17,7 @@ from sphere_edit.covariance import key_covariances
 from sphere_edit.keys import LayerPass
 from sphere_edit.methods import Method, check_method, make_method
 from sphere_edit.models import cache_dir
-from sphere_edit.replay import frozen
+from sphere_edit.replay import check_replay, frozen
 from sphere_edit.requests import EditRequest, as_requests, batch_count, check_batches
 from sphere_edit.structure import ModelStructure, check_weights_finite, find_structure
 from sphere_edit.text import text_path
@@ -159,6 +159,7 @@ class SphereEditor:
     def _prepare(self, result: EditResult) -> None:
         """What is needed once: context prefixes, key covariances, the method's state; energies before any edit."""
         config, start = self.config, time.perf_counter()
+        check_replay(self.model, self.structure, encode(self.tokenizer, "The capital of France is").ids)
         self._contexts = generate_contexts(
             self.model, self.tokenizer, config.contexts, config.context_length, config.seed
         )

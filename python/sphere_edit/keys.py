@@ -66,13 +66,15 @@ class LayerPass:
         """``[facts, d]``, fp32: the mean of the bare prompt's key and the mean key of the generated contexts."""
         seen: list[Tensor] = []
         down = self._structure.down[self.layer].module
-        handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1].float()))
+        handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
             for part in self._parts:
                 part.block(self._at, part.hidden)
         finally:
             handle.remove()
-        keys = torch.cat(seen).view(self._contexts, self._facts, -1)
+        # OPT flattens rows and tokens before its MLP
+        last = [x.reshape(*part.hidden.shape[:2], -1)[:, -1] for x, part in zip(seen, self._parts, strict=True)]
+        keys = torch.cat(last).float().view(self._contexts, self._facts, -1)
         return keys[0] if self._contexts == 1 else (keys[0] + keys[1:].mean(0)) / 2
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from sphere_edit.requests import EditRequest
 from sphere_edit.text import token_windows
 from sphere_edit.tokens import Row, encode, pad_left
 
+PERPLEXITY_TOKENS = 10_000
 _TOKENS_PER_BATCH = 2048
 _WINDOW = 256
 
@@ -171,7 +172,7 @@ def _score(
             yield i, float(picked.mean()), bool((at.argmax(-1) == target).all())
 
 
-def perplexity(model: Any, tokenizer: Any, text: str = "heldout", tokens: int = 100_000) -> float:
+def perplexity(model: Any, tokenizer: Any, text: str = "heldout", tokens: int = PERPLEXITY_TOKENS) -> float:
     """exp of the mean NLL per token over consecutive windows of a text.
 
     Args:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from sphere_edit.files import file_sha256
 from sphere_kernels import env
@@ -60,7 +61,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"model {name_or_path!r} cannot be loaded: {error}. Expected {DEMO_MODEL!r}, a folder with a Hugging Face "
             "causal LM in safetensors, or an id that can be reached"

@@ -14,12 +14,12 @@ import torch
 from sphere_edit import runs
 from sphere_edit.config import EditConfig
 from sphere_edit.editor import EditResult, Event, SphereEditor
-from sphere_edit.metrics import Evaluation, evaluate, perplexity
+from sphere_edit.metrics import PERPLEXITY_TOKENS, Evaluation, evaluate, perplexity
 from sphere_edit.replay import frozen
 from sphere_edit.report import write_report
 from sphere_edit.requests import EditRequest
 from sphere_edit.text import text_path
-from sphere_edit.tokens import pad_left
+from sphere_edit.tokens import encode, pad_left
 from sphere_kernels import principal_directions
 
 _NEUTRAL = ("Water boils when", "Once upon a time, there was a", "The best way to learn a new language is")
@@ -42,7 +42,7 @@ class RunOptions:
     data_name: str
     out: Path
     perplexity_text: str = "heldout"
-    perplexity_tokens: int = 20_000
+    perplexity_tokens: int = PERPLEXITY_TOKENS
     save_model: bool = False
     overwrite: bool = False
 
@@ -146,7 +146,7 @@ def sample_prompts(requests: Sequence[EditRequest]) -> list[tuple[str, str]]:
 
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = _SAMPLE_TOKENS) -> list[str]:
     """Greedy continuations of ``prompts``, without the prompts."""
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    rows = [encode(tokenizer, prompt).ids for prompt in prompts]
     inputs = pad_left(rows, next(model.parameters()).device)
     with frozen(model), torch.no_grad():
         out = model.generate(

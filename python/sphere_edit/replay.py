@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 
-from sphere_edit.structure import ModelStructure
+from sphere_edit.structure import ModelStructure, StructureError
 from sphere_edit.tokens import pad_left
 
 
@@ -69,14 +69,20 @@ class Replay:
         return hidden
 
     def rows(self, keep: Tensor) -> Replay:
-        """The same replay for some of its rows. Tensors whose first dimension is the number of rows are per row."""
+        """The same replay for some of its rows.
+
+        Positions and masks were given per row, so every tensor of two or more dimensions that came of them has rows
+        first, or rows × heads (ALiBi); a first dimension of 1 is shared by all.
+        """
         n = len(self.hidden)
         cut: dict[int, PrefixCache] = {}
 
         def select(x: Any) -> Any:
             if isinstance(x, PrefixCache):
                 return cut.setdefault(id(x), x.rows(keep))
-            return x[keep] if isinstance(x, Tensor) and x.ndim and len(x) == n and n > 1 else x
+            if not isinstance(x, Tensor) or x.ndim < 2 or len(x) % n or n == 1:
+                return x
+            return x.unflatten(0, (n, -1))[keep].flatten(0, 1)
 
         calls = [(tree_map(select, args), tree_map(select, kwargs)) for args, kwargs in self.calls]
         return Replay(self.blocks, self.hidden[keep], calls)
@@ -141,6 +147,20 @@ def record_after_prefix(
     return record(model, structure, tail, first, last)
 
 
+@torch.no_grad()
+def check_replay(model: Any, structure: ModelStructure, ids: Sequence[int]) -> None:
+    """Raise unless the blocks, final norm and head, run one after the other, give the model's own logits."""
+    inputs: dict[str, Any] = {**pad_left([ids], structure.device), "use_cache": False}
+    replay = record(model, structure, inputs, 0, len(structure.blocks) - 1)
+    ours, own = structure.logits(replay.run(replay.hidden)).float(), model(**inputs).logits.float()
+    difference = float((ours - own).abs().max() / own.abs().max().clamp_min(1e-12))
+    if not difference < 0.05:  # bf16 rounding stays well below
+        raise StructureError(
+            f"{type(model).__name__}: its blocks, final norm and head do not make its logits (relative difference "
+            f"{difference:.2g}); something between them was not recognised"
+        )
+
+
 def _few_logits(model: Any) -> dict[str, int]:
     """Ask for the last position's logits only, where the model knows how to."""
     import inspect
@@ -151,7 +171,7 @@ def _few_logits(model: Any) -> dict[str, int]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no parameter gradients inside; everything as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
+    training = [(module, module.training) for module in model.modules()]
     wants = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for parameter in wants:
@@ -161,5 +181,5 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in wants:
             parameter.requires_grad_(True)
-        for module in training:
-            module.train()
+        for module, mode in training:
+            module.training = mode  # train() would carry it on to the children

@@ -125,11 +125,11 @@ def read_events(run: Path) -> list[dict[str, Any]]:
     path = run / METRICS
     events = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     events.append(json.loads(line))
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
                     raise RunError(f"{path}, line {number}: not JSON ({error})") from error
     except OSError as error:
         raise RunError(f"{run} has no readable {METRICS}: {error}") from error
@@ -203,7 +203,7 @@ def switch(run: Path, structure: ModelStructure, to: Literal["after", "before"])
                 changed[name] = (_bits(weight) ^ bits).view(weight.dtype)
                 if tensor_sha256(changed[name]) != facts[to]:
                     raise RunError(f"{path}: the stored bits of {name} are damaged (SHA-256 does not match)")
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
     for name, weight in changed.items():
         down[name].weight.copy_(weight)

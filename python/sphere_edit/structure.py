@@ -43,7 +43,8 @@ class ModelStructure:
     final_norm: nn.Module
     head: nn.Module
     hidden_size: int
-    softcap: float | None = None  # Gemma 2 squashes its logits: softcap * tanh(logits / softcap)
+    scale: float = 1.0  # Cohere and Granite scale their logits
+    softcap: float | None = None  # Gemma 2 squashes them: softcap * tanh(logits / softcap)
 
     @property
     def device(self) -> torch.device:
@@ -51,7 +52,7 @@ class ModelStructure:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """From the last block's output ``[..., hidden]`` to logits ``[..., vocabulary]``."""
-        out: Tensor = self.head(self.final_norm(hidden))
+        out: Tensor = self.head(self.final_norm(hidden)) * self.scale
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
 
     def check_layers(self, layers: tuple[int, ...]) -> None:
@@ -91,8 +92,9 @@ def find_structure(model: Any) -> ModelStructure:
     path, blocks = _find_blocks(model)
     down = tuple(_find_down(f"{path}.{i}", block, i, hidden) for i, block in enumerate(blocks))
     norm = _find_final_norm(model, path, hidden)
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return ModelStructure(tuple(blocks), down, norm, head, hidden, softcap)
+    return ModelStructure(tuple(blocks), down, norm, head, hidden, float(scale), softcap)
 
 
 def check_weights_finite(model: nn.Module) -> None:
@@ -142,6 +144,12 @@ def _linears(block: nn.Module) -> list[tuple[str, nn.Module, int, int]]:
 
 def _find_down(path: str, block: nn.Module, layer: int, hidden: int) -> DownProjection:
     linears = _linears(block)
+    stacked = [name for name, parameter in block.named_parameters() if parameter.ndim > 2]
+    if stacked:
+        raise StructureError(
+            f"{path} ({type(block).__name__}): {stacked[0]} has more than two dimensions (stacked experts?); "
+            "expected one dense MLP per block"
+        )
     widths = {outputs for _, _, inputs, outputs in linears if inputs == hidden}
     fed = [item for item in linears if item[3] == hidden and (item[2] in widths or 2 * item[2] in widths)]
     widest = max((item[2] for item in fed), default=0)

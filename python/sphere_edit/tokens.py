@@ -45,8 +45,8 @@ def encode(tokenizer: Any, template: str, subject: str | None = None, target: st
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     last = -1
     if subject is not None:
-        end = template.index("{}") + len(subject)
-        inside = [i for i, (a, b) in enumerate(offsets) if a < end <= b]
+        start = template.index("{}")
+        inside = [i for i, (a, b) in enumerate(offsets) if a < start + len(subject) and b > start]
         if not inside:
             raise ValueError(f"the tokenizer gives no token for the end of the subject {subject!r} in {prompt!r}")
         last = inside[-1]
