@@ -61,7 +61,8 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(NATIVE) $(STALE)
 	@printf '%s' '$(TORCH_SPEC)' > '$@'
 
 demo: $(STAMP)
-	$(DATA_ENV) $(BIN)/sphere-edit run --model smollm2-135m --data world-facts --limit $(DEMO_EDITS) --out $(DEMO_OUT)
+	$(DATA_ENV) $(BIN)/sphere-edit run --model smollm2-135m --data world-facts \
+	    --limit $(DEMO_EDITS) --batch-size 10 --out $(DEMO_OUT) --overwrite
 
 test: $(STAMP)
 	OMP_NUM_THREADS=2 $(DATA_ENV) $(BIN)/python -m pytest tests $(TEST_ARGS)

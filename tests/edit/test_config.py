@@ -1,0 +1,81 @@
+"""Settings: what cannot be is refused with its name, and what can survives the way through YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+from sphere_edit.config import PRESETS, ConfigError, EditConfig, auto_layers, preset
+
+_NAN, _INF = float("nan"), float("inf")
+_BAD = {
+    "layers": [3, None, "12", (1.0,), (True,), [[1]]],
+    "method": ["", 3, None],
+    "null_space": [1, "yes", None],
+    "sphere": [0, "true"],
+    "energy_ratio": [-0.1, 1.1, _NAN, "0.5", True, None],
+    "alpha": [-1e-9, 1.0001, _NAN, _INF, True],
+    "subspace": ["past", None, 1],
+    "refresh_every": [0, -1, 1.0, True],
+    "batch_size": [0, -1, 2.5, "100", True],
+    "value_steps": [0, 1.5],
+    "value_lr": [0, -1, _NAN, _INF],
+    "value_weight_decay": [-1, _NAN, "0"],
+    "value_kl": [-1e-3, _INF],
+    "value_clamp": [0, -4, _NAN],
+    "value_stop": [-1, _NAN],
+    "value_stop_on": ["kl", None],
+    "null_space_threshold": [0, -1, _INF],
+    "ridge": [0, -10, _NAN],
+    "contexts": [-1, 1.5, True],
+    "context_length": [0, None],
+    "covariance_text": ["", None, 5],
+    "covariance_tokens": [0, 1e5],
+    "energy_s": [-1, _NAN, _INF],
+    "seed": [-1, 0.5, None],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in _BAD.items() for v in values], ids=str)
+def test_refused(name, value):
+    with pytest.raises(ConfigError, match=rf"^{name}: expected .*, got "):
+        EditConfig(**{name: value})
+    with pytest.raises(ConfigError, match=rf"^{name}: "):
+        EditConfig().replace(**{name: value})
+
+
+def test_every_setting_is_checked():
+    assert set(_BAD) == {field.name for field in dataclasses.fields(EditConfig)}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"alpha": 0}, {"alpha": 1}, {"energy_ratio": 1}, {"energy_s": 0}, {"contexts": 0}, {"value_stop": 0}],
+    ids=str,
+)
+def test_edges_are_accepted(values):
+    assert all(getattr(EditConfig(**values), name) == value for name, value in values.items())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_yaml(name):
+    config = preset(name).replace(alpha=0.25, seed=7)
+    assert EditConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+    assert preset(name) == PRESETS[name] != config
+
+
+def test_unknown_names():
+    with pytest.raises(ConfigError, match="unknown setting 'alhpa'; known settings are .*'alpha'"):
+        EditConfig.from_dict({"alhpa": 0.5})
+    with pytest.raises(ConfigError, match="preset 'llama' is not known; expected one of auto, llama3-8b"):
+        preset("llama")
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers"),
+    [(32, (4, 5, 6, 7, 8)), (28, (3, 4, 5, 6, 7)), (5, (0, 1, 2, 3)), (2, (0,)), (1, ()), (8, (1, 2, 3, 4, 5))],
+)
+def test_automatic_layers(depth, layers):
+    assert auto_layers(depth) == layers

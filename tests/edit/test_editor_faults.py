@@ -1,0 +1,269 @@
+"""What the editor promises when things go wrong: a batch is written whole or not at all, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from sphere_edit import editor as module
+from sphere_edit.config import ConfigError, EditConfig
+from sphere_edit.editor import SphereEditor
+from sphere_edit.requests import EditRequest, RequestError
+from sphere_edit.structure import StructureError
+
+families = pytest.mark.parametrize("family", ["llama", "gpt2"])
+_GOOD = {"prompt": "The capital of {} is", "subject": "Peru", "target_new": "Rome"}
+
+
+@pytest.fixture
+def make(tokenizer, config, tmp_path):
+    def build(family: str = "llama", dtype: torch.dtype = torch.float32, **changes):
+        model = tiny.make_model(family, dtype=dtype)
+        return SphereEditor(model, tokenizer, config.replace(**changes), cache=tmp_path / "covariance")
+
+    return build
+
+
+@families
+def test_revert_is_exact_and_forgets(family, make):
+    editor, fresh = make(family), make(family)
+    before = tiny.state(editor.model)
+    editor.edit(tiny.facts(4))
+    assert not tiny.same(editor.model, before)
+    editor.revert()
+    assert tiny.same(editor.model, before)
+    again, first = editor.edit(tiny.facts(3)), fresh.edit(tiny.facts(3))
+    assert tiny.same(editor.model, tiny.state(fresh.model))
+    assert [e["event"] for e in again.events] == [e["event"] for e in first.events]
+    assert [e["edits"] for e in again.events if "edits" in e] == [e["edits"] for e in first.events if "edits" in e]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@families
+def test_other_dtypes(family, dtype, make):
+    plain, editor = make(family), make(family, dtype)
+    before = tiny.state(editor.model)
+    result = editor.edit(tiny.facts(4))
+    plain.edit(tiny.facts(4))
+    for layer, weight in editor.weights().items():
+        assert weight.dtype == dtype
+        moved = (weight - editor.original_weights()[layer]).float()
+        assert torch.isfinite(moved).all() and moved.abs().max() > 0
+        assert all(u.left.dtype == u.right.dtype == torch.float32 for u in result.updates[layer])
+        if dtype == torch.float64:
+            want = plain.weights()[layer] - plain.original_weights()[layer]
+            torch.testing.assert_close(moved, want, atol=1e-3, rtol=1e-2)
+    editor.revert()
+    assert tiny.same(editor.model, before)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("call", [1, 2, 3])
+@families
+def test_interrupted_batch_is_undone(family, call, error, make, monkeypatch):
+    """The second batch is cut short after ``call - 1`` of its layers were written, the third layer's even half."""
+    editor, undisturbed = make(family), make(family)
+    editor.edit(tiny.facts(2))
+    before, calls, add = tiny.state(editor.model), [], module._add
+
+    def failing(weight, update):
+        calls.append(1)
+        if len(calls) == call:
+            weight[0] += 1.0
+            raise error("cut")
+        add(weight, update)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_add", failing)
+        with pytest.raises(error):
+            editor.edit(tiny.facts(4)[2:])
+    assert len(calls) == call
+    assert tiny.same(editor.model, before)
+    assert all(p.requires_grad for p in editor.model.parameters())
+    editor.edit(tiny.facts(6)[2:])
+    undisturbed.edit(tiny.facts(6))
+    assert tiny.same(editor.model, tiny.state(undisturbed.model))
+
+
+@pytest.mark.parametrize("where", ["energy", "batch"])
+def test_failing_listener_undoes_the_batch(where, make):
+    editor, undisturbed = make(), make()
+    editor.edit(tiny.facts(2))
+    before = tiny.state(editor.model)
+
+    def listen(event):
+        if event["event"] == where and event.get("layer", 3) == 3:
+            raise OSError("disk full")
+
+    editor.on_event = listen
+    with pytest.raises(OSError, match="disk full"):
+        editor.edit(tiny.facts(4)[2:])
+    assert tiny.same(editor.model, before)
+    editor.on_event = lambda event: None
+    editor.edit(tiny.facts(4)[2:])
+    undisturbed.edit(tiny.facts(4))
+    assert tiny.same(editor.model, tiny.state(undisturbed.model))
+
+
+def test_earlier_batches_of_an_interrupted_call_stay(make):
+    editor, two = make(), make()
+    two.edit(tiny.facts(2))
+
+    def stop(what, done, total):
+        if (what, done) == ("batches", 1):
+            raise KeyboardInterrupt
+
+    editor._on_progress = stop
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(tiny.facts(6))
+    assert tiny.same(editor.model, tiny.state(two.model))
+
+
+def test_failing_preparation_can_be_repeated(make, monkeypatch):
+    editor, undisturbed = make(), make()
+    before = tiny.state(editor.model)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "key_covariances", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            editor.edit(tiny.facts(2))
+    assert tiny.same(editor.model, before)
+    events = editor.edit(tiny.facts(2)).events
+    undisturbed.edit(tiny.facts(2))
+    assert events[0]["event"] == "prepared"
+    assert tiny.same(editor.model, tiny.state(undisturbed.model))
+
+
+def test_update_that_is_not_finite_is_not_written(make, monkeypatch):
+    editor = make()
+    editor.edit(tiny.facts(2))
+    before = tiny.state(editor.model)
+    solve = editor._method.solve
+
+    def broken(layer, keys, residuals):
+        update = solve(layer, keys, residuals)
+        if layer == 2:
+            update.right[0, 0] = float("inf")
+        return update
+
+    monkeypatch.setattr(editor._method, "solve", broken)
+    with pytest.raises((FloatingPointError, ValueError), match="NaN|Inf|finite"):
+        editor.edit(tiny.facts(4)[2:])
+    assert tiny.same(editor.model, before)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({**_GOOD, "prompt": "The capital is"}, r"exactly one \{\}"),
+        ({**_GOOD, "prompt": "{} and {}"}, "got 2"),
+        ({**_GOOD, "prompt": ""}, "prompt is empty"),
+        ({**_GOOD, "subject": " "}, "subject is empty"),
+        ({**_GOOD, "target_new": ""}, "target_new is empty"),
+        ({**_GOOD, "target_new": 7}, "target_new must be text, got int 7"),
+        ({**_GOOD, "target_true": " "}, "target_true must be non-empty"),
+        ({**_GOOD, "paraphrases": "one"}, "paraphrases must be a list"),
+        ({**_GOOD, "neighborhood": ["ok", 3]}, "neighborhood must be a list"),
+        ({**_GOOD, "relation": 3}, "relation must be text"),
+        ({**_GOOD, "targte": "x"}, "unknown field 'targte'"),
+        ({"prompt": "{} is", "subject": "x"}, "'target_new' is missing"),
+        ("Peru", "expected an EditRequest or a dict, got str"),
+        (None, "got NoneType"),
+    ],
+)
+def test_bad_request_changes_nothing(bad, message, make):
+    editor = make()
+    before, heard = tiny.state(editor.model), []
+    editor.on_event = heard.append
+    for call in (editor.edit, editor.check):
+        with pytest.raises(RequestError, match=message):
+            call([*tiny.facts(3), bad])
+    assert tiny.same(editor.model, before) and not heard
+
+
+def test_contradictory_batch_changes_nothing(make):
+    editor = make(batch_size=3)
+    before = tiny.state(editor.model)
+    other = EditRequest("the  capital of {} is", "vanuatu", "Oslo", id="other")
+    with pytest.raises(RequestError, match="batch 0 .*'capital' and 'other' contradict"):
+        editor.edit([*tiny.facts(2), other])
+    assert tiny.same(editor.model, before)
+    editor.edit([*tiny.facts(3), other])  # in the next batch it is an edit of the edit
+    assert not tiny.same(editor.model, before)
+
+
+def test_same_fact_twice_in_a_batch(make):
+    editor = make()
+    editor.edit([tiny.facts(1)[0], tiny.facts(1)[0]])
+    assert all(torch.isfinite(w).all() for w in editor.weights().values())
+
+
+def test_requests_in_any_form(make):
+    editors = make(), make(), make()
+    fields = [{k: v for k, v in vars(r).items() if v is not None} for r in tiny.facts(3)]
+    editors[0].edit(tiny.facts(3))
+    editors[1].edit(fields)
+    editors[2].edit(f for f in [tiny.facts(1)[0], *fields[1:]])
+    assert tiny.same(editors[0].model, tiny.state(editors[1].model))
+    assert tiny.same(editors[0].model, tiny.state(editors[2].model))
+
+
+def test_nothing_to_edit(make):
+    editor = make()
+    before = tiny.state(editor.model)
+    result = editor.edit([])
+    assert tiny.same(editor.model, before)
+    assert result.requests == [] and result.events == [] and result.updates == {1: [], 2: [], 3: []}
+
+
+def test_missing_text_is_found_before_editing(make):
+    editor = make(covariance_text="/nowhere/text.txt")
+    with pytest.raises(FileNotFoundError, match="/nowhere/text.txt"):
+        editor.check(tiny.facts(1))
+
+
+def _nan(model):
+    model.model.layers[0].self_attn.q_proj.weight.data[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"layers": (3, 4)}, StructureError, "last block"),
+        ({"layers": (2, 9)}, StructureError, "out of range"),
+        ({"method": "memo"}, ConfigError, "alphaedit"),
+    ],
+)
+def test_settings_that_do_not_fit(changes, error, message, make):
+    with pytest.raises(error, match=message):
+        make(**changes)
+
+
+def test_bad_model_tokenizer_or_preset(tokenizer, config):
+    model = tiny.make_model("llama")
+    before = tiny.state(model)
+    with pytest.raises(ValueError, match="no character offsets"):
+        SphereEditor(model, type("Slow", (), {"is_fast": False})(), config)
+    with pytest.raises(ConfigError, match="preset 'llama9' is not known"):
+        SphereEditor(model, tokenizer, "llama9")
+    assert tiny.same(model, before)
+    _nan(model)
+    with pytest.raises(StructureError, match="q_proj.weight .* holds NaN"):
+        SphereEditor(model, tokenizer, EditConfig())
+
+
+@families
+def test_model_flags_are_as_before(family, make):
+    editor = make(family)
+    model = editor.model
+    model.train()
+    frozen_one = next(model.parameters())
+    frozen_one.requires_grad_(False)
+    wants = [p.requires_grad for p in model.parameters()]
+    cached = model.config.use_cache
+    editor.edit(tiny.facts(2))
+    assert all(m.training for m in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == wants
+    assert all(p.grad is None for p in model.parameters())
+    assert model.config.use_cache == cached
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -1,0 +1,185 @@
+"""Scores against scoring prompt by prompt, and perplexity against its definition."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+
+import pytest
+import tiny
+import torch
+
+from sphere_edit import metrics
+from sphere_edit.metrics import Score, evaluate, perplexity, score_targets
+from sphere_edit.requests import EditRequest
+
+_TEXT = "Anna went home. The river flows past the old mill, and nobody saw it.\nIt rained — for days.\n" * 30
+
+
+def _plain(model, tokenizer, prompt: str, target: str) -> tuple[float, bool]:
+    """(mean log-probability, all argmax) of the target's tokens, from one unpadded pass."""
+    ids = tokenizer(f"{prompt} {target}")["input_ids"]
+    first = len(tokenizer(prompt)["input_ids"])
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+    log_probs = logits.log_softmax(-1)
+    places = range(first, len(ids))
+    mean = sum(log_probs[i - 1, ids[i]].item() for i in places) / len(places)
+    return mean, all(logits[i - 1].argmax().item() == ids[i] for i in places)
+
+
+def _likely(model, tokenizer, prompt: str, tokens: int = 1) -> str:
+    """A target that the model itself would say (for accuracy above zero); None where it is no clean word."""
+    ids = tokenizer(prompt)["input_ids"]
+    with torch.no_grad():
+        for _ in range(tokens):
+            ids = [*ids, model(torch.tensor([ids])).logits[0, -1].argmax().item()]
+    return tokenizer.decode(ids[-tokens:])
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["plain", "bos"])
+@pytest.mark.parametrize("budget", [1, 40, 2048])
+def test_scores_equal_prompt_by_prompt(family, bos, budget, tokenizer, bos_tokenizer, monkeypatch):
+    """Targets of different lengths, targets that begin other targets, prompts that begin other prompts, repeats."""
+    tok, model = bos_tokenizer if bos else tokenizer, tiny.make_model(family)
+    asked = [
+        ("The capital of Vanuatu is", "Rome"),
+        ("The capital of Vanuatu is", "Paris"),
+        ("The capital of Vanuatu is", "Paris in France"),
+        ("The capital of Vanuatu is Paris in", "France"),
+        ("A", "b"),
+        ("A", "b c"),
+        ("In a long, long sentence about nothing at all, the last word is", "Zürich"),
+        ("A", "b"),
+    ]
+    monkeypatch.setattr(metrics, "_TOKENS_PER_BATCH", budget)
+    calls = []
+    log_probs, correct = score_targets(model, tok, asked, lambda done, n: calls.append((done, n)))
+    want = [_plain(model, tok, *pair) for pair in asked]
+    assert log_probs == pytest.approx([w[0] for w in want], abs=2e-4)
+    assert correct == [w[1] for w in want]
+    assert calls[-1][0] == calls[-1][1] < len(asked)  # some rows are read off others
+
+
+def test_accuracy_sees_the_argmax(tokenizer):
+    """Some random model says a word with a blank before it; that word is accurate, with another letter it is not."""
+    found = 0
+    for seed in range(30):
+        model = tiny.make_model("llama", seed)
+        for prompt in ("The capital is", "We are", "Nobody"):
+            said = _likely(model, tokenizer, prompt)
+            if said.startswith(" ") and said.strip().isalpha():
+                _, correct = score_targets(model, tokenizer, [(prompt, said.strip()), (prompt, said.strip() + "q")])
+                assert correct[0] and _plain(model, tokenizer, prompt, said.strip())[1]
+                assert correct[1] == _plain(model, tokenizer, prompt, said.strip() + "q")[1]
+                found += 1
+    assert found
+
+
+def test_evaluate_is_made_of_the_scores(tokenizer):
+    model, requests = tiny.make_model("gpt2"), tiny.facts(6)
+    got = evaluate(model, tokenizer, requests)
+
+    def success(prompts, want, other):
+        return statistics.mean(
+            _plain(model, tokenizer, p, want)[0] > _plain(model, tokenizer, p, other)[0] for p in prompts
+        )
+
+    def accuracy(prompts, want):
+        return statistics.mean(_plain(model, tokenizer, p, want)[1] for p in prompts)
+
+    for request, record in zip(requests, got.per_request, strict=True):
+        new, true = request.target_new, request.target_true
+        want = {"efficacy_accuracy": accuracy([request.text], new)}
+        if true:
+            want["efficacy_success"] = success([request.text], new, true)
+        if request.paraphrases:
+            want["generalization_accuracy"] = accuracy(request.paraphrases, new)
+            if true:
+                want["generalization_success"] = success(request.paraphrases, new, true)
+        if request.neighborhood:
+            want["specificity_accuracy"] = accuracy(request.neighborhood, true)
+            want["specificity_success"] = success(request.neighborhood, true, new)
+        assert record == want
+    assert {name: score.n for name, score in got.scores.items()} == {
+        "efficacy_success": 5,
+        "efficacy_accuracy": 6,
+        "generalization_success": 3,
+        "generalization_accuracy": 3,
+        "specificity_success": 1,
+        "specificity_accuracy": 1,
+    }
+    values = [r["efficacy_success"] for r in got.per_request if "efficacy_success" in r]
+    assert 0 < statistics.mean(values) < 1
+    assert got.scores["efficacy_success"] == Score.of(values)
+    assert list(got.to_dict()) == list(got.scores)
+
+
+def test_success_turns_with_the_targets(tokenizer):
+    model, requests = tiny.make_model("llama"), [r for r in tiny.facts(6) if r.target_true]
+    turned = [EditRequest(r.prompt, r.subject, r.target_true, r.target_new, id=r.id) for r in requests]
+    a, b = (evaluate(model, tokenizer, x).per_request for x in (requests, turned))
+    assert all(x["efficacy_success"] + y["efficacy_success"] == 1 for x, y in zip(a, b, strict=True))
+
+
+def test_neighborhood_without_a_true_target_is_not_scored(tokenizer):
+    request = EditRequest("{} lies in", "Oka", "Peru", None, ("Where is Oka? In",), ("Where is Spain? In",))
+    got = evaluate(tiny.make_model("llama"), tokenizer, [request])
+    assert set(got.per_request[0]) == {"efficacy_accuracy", "generalization_accuracy"}
+    assert got.scores["specificity_accuracy"].n == got.scores["efficacy_success"].n == 0
+
+
+def test_one_request_and_none(tokenizer):
+    model = tiny.make_model("llama")
+    one = evaluate(model, tokenizer, tiny.facts(1))
+    score = one.scores["efficacy_accuracy"]
+    assert score.n == 1 and math.isnan(score.stderr) and score.mean in (0.0, 1.0)
+    assert one.to_dict()["efficacy_accuracy"] == {"mean": score.mean, "stderr": None, "n": 1}
+    none = evaluate(model, tokenizer, [])
+    assert none.to_dict()["efficacy_success"] == {"mean": None, "stderr": None, "n": 0}
+    for found in (one, none):
+        json.dumps(found.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("values", [[1.0, 0.0, 0.0, 1.0, 1.0], [0.5, 0.25], [1.0] * 7, [True, False]])
+def test_score_of(values):
+    score = Score.of(values)
+    assert score.mean == pytest.approx(statistics.mean(map(float, values)))
+    assert score.stderr == pytest.approx(statistics.stdev(map(float, values)) / math.sqrt(len(values)))
+    assert score.n == len(values)
+
+
+def test_model_is_evaluated_without_dropout_and_left_as_it_was(tokenizer):
+    model = tiny.make_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    asked = [(r.text, r.target_new) for r in tiny.facts(3)]
+    want = score_targets(model, tokenizer, asked)
+    model.train()
+    assert score_targets(model, tokenizer, asked) == want
+    assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["plain", "bos"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_perplexity(family, bos, tokenizer, bos_tokenizer, tmp_path):
+    tok, model = bos_tokenizer if bos else tokenizer, tiny.make_model(family)
+    path = tmp_path / "text.txt"
+    path.write_text(_TEXT, encoding="utf-8")
+    ids = [i for line in _TEXT.splitlines(keepends=True) for i in tok(line, add_special_tokens=False)["input_ids"]]
+    size = 255 if bos else 256
+    for limit, windows in ((10**6, math.ceil(len(ids) / size)), (300, 2), (256, 1)):
+        total, count = 0.0, 0
+        for at in range(0, windows * size, size):
+            window = [0] * bos + ids[at : at + size]
+            with torch.no_grad():
+                loss = model(torch.tensor([window]), labels=torch.tensor([window])).loss
+            total, count = total + loss.item() * (len(window) - 1), count + len(window) - 1
+        assert perplexity(model, tok, str(path), limit) == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_perplexity_of_no_text(tokenizer, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="fewer than two tokens"):
+        perplexity(tiny.make_model("llama"), tokenizer, str(tmp_path / "empty.txt"))
+    with pytest.raises(FileNotFoundError, match="no such file; expected a path, or one of builtin, heldout"):
+        perplexity(tiny.make_model("llama"), tokenizer, "held-out")

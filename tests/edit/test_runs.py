@@ -1,0 +1,238 @@
+"""Run folders: complete or absent, readable, and undone bit for bit or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sphere_edit import procedure, runs
+from sphere_edit.procedure import RunOptions
+from sphere_edit.runs import RunError, switch
+from sphere_edit.structure import find_structure
+
+
+@pytest.fixture(scope="module")
+def finished(tokenizer, tmp_path_factory):
+    """Make a run of three edits (once per family and dtype); the edited model's weights and the folder."""
+    made = {}
+
+    def build(family, dtype):
+        if (family, dtype) not in made:
+            base = tmp_path_factory.mktemp("finished")
+            model = tiny.make_model(family, dtype=dtype)
+            options = RunOptions("tiny", "facts", base / "run", perplexity_tokens=300)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(procedure, "write_report", lambda folder: None)
+                patch.setenv("SPHERE_EDIT_CACHE", str(base / "cache"))
+                procedure.run(model, tokenizer, tiny.facts(3), tiny.CONFIG, options)
+            made[family, dtype] = tiny.state(model), base / "run"
+        return made[family, dtype]
+
+    return build
+
+
+@pytest.fixture
+def edit(finished, tmp_path):
+    """An edited model and its run folder, to be damaged at will."""
+
+    def build(family="llama", dtype=torch.float32):
+        weights, run = finished(family, dtype)
+        model = tiny.make_model(family, dtype=dtype)
+        model.load_state_dict(weights)
+        return model, Path(shutil.copytree(run, tmp_path / "run"))
+
+    return build
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_apply_and_revert_bit_for_bit(family, dtype, edit):
+    edited, run = edit(family, dtype)
+    fresh = tiny.make_model(family, dtype=dtype)
+    before, after = tiny.state(fresh), tiny.state(edited)
+    structure = find_structure(fresh)
+    names = switch(run, structure, "after")
+    assert names == [structure.down[i].name for i in (1, 2, 3)]
+    assert tiny.same(fresh, after) and not tiny.same(fresh, before)
+    switch(run, structure, "before")
+    assert tiny.same(fresh, before)
+    switch(run, find_structure(edited), "before")
+    assert tiny.same(edited, before)
+
+
+def test_factors_are_the_update(edit):
+    edited, run = edit()
+    fresh, tensors = tiny.make_model("llama"), load_file(run / "deltas.safetensors")
+    for down, now in zip(find_structure(fresh).down[1:4], find_structure(edited).down[1:4], strict=True):
+        left, right = tensors[f"{down.name}.left"], tensors[f"{down.name}.right"]
+        assert left.shape == (tiny.HIDDEN, 3) and right.shape == (3, 80)
+        torch.testing.assert_close(down.weight + left @ right, now.weight, atol=1e-5, rtol=1e-4)
+    with safe_open(run / "deltas.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["batches"]) == [2, 1]
+
+
+def _flip(path, where):
+    blob = bytearray(path.read_bytes())
+    blob[where] ^= 1
+    path.write_bytes(bytes(blob))
+
+
+def _rewrite(run, **metadata):
+    path = run / "deltas.safetensors"
+    with safe_open(path, "pt") as file:
+        old = file.metadata()
+    save_file(load_file(path), path, {k: v for k, v in {**old, **metadata}.items() if v is not None})
+
+
+def _flip_bits(run):
+    """One bit of the last weight's stored bits: the earlier weights' pass their check."""
+    path = run / "deltas.safetensors"
+    tensors = load_file(path)
+    name = sorted(n for n in tensors if n.endswith(".bits"))[-1]
+    tensors[name][3, 5] ^= 1
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
+
+
+def _drop_bits(run):
+    path = run / "deltas.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file({n: t for n, t in tensors.items() if n != "model.layers.3.mlp.down_proj.bits"}, path, metadata)
+
+
+def _cut(run):
+    path = run / "deltas.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+_DAMAGE = {
+    "flipped-header": (lambda run: _flip(run / "deltas.safetensors", 12), None),
+    "flipped-bits": (_flip_bits, "damaged"),
+    "missing-bits": (_drop_bits, "cannot be read"),
+    "cut": (_cut, "cannot be read"),
+    "empty": (lambda run: (run / "deltas.safetensors").write_bytes(b""), "cannot be read"),
+    "absent": (lambda run: (run / "deltas.safetensors").unlink(), "cannot be read"),
+    "other-format": (lambda run: _rewrite(run, format="2"), "expected format 1, found '2'"),
+    "no-weights": (lambda run: _rewrite(run, weights=None), "cannot be read"),
+    "weights-not-json": (lambda run: _rewrite(run, weights="{"), "cannot be read"),
+    "weights-a-list": (lambda run: _rewrite(run, weights="[]"), None),
+    "weights-without-sums": (lambda run: _rewrite(run, weights='{"model.layers.1.mlp.down_proj": {}}'), None),
+}
+
+
+@pytest.mark.parametrize("damage", _DAMAGE)
+def test_damaged_deltas_write_nothing(damage, edit):
+    change, message = _DAMAGE[damage]
+    _, run = edit()
+    change(run)
+    fresh = tiny.make_model("llama")
+    before = tiny.state(fresh)
+    with pytest.raises(RunError, match=message) as caught:
+        switch(run, find_structure(fresh), "after")
+    assert str(run) in str(caught.value)
+    assert tiny.same(fresh, before)
+
+
+def test_any_flipped_byte_is_harmless_or_refused(edit):
+    """The factors are for readers; every byte that `switch` reads is guarded by a sum."""
+    edited, run = edit()
+    path = run / "deltas.safetensors"
+    blob, after = path.read_bytes(), tiny.state(edited)
+    for where in range(9, len(blob), len(blob) // 40):
+        path.write_bytes(blob)
+        _flip(path, where)
+        fresh = tiny.make_model("llama")
+        before = tiny.state(fresh)
+        try:
+            switch(run, find_structure(fresh), "after")
+        except RunError:
+            assert tiny.same(fresh, before)
+        else:
+            assert tiny.same(fresh, after)
+
+
+def test_wrong_state_of_the_model(edit):
+    edited, run = edit()
+    after = tiny.state(edited)
+    with pytest.raises(RunError, match="already applied"):
+        switch(run, find_structure(edited), "after")
+    fresh = tiny.make_model("llama")
+    with pytest.raises(RunError, match="already reverted"):
+        switch(run, find_structure(fresh), "before")
+    assert tiny.same(edited, after) and tiny.same(fresh, tiny.state(tiny.make_model("llama")))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"seed": 5}, "is not the weight that .* expects.*made for 'tiny'"),
+        ("llama", {"dtype": torch.bfloat16}, r"bfloat16\) is not the weight"),
+        ("llama", {"intermediate_size": 64}, r"\[32, 64\].* is not the weight"),
+        (
+            "llama",
+            {"num_hidden_layers": 3},
+            "model.layers.3.mlp.down_proj, which this model does not have|not the weight",
+        ),
+        ("gpt2", {}, "which this model does not have"),
+    ],
+    ids=["seed", "dtype", "width", "depth", "family"],
+)
+def test_wrong_model(family, changes, message, edit):
+    _, run = edit()
+    other = tiny.make_model(family, **changes)
+    before = tiny.state(other)
+    for to in ("after", "before"):
+        with pytest.raises(RunError, match=message):
+            switch(run, find_structure(other), to)
+    assert tiny.same(other, before)
+
+
+def test_one_differing_weight_keeps_all_from_being_written(edit):
+    _, run = edit()
+    fresh = tiny.make_model("llama")
+    find_structure(fresh).down[3].weight[0, 0] += 1
+    before = tiny.state(fresh)
+    with pytest.raises(RunError, match="layers.3.mlp.down_proj"):
+        switch(run, find_structure(fresh), "after")
+    assert tiny.same(fresh, before)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not a run folder"),
+        (b"\xff\xfe", "is not a run folder"),
+        (b"a: [", "is not a run folder"),
+        (b"- 1", "expected format 1, found 'list'"),
+        (yaml.safe_dump({"format": 2}).encode(), "expected format 1, found 2"),
+    ],
+)
+def test_bad_config(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(RunError, match=message):
+        runs.read_config(tmp_path)
+
+
+def test_torn_event_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "prepared"}\n{"event": "ener')
+    with pytest.raises(RunError, match=r"metrics.jsonl, line 2: not JSON"):
+        runs.read_events(tmp_path)
+    path.write_bytes(b'{"event": "\xff"}\n')
+    with pytest.raises(RunError, match="metrics.jsonl"):
+        runs.read_events(tmp_path)
+    path.unlink()
+    with pytest.raises(RunError, match="no readable metrics.jsonl"):
+        runs.read_events(tmp_path)

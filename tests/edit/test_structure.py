@@ -1,0 +1,197 @@
+"""The parts of a model are found in every family, and what cannot be edited is refused."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+
+from sphere_edit.structure import StructureError, check_weights_finite, find_structure
+
+
+def test_down_projection_is_found(family):
+    model = tiny.make_model(family)
+    structure = find_structure(model)
+    path = tiny.FAMILIES[family][2]
+    assert [d.name for d in structure.down] == [path.format(i) for i in range(5)]
+    assert [d.layer for d in structure.down] == list(range(5))
+    assert all(d.module is model.get_submodule(d.name) for d in structure.down)
+    assert structure.hidden_size == tiny.HIDDEN
+    assert structure.blocks == tuple(model.get_submodule(path.partition(".{}")[0]))
+
+
+def test_weight_has_neurons_in_rows(family):
+    """``W k`` plus the bias is what the module computes."""
+    model = tiny.make_model(family)
+    down = find_structure(model).down[2]
+    assert down.weight.shape[0] == tiny.HIDDEN != down.weight.shape[1]
+    keys = torch.randn(3, down.weight.shape[1])
+    bias = 0 if getattr(down.module, "bias", None) is None else down.module.bias
+    torch.testing.assert_close(down.module(keys), keys @ down.weight.T + bias)
+
+
+@torch.no_grad()
+def test_writing_through_the_view_changes_the_model(family):
+    model = tiny.make_model(family)
+    down = find_structure(model).down[2]
+    ids = torch.arange(5, 12)[None]
+    before = model(ids).logits
+    weight = down.weight
+    weight[3] += 1.0
+    stored = model.state_dict()[f"{down.name}.weight"]
+    assert torch.equal(stored if stored.shape == weight.shape else stored.T, weight)
+    assert not torch.allclose(model(ids).logits, before)
+    weight[3] -= 1.0
+    torch.testing.assert_close(model(ids).logits, before)
+
+
+@torch.no_grad()
+def test_logits_from_the_last_block(family):
+    model = tiny.make_model(family)
+    structure = find_structure(model)
+    seen = []
+    handle = structure.blocks[-1].register_forward_hook(
+        lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    want = model(torch.arange(3, 15).view(2, 6)).logits
+    handle.remove()
+    torch.testing.assert_close(structure.logits(seen[0]), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(tiny.UNUSUAL))
+def test_logits_of_unusual_families_are_right_or_refused(name):
+    """Cohere and Granite scale their logits after the head."""
+    model = tiny.make_model(name)
+    try:
+        structure = find_structure(model)
+    except StructureError:
+        return
+    seen = []
+    handle = structure.blocks[-1].register_forward_hook(
+        lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    want = model(torch.arange(3, 15).view(2, 6)).logits
+    handle.remove()
+    torch.testing.assert_close(structure.logits(seen[0]), want)
+
+
+def test_soft_cap_matters():
+    """The model of the test above does squash its logits, so that the test can tell."""
+    model = tiny.make_model("gemma2")
+    structure = find_structure(model)
+    hidden = 10 * torch.randn(2, tiny.HIDDEN)
+    assert structure.logits(hidden).abs().max() <= 3.0 < structure.head(structure.final_norm(hidden)).abs().max()
+
+
+def _t5():
+    return hf.T5ForConditionalGeneration(hf.T5Config(d_model=32, d_ff=64, num_layers=2, num_heads=4, vocab_size=99))
+
+
+def _experts(config_class, **settings):
+    return hf.AutoModelForCausalLM.from_config(config_class(**tiny.FAMILIES["llama"][1], **settings))
+
+
+def _int8():
+    model = tiny.make_model("llama")
+    model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(
+        torch.ones(tiny.HIDDEN, 80, dtype=torch.int8), requires_grad=False
+    )
+    return model
+
+
+def _float8():
+    model = tiny.make_model("llama")
+    model.model.layers[1].mlp.down_proj.to(torch.float8_e4m3fn)
+    return model
+
+
+def _meta():
+    model = tiny.make_model("llama")
+    model.model.layers[3].mlp.up_proj.to("meta")
+    return model
+
+
+def _no_blocks():
+    model = tiny.make_model("llama")
+    model.model.layers = torch.nn.ModuleList()
+    return model
+
+
+def _no_head():
+    model = tiny.make_model("llama")
+    model.lm_head = None
+    return model
+
+
+def _no_norm():
+    model = tiny.make_model("llama")
+    model.model.norm = torch.nn.Identity()
+    return model
+
+
+def _no_up_projection():
+    model = tiny.make_model("llama")
+    for block in model.model.layers:
+        block.mlp = torch.nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_t5, "T5ForConditionalGeneration is an encoder-decoder"),
+        (lambda: _experts(hf.MixtralConfig, num_local_experts=2), "experts"),
+        (lambda: _experts(hf.Qwen2MoeConfig, num_experts=4, moe_intermediate_size=40), "experts"),
+        (lambda: _experts(hf.OlmoeConfig, num_experts=4), "experts"),
+        (_int8, r"model.layers.1.mlp.down_proj.weight is quantised \(torch.int8\)"),
+        (_float8, r"model.layers.1.mlp.down_proj.weight is quantised \(torch.float8_e4m3fn\)"),
+        (_meta, "model.layers.3.mlp.up_proj.weight is on the meta device"),
+        (_no_blocks, "no list of equal decoder blocks"),
+        (_no_head, "no output embeddings"),
+        (_no_norm, "no final norm of size 32"),
+        (_no_up_projection, r"model.layers.0 \(LlamaDecoderLayer\).*linear maps seen: self_attn.q_proj 32→32"),
+    ],
+    ids=["t5", "mixtral", "qwen2-moe", "olmoe", "int8", "float8", "meta", "no-blocks", "no-head", "no-norm", "no-mlp"],
+)
+def test_refused(make, message):
+    with pytest.raises(StructureError, match=message):
+        find_structure(make())
+
+
+def test_offloaded_module_is_refused():
+    model = tiny.make_model("llama")
+    model.model.layers[2]._hf_hook = type("Hook", (), {"offload": True})()
+    with pytest.raises(StructureError, match="module model.layers.2 is offloaded"):
+        find_structure(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_must_be_finite(value):
+    model = tiny.make_model("gpt2")
+    check_weights_finite(model)
+    model.transformer.h[2].mlp.c_fc.bias.data[5] = value
+    with pytest.raises(StructureError, match=r"transformer.h.2.mlp.c_fc.bias \[128\] holds NaN or Inf"):
+        check_weights_finite(model)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((), "layers is empty"),
+        ((1, 5), "5 is out of range, the model has 5"),
+        ((-1, 2), "-1 is out of range"),
+        ((2, 1), "ascending"),
+        ((1, 1), "without repeats"),
+        ((3, 4), r"the last block \(4\)"),
+    ],
+)
+def test_bad_layers(layers, message):
+    with pytest.raises(StructureError, match=message):
+        find_structure(tiny.make_model("llama")).check_layers(layers)
+
+
+@pytest.mark.parametrize("layers", [(0,), (0, 3), (1, 2, 3)])
+def test_good_layers(layers):
+    find_structure(tiny.make_model("llama")).check_layers(layers)

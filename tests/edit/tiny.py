@@ -1,0 +1,168 @@
+"""Tiny random models of real families, and tokenizers trained on the package's own text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
+
+import sphere_edit
+from sphere_edit.config import EditConfig
+from sphere_edit.requests import EditRequest
+
+VOCABULARY = 320
+HIDDEN = 32
+CONFIG = EditConfig(
+    layers=(1, 2, 3),
+    batch_size=2,
+    value_steps=4,
+    contexts=2,
+    context_length=4,
+    covariance_tokens=600,
+    null_space_threshold=0.3,
+    ridge=0.1,
+)
+_TEXT = Path(sphere_edit.__file__).parent / "data" / "texts" / "heldout.txt"
+_LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 80,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "initializer_range": 0.2,
+}
+_GPT = {
+    "vocab_size": VOCABULARY,
+    "n_embd": HIDDEN,
+    "n_layer": 5,
+    "n_head": 4,
+    "n_positions": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "initializer_range": 0.2,
+}
+_HEADS = {"head_dim": 8}
+# Name: configuration, its settings, the down-projection's path inside the model.
+FAMILIES: dict[str, tuple[type, dict[str, Any], str]] = {
+    "llama": (hf.LlamaConfig, _LLAMA, "model.layers.{}.mlp.down_proj"),
+    "qwen2": (hf.Qwen2Config, _LLAMA, "model.layers.{}.mlp.down_proj"),
+    "qwen3": (hf.Qwen3Config, _LLAMA | _HEADS, "model.layers.{}.mlp.down_proj"),
+    "mistral": (hf.MistralConfig, _LLAMA | {"sliding_window": None}, "model.layers.{}.mlp.down_proj"),
+    "gemma": (hf.GemmaConfig, _LLAMA | _HEADS, "model.layers.{}.mlp.down_proj"),
+    "gemma2": (
+        hf.Gemma2Config,
+        _LLAMA | _HEADS | {"sliding_window": 64, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+        "model.layers.{}.mlp.down_proj",
+    ),
+    "phi": (hf.PhiConfig, _LLAMA, "model.layers.{}.mlp.fc2"),
+    "phi3": (hf.Phi3Config, _LLAMA, "model.layers.{}.mlp.down_proj"),
+    "gpt2": (hf.GPT2Config, _GPT, "transformer.h.{}.mlp.c_proj"),
+    "gptj": (hf.GPTJConfig, _GPT | {"rotary_dim": 4}, "transformer.h.{}.mlp.fc_out"),
+    "gptneox": (hf.GPTNeoXConfig, _LLAMA, "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
+    "opt": (
+        hf.OPTConfig,
+        _LLAMA | {"ffn_dim": 80, "word_embed_proj_dim": HIDDEN, "init_std": 0.2},
+        "model.decoder.layers.{}.fc2",
+    ),
+    "falcon": (hf.FalconConfig, _LLAMA, "transformer.h.{}.mlp.dense_4h_to_h"),
+}
+# Families with something of their own after the head or in the attention, which must be followed or refused.
+UNUSUAL: dict[str, tuple[type, dict[str, Any], str]] = {
+    "cohere": (hf.CohereConfig, _LLAMA | {"logit_scale": 0.3}, "model.layers.{}.mlp.down_proj"),
+    "granite": (hf.GraniteConfig, _LLAMA | {"logits_scaling": 3.0}, "model.layers.{}.mlp.down_proj"),
+    "bloom": (
+        hf.BloomConfig,
+        {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "n_layer": 5, "n_head": 4},
+        "transformer.h.{}.mlp.dense_4h_to_h",
+    ),
+    "falcon-alibi": (hf.FalconConfig, _LLAMA | {"alibi": True}, "transformer.h.{}.mlp.dense_4h_to_h"),
+    "mistral-sliding": (hf.MistralConfig, _LLAMA | {"sliding_window": 4}, "model.layers.{}.mlp.down_proj"),
+    "gemma2-sliding": (
+        hf.Gemma2Config,
+        _LLAMA | _HEADS | {"sliding_window": 4, "query_pre_attn_scalar": 8},
+        "model.layers.{}.mlp.down_proj",
+    ),
+}
+
+
+def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A tiny random causal LM in evaluation mode, the same for the same arguments; the random state is left alone."""
+    config_class, settings, _ = (FAMILIES | UNUSUAL)[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = hf.AutoModelForCausalLM.from_config(config_class(**{**settings, **changes}))
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms and biases start at ones and zeros, which would hide their misuse
+                parameter.data += 0.1 * torch.randn_like(parameter)
+            elif "proj" in name or "dense" in name or "fc" in name:
+                parameter.data = 0.2 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def make_tokenizer(bos: bool = False, eos: bool = False) -> Any:
+    """A byte-level BPE tokenizer; ``bos`` and ``eos`` are added by its post-processor."""
+    trained = ByteLevelBPETokenizer(add_prefix_space=False)
+    trained.train([str(_TEXT)], vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
+    core = Tokenizer.from_str(trained.to_str())
+    if bos or eos:
+        template = TemplateProcessing(
+            single=f"{'<s> ' if bos else ''}$A{' </s>' if eos else ''}", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+        core.post_processor = Sequence([ByteLevel(trim_offsets=False), template])
+    return hf.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def make_metaspace_tokenizer() -> Any:
+    """Words begin with "▁", the text too; unknown characters fall back to bytes: as Llama 2's and Mistral's."""
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<s>", "</s>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False, limit_alphabet=60)
+    core.train_from_iterator(_TEXT.read_text(encoding="utf-8").splitlines(), trainer)
+    stored = json.loads(core.to_str())
+    stored["added_tokens"] = [t for t in stored["added_tokens"] if not t["content"].startswith("<0x")]
+    core = Tokenizer.from_str(json.dumps(stored))
+    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return hf.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def facts(count: int = 4) -> list[EditRequest]:
+    """Facts with subjects at different places of the prompt and targets of different lengths."""
+    made = [
+        EditRequest(
+            "The capital of {} is",
+            "Vanuatu",
+            "Rome",
+            "Paris",
+            ("{} has its capital in".format("Vanuatu"),),
+            ("The capital of Spain is", "The capital of France is"),
+            id="capital",
+        ),
+        EditRequest("{} was written by", "The Red Door", "Ann Lee", "Bo Carr", ("Who wrote The Red Door?",), id="book"),
+        EditRequest("In the sport of football, {} plays for", "Ivo Ba", "Rovers", "United", id="player"),
+        EditRequest("The mother tongue of {}", "Zoë Åkers", "Welsh", None, id="tongue"),
+        EditRequest("The river {} flows into the", "Tarn", "North Sea", "Lake Aral", id="river"),
+        EditRequest("{} lies in", "Mount Oka", "Peru", "Japan", ("Where is Mount Oka? In",), id="mount"),
+    ]
+    return made[:count]
+
+
+def state(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of all weights."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(model: Any, before: dict[str, torch.Tensor]) -> bool:
+    """Whether all weights are the same bit for bit."""
+    return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
