@@ -8,6 +8,7 @@ DEMO_EDITS ?= 40
 DEMO_OUT ?= runs/demo
 SPHERE_EDIT_DATA ?= $(wildcard ../shared/data)
 TEST_ARGS ?=
+BENCH_OUT ?= benchmarks/results/values.json
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -36,7 +37,7 @@ help:
 	@echo 'make venv    install everything into $(VENV) (PYTHON, VENV, TORCH_SPEC, TORCH_ARGS)'
 	@echo 'make demo    edit a small model $(DEMO_EDITS) times and write a report (DEMO_EDITS, DEMO_OUT)'
 	@echo 'make test    run the tests (SPHERE_EDIT_DATA names a data folder, TEST_ARGS goes to pytest)'
-	@echo 'make bench   run the benchmarks'
+	@echo 'make bench   run the benchmarks, keep their rows (BENCH_OUT) and write the tables of the README'
 	@echo 'make lint    check style and types'
 	@echo 'make clean   remove $(VENV) and everything built'
 
@@ -68,7 +69,9 @@ test: $(STAMP)
 	OMP_NUM_THREADS=2 $(DATA_ENV) $(BIN)/python -m pytest tests $(TEST_ARGS)
 
 bench: $(STAMP)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only $(TEST_ARGS)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only \
+	    --benchmark-json=$(BENCH_OUT) $(TEST_ARGS)
+	$(BIN)/python -m benchmarks.tables
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

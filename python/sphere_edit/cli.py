@@ -304,8 +304,8 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
 def energy_table(events: list[dict[str, Any]]) -> Table:
     """First and last energy of each edited layer."""
     table = Table(title="hyperspherical energy")
-    for name in ("layer", "before", "after", "change", "excess before", "excess after", "r", "suppressed"):
-        table.add_column(name, justify="right")
+    for name in ("layer", "HE before", "HE after", "change", "excess after", "r", "suppressed"):
+        table.add_column(name, justify="right", no_wrap=True)
     by_layer: dict[int, list[dict[str, Any]]] = {}
     for event in events:
         if event["event"] == "energy":
@@ -317,7 +317,6 @@ def energy_table(events: list[dict[str, Any]]) -> Table:
             f"{first['energy']:.2f}",
             f"{last['energy']:.2f}",
             f"{last['energy'] - first['energy']:+.2f}",
-            f"{first['excess']:+.2f}",
             f"{last['excess']:+.2f}",
             str(last.get("rank", "-")),
             f"{100 * last.get('suppressed', 0):.1f} %",

@@ -22,11 +22,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from . import runs
-from .data.reading import read_records
-from .files import replacing
-from .metrics import METRICS
-from .requests import EditRequest
+from sphere_edit import runs
+from sphere_edit.data.reading import read_records
+from sphere_edit.files import replacing
+from sphere_edit.metrics import METRICS
+from sphere_edit.requests import EditRequest
 
 Event = dict[str, Any]
 
