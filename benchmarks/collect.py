@@ -52,7 +52,8 @@ def _of(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 def machine() -> dict[str, Any]:
     cpu = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS, check=False)
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=RESULTS, check=False)
     return {
         "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.processor(),
         "cores": len(cpu),
@@ -69,10 +70,14 @@ def _read(path: str) -> str:
         return ""
 
 
-def main(name: str, *paths: str) -> None:
-    stored = {"machine": machine(), "rows": [row(Path(path)) for path in paths]}
+def store(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write ``results/NAME.json``: the rows, the machine, and the commit they were collected at."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+def main(name: str, *paths: str) -> None:
+    store(name, [row(Path(path)) for path in paths])
 
 
 if __name__ == "__main__":

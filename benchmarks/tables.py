@@ -32,50 +32,71 @@ def score(evaluation: dict[str, Any], name: str) -> str:
     return "–" if found["mean"] is None else f"{found['mean']:.3f} ± {found['stderr']:.3f}"
 
 
-def scores(name: str, labels: list[str]) -> str:
+def label(row: dict[str, Any]) -> str:
+    return "AlphaEdit + SPHERE" if row["settings"]["sphere"] else "AlphaEdit alone"
+
+
+def scores(name: str) -> str:
     """Metrics before, then after each run of ``name``."""
     rows = load(name)["rows"]
-    assert len(rows) == len(labels)
     before, afters = rows[0]["evaluations"]["before"], [row["evaluations"]["after"] for row in rows]
-    body = [[metric.replace("_", " "), *(score(e, metric) for e in [before, *afters])] for metric in _METRICS]
-    body.append(["perplexity", *(f"{e['perplexity']:.2f}" for e in [before, *afters])])
-    return table(["", "before", *labels], body)
+    counts = [str(before["scores"][metric]["n"]) for metric in _METRICS]
+    body = [
+        [metric.replace("_", " "), *(score(e, metric) for e in [before, *afters]), n]
+        for metric, n in zip(_METRICS, counts, strict=True)
+    ]
+    body.append(["perplexity", *(f"{e['perplexity']:.2f}" for e in [before, *afters]), ""])
+    return table(["", "before", *map(label, rows), "n"], body)
 
 
-def energies(name: str, labels: list[str]) -> str:
+def energies(name: str) -> str:
     """Excess energy per layer before, then after each run of ``name``."""
     rows = load(name)["rows"]
     body = [
         [layer, f"{seen['excess_before']:.2f}", *(f"{row['energies'][layer]['excess_after']:.2f}" for row in rows)]
         for layer, seen in rows[0]["energies"].items()
     ]
-    return table(["layer", "before", *labels], body)
+    return table(["layer", "before", *map(label, rows)], body)
 
 
 def values() -> str:
     """Seconds per fact of the value optimisation, both ways, out of one run of the benchmark."""
-    stored = load("values")
-    found = {b["name"]: b for b in stored["benchmarks"]}
-    alone, batched = found["test_one_by_one"], found["test_batched"]
-    per = {name: b["stats"]["median"] / b["extra_info"]["facts"] for name, b in found.items()}
-    ratio = per["test_one_by_one"] / per["test_batched"]
-    rows = [
-        ["one fact at a time, whole model", f"{alone['extra_info']['facts']}", f"{per['test_one_by_one']:.1f}", "1.0×"],
-        [
-            "batched, from the edited layer up",
-            f"{batched['extra_info']['facts']}",
-            f"{per['test_batched']:.2f}",
-            f"{ratio:.1f}×",
-        ],
+    ways = {"test_one_by_one": "one fact at a time, whole model", "test_batched": "batched, from the edited layer up"}
+    found = {b["name"]: b for b in load("values")["benchmarks"]}
+    per = {name: found[name]["stats"]["median"] / found[name]["extra_info"]["facts"] for name in ways}
+    rows = []
+    for name, way in ways.items():
+        info = found[name]["extra_info"]
+        ratio = f"{per['test_one_by_one'] / per[name]:.1f}×"
+        rows.append([way, f"{info['facts']}", ", ".join(map(str, info["shared_loss"])), f"{per[name]:.2f}", ratio])
+    info = found["test_batched"]["extra_info"]
+    head = f"{info['steps']} steps, {info['threads']} threads"
+    return table([head, "facts", "losses of three shared facts", "seconds per fact", "ratio"], rows)
+
+
+def preset() -> str:
+    """The figures that decided the preset."""
+    names = [
+        "efficacy_success",
+        "efficacy_accuracy",
+        "generalization_success",
+        "specificity_success",
+        "specificity_accuracy",
     ]
-    return table(["25 Adam steps, 2 threads", "facts", "seconds per fact", "ratio"], rows)
+    rows = load("preset")["rows"]
+    body = [
+        [row["name"], *(f"{row['scores'][name]['mean']:.3f}" for name in names), f"{row['perplexity']:.2f}"]
+        for row in rows
+    ]
+    return table(["settings", *(name.replace("_", " ") for name in names), "perplexity"], body)
 
 
 TABLES = {
     "values": values,
-    "demo": lambda: scores("demo", ["after"]),
-    "counterfact": lambda: scores("counterfact100", ["AlphaEdit + SPHERE", "AlphaEdit alone"]),
-    "counterfact-energy": lambda: energies("counterfact100", ["AlphaEdit + SPHERE", "AlphaEdit alone"]),
+    "preset": preset,
+    "demo": lambda: scores("demo"),
+    "counterfact": lambda: scores("counterfact100"),
+    "counterfact-energy": lambda: energies("counterfact100"),
 }
 
 

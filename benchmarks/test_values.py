@@ -18,13 +18,13 @@ from sphere_edit.replay import frozen
 from sphere_edit.structure import find_structure
 from sphere_edit.values import optimise_values
 
-FACTS, ALONE = 48, 3
+FACTS, ALONE = 32, 3
 
 
 @pytest.fixture(scope="module")
 def setting():
     model, tokenizer = load_model("smollm2-135m")
-    config = preset("smollm2-135m").replace(value_stop=0.0)
+    config = preset("smollm2-135m").replace(value_stop=0.0, value_stop_on="loss")
     with frozen(model):
         contexts = generate_contexts(model, tokenizer, config.contexts, config.context_length, config.seed)
         yield {

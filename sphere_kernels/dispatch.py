@@ -96,10 +96,13 @@ def select(op: str, impl: str, device_type: str, dtype: torch.dtype, shape: Iter
 
 
 def implementation(op: str, impl: str, tensor: Tensor) -> Callable[..., Any]:
-    """The function that computes ``op`` on ``tensor``; ``impl="auto"`` yields to ``SPHERE_KERNELS_IMPL``."""
+    """The function that computes ``op`` on ``tensor``; ``impl="auto"`` yields to ``SPHERE_KERNELS_IMPL``.
+
+    It runs outside any autocast: the dtypes are the operation's own.
+    """
     requested = env.kernels_impl() if impl == "auto" else impl
     chosen = select(op, requested, tensor.device.type, tensor.dtype, tensor.shape)
-    return _REGISTRY[op][chosen].run
+    return torch.autocast(tensor.device.type, enabled=False)(_REGISTRY[op][chosen].run)
 
 
 def _implementations(op: str) -> dict[str, Implementation]:

@@ -30,12 +30,12 @@ KERNELS_IMPL = Variable(
 EDIT_CACHE = Variable(
     "SPHERE_EDIT_CACHE",
     "~/.cache/sphere-edit",
-    "Folder for what the editing loop computes once per model: covariances, null-space projectors.",
+    "Folder for what the editing loop makes once per model: the converted demo model, covariances of keys.",
 )
 EDIT_DATA = Variable(
     "SPHERE_EDIT_DATA",
     "",
-    "Folder searched for data sets before the packaged ones; empty: only the packaged ones.",
+    "Folder with published data sets for the tests that read some; empty: those tests are skipped.",
 )
 VARIABLES = (KERNELS_IMPL, EDIT_CACHE, EDIT_DATA)
 
@@ -51,7 +51,7 @@ def edit_cache() -> Path:
 
 
 def edit_data() -> Path | None:
-    """The folder of the user's own data sets, if one is named."""
+    """The folder of published data sets, if one is named."""
     return Path(EDIT_DATA.value).expanduser() if EDIT_DATA.value else None
 
 

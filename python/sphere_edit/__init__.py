@@ -1,13 +1,18 @@
 """Edit facts of Hugging Face language models in sequence, with SPHERE."""
 
-from sphere_edit.config import PRESETS, EditConfig, preset
-from sphere_edit.data import load_requests
-from sphere_edit.editor import EditResult, SphereEditor
-from sphere_edit.metrics import evaluate, perplexity
-from sphere_edit.models import load_model
-from sphere_edit.requests import EditRequest
-from sphere_edit.structure import find_structure
-from sphere_kernels import __version__
+try:
+    from sphere_edit.config import PRESETS, EditConfig, preset
+    from sphere_edit.data import load_requests
+    from sphere_edit.editor import EditResult, SphereEditor
+    from sphere_edit.metrics import evaluate, perplexity
+    from sphere_edit.models import load_model
+    from sphere_edit.requests import EditRequest
+    from sphere_edit.structure import find_structure
+    from sphere_kernels import __version__
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"sphere_edit needs the package {error.name}; pip install 'sphere-kernels[edit]', or [demo] for the demo's data"
+    ) from error
 
 __all__ = [
     "PRESETS",

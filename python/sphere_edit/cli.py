@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -37,7 +40,7 @@ DataOption = Annotated[
         "--data",
         "-d",
         help="'world-facts[:RELATION,...]', a CounterFact file (.json, .jsonl, .gz), or JSONL of "
-        "{prompt with {}, subject, target_new[, target_true, paraphrases, neighborhood]}.",
+        "{prompt with {}, subject, target_new[, target_true, paraphrases, neighborhood]}, the last two whole prompts.",
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option(help="Use the first N requests only.", min=1)]
@@ -79,7 +82,10 @@ def run_command(
     subspace: Annotated[str | None, typer.Option(help="current or pretrained principal directions.")] = None,
     refresh_every: Annotated[int | None, typer.Option(help="Batches between two refreshes of them.")] = None,
     covariance_text: Annotated[str | None, typer.Option(help="Text of the key covariance: builtin, or a file.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything drawn.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of everything drawn while editing; world-facts has its own, as in world-facts:seed=1."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, as in config.yaml; may be repeated."),
@@ -124,11 +130,11 @@ def run_command(
         options = RunOptions(
             model, data, out, perplexity_text=perplexity_text, save_model=save_model, overwrite=overwrite
         )
-        with bars() as progress:
+        with bars() as progress, partial_named(out):
             run(loaded, tokenizer, requests, settings, options, on_progress=progress)
         events = runs.read_events(out)
         console.print(energy_table(events), scores_table(events))
-        console.print(f"report: {out / runs.REPORT}")
+        say(f"report: {out / runs.REPORT}")
 
 
 @app.command("evaluate")
@@ -147,17 +153,20 @@ def evaluate_command(
     """Success, accuracy (each with its standard error) and perplexity of any model on a data set."""
     with plain_errors():
         from sphere_edit.data import load_requests
-        from sphere_edit.metrics import evaluate, perplexity
+        from sphere_edit.metrics import evaluate, finite, perplexity
+        from sphere_edit.structure import check_weights_finite
 
         requests = load_requests(data, limit=limit, order=order)
         loaded, tokenizer = _load(model, dtype, device, threads, trust_remote_code)
+        check_weights_finite(loaded)
         with bars() as progress:
             found = evaluate(loaded, tokenizer, requests, lambda done, n: progress("scores", done, n))
+        value = perplexity(loaded, tokenizer, perplexity_text)
         event = {
             "event": "evaluation",
             "when": "now",
             "scores": found.to_dict(),
-            "perplexity": perplexity(loaded, tokenizer, perplexity_text),
+            "perplexity": finite(value),
         }
         console.print(scores_table([event]))
         _write_json(as_json, {"model": model, "data": data, **event})
@@ -169,7 +178,7 @@ def report_command(run: RunArgument) -> None:
     with plain_errors():
         from sphere_edit.report import write_report
 
-        console.print(f"report: {write_report(run)}")
+        say(f"report: {write_report(run)}")
 
 
 @app.command("energy")
@@ -198,7 +207,7 @@ def energy_command(
         loaded, _ = _load(model, dtype, device, threads, trust_remote_code)
         with bars() as progress:
             rows = layer_energies(loaded, s, energy_ratio, lambda done, n: progress("layers", done, n))
-        table = Table(title=f"{model}: hyperspherical energy of the MLP down-projections, s = {s:g}")
+        table = Table(title=escape(f"{model}: hyperspherical energy of the MLP down-projections, s = {s:g}"))
         columns = (
             "layer",
             "n × d",
@@ -228,7 +237,9 @@ def energy_command(
 def apply_command(
     run: RunArgument,
     out: OutModelOption,
-    model: ModelOption = "smollm2-135m",
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder or id of the unedited model; the run's own by default.")
+    ] = None,
     trust_remote_code: RemoteOption = False,
 ) -> None:
     """Put the edits of a run into the model they were made for; the result is the edited model bit for bit."""
@@ -246,24 +257,30 @@ def revert_command(
     _switch(run, model, out, "before", trust_remote_code)
 
 
-def _switch(run: Path, model: str, out: Path, to: Literal["after", "before"], trust_remote_code: bool) -> None:
+def _switch(run: Path, model: str | None, out: Path, to: Literal["after", "before"], trust_remote_code: bool) -> None:
     with plain_errors():
         from sphere_edit import runs
         from sphere_edit.structure import find_structure
 
         if out.exists():
             raise runs.RunError(f"{out} exists; expected a new folder for the model")
-        runs.read_config(run)
-        loaded, tokenizer = _load(model, "auto", "cpu", None, trust_remote_code)
+        config = runs.read_config(run)
+        name = config["model"] if model is None else model
+        dtype = str(runs.weights_dtype(run)).removeprefix("torch.")
+        loaded, tokenizer = _load(name, dtype, "cpu", None, trust_remote_code)
         names = runs.switch(run, find_structure(loaded), to)
         with runs.new_model_folder(out) as folder:
             loaded.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        console.print(f"{len(names)} weights as they were {to} the run, checked by SHA-256: {out}")
+        say(f"{len(names)} weights as they were {to} the run, checked by SHA-256: {out}")
 
 
 def main() -> None:
     app()
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -271,12 +288,24 @@ def plain_errors() -> Iterator[None]:
     """What a user can mend ends in one line and status 2; what only we can mend keeps its traceback."""
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         errors.print("interrupted; models and finished outputs are as they were", style="red")
         raise typer.Exit(130) from error
+
+
+@contextmanager
+def partial_named(out: Path) -> Iterator[None]:
+    """Say where an unfinished run has left what it has."""
+    earlier = set(out.parent.glob(f"{out.name}.partial-*"))
+    try:
+        yield
+    except BaseException:
+        for path in set(out.parent.glob(f"{out.name}.partial-*")) - earlier:
+            errors.print(f"unfinished: {path}", markup=False, highlight=False, soft_wrap=True)
+        raise
 
 
 @contextmanager
@@ -294,8 +323,10 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
-            if what not in tasks or (done == 0 and progress.tasks[tasks[what]].finished):
+            if what not in tasks:
                 tasks[what] = progress.add_task(what, total=total)
+            elif progress.tasks[tasks[what]].finished and done < total:  # the next batch's
+                progress.reset(tasks[what])
             progress.update(tasks[what], completed=done, total=total)
 
         yield show
@@ -335,7 +366,8 @@ def scores_table(events: list[dict[str, Any]]) -> Table:
     for name in found[0]["scores"] if found else ():
         scores = [event["scores"][name] for event in found]
         table.add_row(name.replace("_", " "), *map(_score_text, scores), str(scores[0]["n"]))
-    table.add_row("perplexity", *(f"{event['perplexity']:.2f}" for event in found), "")
+    values = [event["perplexity"] for event in found]
+    table.add_row("perplexity", *("-" if value is None else f"{value:.2f}" for value in values), "")
     return table
 
 
@@ -354,7 +386,6 @@ def sparkline(values: list[float], width: int = 24) -> str:
 
 
 def _load(model: str, dtype: str, device: str, threads: int | None, trust_remote_code: bool) -> tuple[Any, Any]:
-    import torch
     import transformers
 
     from sphere_edit.models import load_model
@@ -381,10 +412,13 @@ def _settings(preset_name: str, file: Path | None, pairs: list[str], named: dict
     """Preset, then file, then ``--set``, then the named options: the later wins."""
     values = preset(preset_name).to_dict()
     if file is not None:
-        loaded = _yaml(file.read_text(), str(file))
+        loaded = _yaml(file.read_text(encoding="utf-8"), str(file))
         if not isinstance(loaded, dict):
             raise ConfigError(f"{file}: expected settings as 'name: value' lines, found {type(loaded).__name__}")
-        values |= loaded.get("settings", loaded)
+        settings = loaded.get("settings", loaded)
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{file}: expected settings as 'name: value' lines, found {settings!r}")
+        values |= settings
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
@@ -394,10 +428,19 @@ def _settings(preset_name: str, file: Path | None, pairs: list[str], named: dict
 
 
 def _yaml(text: str, where: str) -> Any:
+    """YAML as its users write it: 1e-3, which YAML 1.1 takes for a text, is a number."""
     try:
-        return yaml.safe_load(text)
+        return _numeric(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
+
+
+def _numeric(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numeric(item) for key, item in value.items()}
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", value):
+        return float(value)
+    return value
 
 
 def _numbers(text: str) -> list[int]:
@@ -412,4 +455,4 @@ def _write_json(path: Path | None, values: dict[str, Any]) -> None:
         from sphere_edit.files import replacing
 
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False))
+            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")

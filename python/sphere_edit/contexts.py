@@ -38,6 +38,7 @@ def generate_contexts(model: Any, tokenizer: Any, count: int, length: int, seed:
                 top_k=5,
                 top_p=1.0,
                 temperature=1.0,
+                repetition_penalty=1.0,
                 pad_token_id=tokenizer.eos_token_id,
             )
             text = tokenizer.decode(out[0], skip_special_tokens=True)

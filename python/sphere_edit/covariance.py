@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sphere_edit.structure import ModelStructure
 from sphere_edit.text import text_path, token_windows
 
 _WINDOW, _ROWS = 256, 8
+_FEW = 8  # tokens per dimension below which the covariance is doubtful
 _FORMAT = "1"
 
 
@@ -74,6 +76,7 @@ def key_covariances(
             "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             "tokens_at_most": str(config.covariance_tokens),
             "window": str(_WINDOW),
+            "computed": f"torch {torch.__version__}, {structure.device.type}, {torch.get_num_threads()} threads",
         }
         for layer in layers
     }
@@ -86,6 +89,7 @@ def key_covariances(
             moment = moments.sums[layer] / moments.tokens
             _save(paths[layer], moment, {**described[layer], "tokens": str(moments.tokens)})
             found[layer] = moment
+        _warn_if_few(moments.tokens, max(len(moment) for moment in moments.sums.values()))
     return {layer: moment.to(structure.device) for layer, moment in found.items() if moment is not None}
 
 
@@ -115,9 +119,20 @@ def _measure(
             if len(pending) == _ROWS:
                 flush()
         flush()
+    if progress is not None:
+        progress(moments.tokens, moments.tokens)
     if moments.tokens == 0:
         raise ValueError(f"covariance_text {config.covariance_text!r} has no text; expected at least two tokens")
     return moments
+
+
+def _warn_if_few(tokens: int, d: int) -> None:
+    if tokens < _FEW * d:
+        warnings.warn(
+            f"the key covariance of {d}-wide keys rests on {tokens} tokens only, so much of its null space is want of "
+            f"text; give covariance_text and covariance_tokens at least {_FEW} × {d} tokens",
+            stacklevel=3,
+        )
 
 
 def _path(cache: Path, described: dict[str, str], model: Any, text: str) -> Path:

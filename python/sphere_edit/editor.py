@@ -68,7 +68,8 @@ class SphereEditor:
     Raises:
         StructureError, ConfigError, ValueError: the model, the layers or a setting does not fit.
 
-    Determinism: the same model, requests, settings, seed, thread count and machine give the same weights bit for bit.
+    Determinism: on the CPU the same model, requests, settings, seed, thread count and machine give the same weights
+    bit for bit.
     """
 
     def __init__(
@@ -93,10 +94,10 @@ class SphereEditor:
         self._cache = cache if cache is not None else cache_dir() / "covariance"
         self.on_event = on_event or (lambda event: None)
         self._on_progress = on_progress or (lambda what, done, total: None)
-        self._weights = {layer: self.structure.down[layer].weight for layer in config.layers}
-        self._original = {layer: weight.clone() for layer, weight in self._weights.items()}
+        self._original = {layer: weight.clone() for layer, weight in self.weights().items()}
         self._method: Method | None = None
         self._contexts: list[str] = []
+        self._events: list[Event] = []
         self._directions: dict[int, PrincipalDirections] = {}
         self._batches = self._edits = 0
 
@@ -107,21 +108,37 @@ class SphereEditor:
             RequestError, ValueError: a request that cannot be edited; nothing has been touched then.
         """
         todo = self.check(requests)
-        result = EditResult(todo, {layer: [] for layer in self.config.layers})
+        result = EditResult(todo, {layer: [] for layer in self.config.layers}, self._events)
         if not todo:
             return result
+        self.prepare()
         with frozen(self.model):
-            if self._method is None:
-                self._prepare(result)
             total = batch_count(len(todo), self.config.batch_size)
             for i in range(total):
                 self._on_progress("batches", i, total)
                 self._edit_batch(todo[i * self.config.batch_size : (i + 1) * self.config.batch_size], result)
             self._on_progress("batches", total, total)
+        self._events = []
         return result
+
+    def prepare(self) -> None:
+        """What is needed once before the first edit: a check of the model's parts, context prefixes, key covariances,
+        the method's state, and the energies as they are. `edit` calls it; call it to meet its errors early."""
+        if self._method is None:
+            with frozen(self.model):
+                self._prepare()
 
     def check(self, requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[EditRequest]:
         """Everything about the requests that can be known before editing; raises as `edit` does, changes nothing."""
+        if torch.is_inference_mode_enabled():
+            raise ValueError("editing needs gradients; expected to be called outside torch.inference_mode()")
+        for layer, weight in self.weights().items():
+            original = self._original[layer]
+            if weight.dtype != original.dtype or weight.device != original.device:
+                raise ValueError(
+                    f"layer {layer}: the weight is {weight.dtype} on {weight.device}, but was {original.dtype} on "
+                    f"{original.device} when the editor was made; make a new editor after moving or casting a model"
+                )
         todo = as_requests(requests)
         check_batches(todo, self.config.batch_size)
         text_path(self.config.covariance_text)
@@ -132,14 +149,14 @@ class SphereEditor:
     @torch.no_grad()
     def revert(self) -> None:
         """Put the weights back exactly as the editor found them, and forget all edits."""
-        for layer, weight in self._weights.items():
+        for layer, weight in self.weights().items():
             weight.copy_(self._original[layer])
         self._method, self._batches, self._edits = None, 0, 0
-        self._directions = {}
+        self._directions, self._events = {}, []
 
     def energy(self, layer: int) -> dict[str, float]:
         """Hyperspherical energy of an edited weight now, and its excess over orthogonal rows."""
-        weight, s = self._weights[layer], self.config.energy_s
+        weight, s = self.structure.down[layer].weight, self.config.energy_s
         energy = float(hyperspherical_energy(weight, s))
         return {"energy": energy, "excess": energy - orthogonal_energy(weight.shape[0], s)}
 
@@ -149,15 +166,14 @@ class SphereEditor:
 
     def weights(self) -> dict[int, Tensor]:
         """The edited weights ``[n, d]`` as they are; the model's own storage."""
-        return dict(self._weights)
+        return {layer: self.structure.down[layer].weight for layer in self.config.layers}
 
-    def _emit(self, result: EditResult, event: str, **values: Any) -> None:
+    def _emit(self, event: str, **values: Any) -> None:
         record = {"event": event, **values}
-        result.events.append(record)
+        self._events.append(record)
         self.on_event(record)
 
-    def _prepare(self, result: EditResult) -> None:
-        """What is needed once: context prefixes, key covariances, the method's state; energies before any edit."""
+    def _prepare(self) -> None:
         config, start = self.config, time.perf_counter()
         check_replay(self.model, self.structure, encode(self.tokenizer, "The capital of France is").ids)
         self._contexts = generate_contexts(
@@ -175,22 +191,21 @@ class SphereEditor:
         self._method = make_method(config, covariances)
         ranks = getattr(self._method, "null_space_rank", {})
         self._emit(
-            result,
             "prepared",
             contexts=self._contexts,
             null_space_rank={str(layer): rank for layer, rank in ranks.items()},
             seconds=time.perf_counter() - start,
         )
         for layer in config.layers:
-            self._emit(result, "energy", batch=0, edits=0, layer=layer, **self.energy(layer))
+            self._emit("energy", batch=0, edits=0, layer=layer, **self.energy(layer))
 
     def _edit_batch(self, batch: Sequence[EditRequest], result: EditResult) -> None:
         assert self._method is not None
-        found = {layer: weight.clone() for layer, weight in self._weights.items()}
+        found = {layer: weight.clone() for layer, weight in self.weights().items()}
         try:
-            updates = self._write_batch(batch, result)
+            updates = self._write_batch(batch)
         except BaseException:
-            for layer, weight in self._weights.items():
+            for layer, weight in self.weights().items():
                 weight.copy_(found[layer])
             self._method.rollback()
             raise
@@ -200,7 +215,7 @@ class SphereEditor:
         for layer, update in updates.items():
             result.updates[layer].append(update)
 
-    def _write_batch(self, batch: Sequence[EditRequest], result: EditResult) -> dict[int, LowRankUpdate]:
+    def _write_batch(self, batch: Sequence[EditRequest]) -> dict[int, LowRankUpdate]:
         config, layers = self.config, self.config.layers
         assert self._method is not None
         start = time.perf_counter()
@@ -226,11 +241,11 @@ class SphereEditor:
             solved = self._method.solve(layer, keys, residuals)
             directions = self._layer_directions(layer)
             update = solved if directions is None else sparse_projection(solved, directions, config.alpha)
-            _add(self._weights[layer], update)
+            weight = self.structure.down[layer].weight
+            _add(weight, update)
             updates[layer] = LowRankUpdate(update.left.cpu(), update.right.cpu())
             start = _lap(clock, "solve", start)
             self._emit(
-                result,
                 "energy",
                 batch=number,
                 edits=edits,
@@ -238,11 +253,10 @@ class SphereEditor:
                 **self.energy(layer),
                 **_movement(solved, update, directions),
                 residual=float(residuals.norm(dim=1).mean()),
-                weight_norm=float(self._weights[layer].float().norm()),
+                weight_norm=float(weight.float().norm()),
             )
             start = _lap(clock, "energy", start)
         self._emit(
-            result,
             "batch",
             batch=number,
             edits=edits,
@@ -263,7 +277,7 @@ class SphereEditor:
             if layer not in self._directions:
                 self._directions[layer] = principal_directions(self._original[layer], config.energy_ratio)
         elif layer not in self._directions or self._batches % config.refresh_every == 0:
-            self._directions[layer] = principal_directions(self._weights[layer], config.energy_ratio)
+            self._directions[layer] = principal_directions(self.structure.down[layer].weight, config.energy_ratio)
         return self._directions[layer]
 
 

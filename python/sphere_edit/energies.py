@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sphere_edit.structure import find_structure
+from sphere_edit.structure import check_weights_finite, find_structure
 from sphere_kernels import hyperspherical_energy, orthogonal_energy, principal_directions
 
 
@@ -17,9 +17,10 @@ def layer_energies(
 
     Raises:
         StructureError: the model has no recognisable MLP down-projections.
-        ValueError: a weight holds NaN or Inf.
+        StructureError: a parameter holds NaN or Inf.
     """
     structure = find_structure(model)
+    check_weights_finite(model)
     rows = []
     for i, down in enumerate(structure.down):
         weight = down.weight

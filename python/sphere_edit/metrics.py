@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_edit.replay import frozen
+from sphere_edit.replay import frozen, last_logits
 from sphere_edit.requests import EditRequest
 from sphere_edit.text import token_windows
-from sphere_edit.tokens import Row, encode, pad_left
+from sphere_edit.tokens import Row, check_tokenizer, encode, pad_left
 
 PERPLEXITY_TOKENS = 10_000
 _TOKENS_PER_BATCH = 2048
@@ -42,11 +42,12 @@ class Score:
         return cls(mean, math.sqrt(variance / n), n)
 
     def to_dict(self) -> dict[str, float | int | None]:
-        return {
-            "mean": None if math.isnan(self.mean) else self.mean,
-            "stderr": None if math.isnan(self.stderr) else self.stderr,
-            "n": self.n,
-        }
+        return {"mean": finite(self.mean), "stderr": finite(self.stderr), "n": self.n}
+
+
+def finite(value: float) -> float | None:
+    """JSON knows neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def evaluate(
     Args:
         model: causal LM; evaluated in evaluation mode, left as it was.
     """
+    check_tokenizer(tokenizer)
     asked: dict[tuple[str, str], int] = {}
 
     def ask(prompt: str, target: str | None) -> int | None:
@@ -162,7 +164,7 @@ def _score(
 
     keep = max(first(carrier, i) for carrier in batch for i in carried[carrier])
     inputs: dict[str, Any] = pad_left([rows[i].ids for i in batch], device)
-    logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, -keep:]
+    logits: Tensor = model(**inputs, use_cache=False, **last_logits(model, keep)).logits[:, -keep:]
     for carrier, own in zip(batch, logits, strict=True):
         for i in carried[carrier]:
             target = torch.tensor(rows[i].target, device=device)
@@ -189,4 +191,5 @@ def perplexity(model: Any, tokenizer: Any, text: str = "heldout", tokens: int = 
             count += ids.shape[1] - 1
     if count == 0:
         raise ValueError(f"text {text!r} has fewer than two tokens; perplexity needs at least two")
-    return math.exp(total / count)
+    mean = total / count
+    return math.exp(mean) if mean < 700 else math.inf  # exp overflows past 709; such a model says nothing

@@ -58,14 +58,19 @@ def load_model(
     path = str(_demo_model()) if name_or_path == DEMO_MODEL else name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"model {name_or_path!r} cannot be loaded: {error}. Expected {DEMO_MODEL!r}, a folder with a Hugging Face "
             "causal LM in safetensors, or an id that can be reached"
         ) from error
+    if info["missing_keys"]:
+        raise ModelError(
+            f"model {name_or_path!r} lacks weights, which would be random: {sorted(info['missing_keys'])[0]} and "
+            f"{len(info['missing_keys']) - 1} more; expected a whole causal LM"
+        )
     if path != name_or_path:
         model.config.name_or_path = name_or_path
     return model.to(device).eval(), tokenizer

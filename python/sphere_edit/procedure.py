@@ -14,7 +14,7 @@ import torch
 from sphere_edit import runs
 from sphere_edit.config import EditConfig
 from sphere_edit.editor import EditResult, Event, SphereEditor
-from sphere_edit.metrics import PERPLEXITY_TOKENS, Evaluation, evaluate, perplexity
+from sphere_edit.metrics import PERPLEXITY_TOKENS, Evaluation, evaluate, finite, perplexity
 from sphere_edit.replay import frozen
 from sphere_edit.report import write_report
 from sphere_edit.requests import EditRequest
@@ -72,7 +72,7 @@ def run(
         with (folder / runs.METRICS).open("w", encoding="utf-8") as log:
 
             def emit(event: Event) -> None:
-                log.write(json.dumps(event, ensure_ascii=False) + "\n")
+                log.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
                 log.flush()
                 if on_event is not None:
                     on_event(event)
@@ -86,18 +86,19 @@ def run(
             def look(when: str) -> tuple[Evaluation, list[str]]:
                 scores = evaluate(model, tokenizer, requests, lambda done, n: progress(f"scores {when}", done, n))
                 value = perplexity(model, tokenizer, options.perplexity_text, options.perplexity_tokens)
-                emit({"event": "evaluation", "when": when, "scores": scores.to_dict(), "perplexity": value})
+                emit({"event": "evaluation", "when": when, "scores": scores.to_dict(), "perplexity": finite(value)})
                 _emit_spectra(editor, when, emit)
                 return scores, complete(model, tokenizer, [prompt for _, prompt in prompts])
 
+            editor.prepare()
             before, said_before = look("before")
             result = editor.edit(requests)
+            runs.write_deltas(folder, editor, result, options.model_name)
             after, said_after = look("after")
             for request, was, now in zip(requests, before.per_request, after.per_request, strict=True):
                 emit({"event": "request", "id": request.id, "before": was, "after": now})
             for (kind, prompt), was_said, now_said in zip(prompts, said_before, said_after, strict=True):
                 emit({"event": "sample", "kind": kind, "prompt": prompt, "before": was_said, "after": now_said})
-            runs.write_deltas(folder, editor, result, options.model_name)
             if options.save_model:
                 model.save_pretrained(folder / runs.MODEL)
                 tokenizer.save_pretrained(folder / runs.MODEL)
@@ -112,7 +113,9 @@ def _record(editor: SphereEditor, options: RunOptions, edits: int) -> dict[str, 
         "data": options.data_name,
         "edits": edits,
         "perplexity_text": options.perplexity_text,
-        "perplexity_tokens": options.perplexity_tokens,
+        "perplexity_tokens_at_most": options.perplexity_tokens,
+        "dtype": str(editor.weights()[editor.config.layers[0]].dtype),
+        "device": str(editor.structure.device),
         "settings": editor.config.to_dict(),
         "environment": runs.environment(),
     }
@@ -154,6 +157,7 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = _
             attention_mask=inputs["attention_mask"],
             max_new_tokens=tokens,
             do_sample=False,
+            repetition_penalty=1.0,
             pad_token_id=tokenizer.eos_token_id,
         )
     width = inputs["input_ids"].shape[1]

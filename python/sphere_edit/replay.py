@@ -7,6 +7,7 @@ model's own: they are recorded from one real forward pass, so no family of model
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ def record_after_prefix(
     if width:
         prefix = {key: value[:, :width] for key, value in whole.items()}
         with torch.no_grad():
-            model(**prefix, past_key_values=cache, use_cache=True, **_few_logits(model))
+            model(**prefix, past_key_values=cache, use_cache=True, **last_logits(model, 1))
     cache.frozen = True
     tail = {
         "input_ids": whole["input_ids"][:, width:],
@@ -161,11 +162,9 @@ def check_replay(model: Any, structure: ModelStructure, ids: Sequence[int]) -> N
         )
 
 
-def _few_logits(model: Any) -> dict[str, int]:
-    """Ask for the last position's logits only, where the model knows how to."""
-    import inspect
-
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+def last_logits(model: Any, count: int) -> dict[str, int]:
+    """The argument that asks for the last positions' logits only, where the model knows it."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 @contextmanager

@@ -68,7 +68,11 @@ def write_report(run: Path) -> Path:
     if not events:
         raise runs.RunError(f"{run / runs.METRICS} has no events; expected those of a run")
     first = islice(read_records(run / runs.REQUESTS), _SHOWN)
-    page = render(config, events, [EditRequest.from_dict(record.fields) for record in first])
+    requests = [EditRequest.from_dict(record.fields) for record in first]
+    try:
+        page = render(config, events, requests)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise runs.RunError(f"{run / runs.METRICS} has an event that is not as expected: {error!r}") from error
     with replacing(run / runs.REPORT) as path:
         path.write_text(page, encoding="utf-8", newline="\n")
     return run / runs.REPORT

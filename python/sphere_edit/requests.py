@@ -17,7 +17,8 @@ class EditRequest:
     """One fact to edit.
 
     Args:
-        prompt: template with exactly one ``{}`` where the subject goes, e.g. ``"The capital of {} is"``.
+        prompt: template with exactly one ``{}`` where the subject goes, e.g. ``"The capital of {} is"``; the target
+            follows after one blank.
         subject: what the fact is about.
         target_new: what the model shall say after the prompt. Stored without surrounding blanks.
         target_true: what it should say now; needed for *success* and for specificity.
@@ -54,14 +55,19 @@ class EditRequest:
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)) or not all(isinstance(p, str) and p.strip() for p in value):
                 raise RequestError(f"{self._name}: {name} must be a list of non-empty prompts, got {value!r}")
+            if any("{}" in p for p in value):
+                raise RequestError(f"{self._name}: {name} must be complete prompts, without {{}}, got {value!r}")
             object.__setattr__(self, name, tuple(value))
         if not (self.relation is None or isinstance(self.relation, str)):
             raise RequestError(f"{self._name}: relation must be text or absent, got {self.relation!r}")
         object.__setattr__(self, "id", str(self.id))
+        object.__setattr__(self, "prompt", self.prompt.rstrip())
         object.__setattr__(self, "subject", self.subject.strip())
         object.__setattr__(self, "target_new", self.target_new.strip())
         if self.target_true is not None:
             object.__setattr__(self, "target_true", self.target_true.strip())
+            if self.target_true == self.target_new:
+                raise RequestError(f"{self._name}: target_new and target_true are both {self.target_new!r}")
 
     @property
     def _name(self) -> str:

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch import Tensor
 
 import sphere_kernels
 from sphere_edit.editor import EditResult, SphereEditor
-from sphere_edit.files import replacing, tensor_sha256
+from sphere_edit.files import replacing, tensor_sha256, umask
 from sphere_edit.structure import ModelStructure
 
 FORMAT = 1
@@ -43,6 +44,7 @@ CONFIG, REQUESTS, METRICS, DELTAS, REPORT, MODEL = (
     "report.html",
     "model",
 )
+_NAMES = (CONFIG, REQUESTS, METRICS, DELTAS, REPORT, MODEL)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -54,20 +56,20 @@ class RunError(ValueError):
 def new_run(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A fresh folder beside ``path``, moved there once everything in it is complete.
 
-    An error or interrupt leaves ``path`` as it was, and what there is so far in ``<path>.partial``.
+    An error or interrupt leaves ``path`` as it was, and what there is so far in a folder ``<path>.partial-…``.
 
     Raises:
         RunError: ``path`` exists and ``overwrite`` is not given, or it is something other than a run folder.
     """
     check_new_run(path, overwrite)
-    work = path.with_name(path.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.partial-"))
     yield work
+    check_new_run(path, overwrite)  # another process may have been here meanwhile
+    work.chmod(0o777 & ~umask())
     if path.exists():
-        old = path.with_name(path.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.old-"))
+        os.rename(path, old / path.name)
         os.rename(work, path)
         shutil.rmtree(old)
     else:
@@ -77,8 +79,11 @@ def new_run(path: Path, overwrite: bool = False) -> Iterator[Path]:
 def check_new_run(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
-    if not path.is_dir() or (any(path.iterdir()) and not (path / CONFIG).is_file()):
-        raise RunError(f"{path} exists and is not a run folder; expected a new or an earlier run's path")
+    strange = [entry.name for entry in path.iterdir() if entry.name not in _NAMES] if path.is_dir() else [path.name]
+    if strange:
+        raise RunError(f"{path} exists and is not a run folder (it has {strange[0]}); expected a new path")
+    if any(path.iterdir()):
+        read_config(path)
     if not overwrite:
         raise RunError(f"run folder {path} exists; expected a new path, or --overwrite to replace it when done")
 
@@ -99,13 +104,14 @@ def environment() -> dict[str, Any]:
 
 def write_config(run: Path, config: Mapping[str, Any]) -> None:
     with replacing(run / CONFIG) as path:
-        path.write_text(yaml.safe_dump({"format": FORMAT, **config}, sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump({"format": FORMAT, **config}, sort_keys=False, allow_unicode=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def read_config(run: Path) -> dict[str, Any]:
     path = run / CONFIG
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunError(f"{run} is not a run folder: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
@@ -162,6 +168,20 @@ def write_deltas(run: Path, editor: SphereEditor, result: EditResult, model_name
     }
     with replacing(run / DELTAS) as path:
         save_file(tensors, path, metadata)
+
+
+def weights_dtype(run: Path) -> torch.dtype:
+    """The dtype of the weights that a run edited, as ``deltas.safetensors`` says."""
+    path = run / DELTAS
+    try:
+        with safe_open(path, "pt") as file:
+            names = {facts["dtype"] for facts in json.loads(file.metadata()["weights"]).values()}
+        (name,) = names
+        dtype = getattr(torch, name.removeprefix("torch."))
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 @torch.no_grad()

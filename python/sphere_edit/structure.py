@@ -157,7 +157,9 @@ def _find_down(path: str, block: nn.Module, layer: int, hidden: int) -> DownProj
     if len(found) == 1 and len(fed) > 1:
         return DownProjection(layer, f"{path}.{found[0][0]}", found[0][1])
     seen = ", ".join(f"{name} {inputs}→{outputs}" for name, _, inputs, outputs in linears) or _summary(block)
-    why = "no MLP down-projection" if not fed else f"{len(found)} candidates for the MLP down-projection (experts?)"
+    why = f"{len(found)} candidates for the MLP down-projection (experts?)"
+    if len(found) < 2:
+        why = "no MLP down-projection beside the attention's output" if fed else "no MLP down-projection"
     raise StructureError(f"{path} ({type(block).__name__}): {why}; hidden size {hidden}; linear maps seen: {seen}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def token_windows(tokenizer: Any, spec: str, window: int, limit: int) -> Iterato
                     pending, given = pending[size:], given + window
                 if given >= limit:
                     return
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"text {spec!r} cannot be read: {error}") from error
     if len(pending) + len(head) >= 2:
         yield torch.tensor(head + pending)

@@ -76,6 +76,7 @@ class _Group:
         )
 
 
+@torch.enable_grad()
 def optimise_values(
     model: Any,
     tokenizer: Any,
@@ -96,7 +97,7 @@ def optimise_values(
         model: causal LM in evaluation mode without parameter gradients (see `replay.frozen`).
         contexts: templates with ``{}``; the first is the bare prompt, which gives z₀.
         layer: the last edited block.
-        progress: called with (facts done, facts) after every step.
+        progress: called with (steps, steps at most) after every step.
 
     Source: MEMIT's ``compute_z``, as AlphaEdit and SPHERE use it.
     """
@@ -126,9 +127,10 @@ def optimise_values(
         final[done], loss_out[done], nll_out[done] = start[done] + delta.detach()[done], loss[done], nll[done]
         steps[active] += 1
         active &= ~done
+        finished = not active.any()
         if progress is not None:
-            progress(facts - int(active.sum()), facts)
-        if not active.any():
+            progress(config.value_steps if finished else step + 1, config.value_steps)
+        if finished:
             break
         decay[active].sum().backward()
         adam.step()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from sphere_edit import runs
-from sphere_edit.cli import app, sparkline
+from sphere_edit.cli import _settings, app, sparkline
 
 _QUICK = [
     *("--set", "layers=[1,2,3]", "--batch-size", "2", "--set", "value_steps=3", "--set", "contexts=1"),
@@ -221,3 +221,16 @@ def test_dtype_option(folder, tmp_path):
 )
 def test_sparkline(values, drawn):
     assert sparkline(values) == drawn
+
+
+def test_a_run_in_another_dtype_is_applied_in_it(folder, tmp_path):
+    base = ["-m", folder / "model", "-d", folder / "facts.jsonl", "-o", tmp_path / "run", *_QUICK]
+    assert _call("run", *base, "--dtype", "bfloat16").exit_code == 0
+    applied = _call("apply", tmp_path / "run", "-m", folder / "model", "-o", tmp_path / "edited")
+    assert applied.exit_code == 0, applied.output
+    reverted = _call("revert", tmp_path / "run", "-m", tmp_path / "edited", "-o", tmp_path / "back")
+    assert reverted.exit_code == 0, reverted.output
+
+
+def test_exponents_without_a_point_are_numbers():
+    assert _settings("auto", None, ["value_lr=1e-3"], {}).value_lr == 1e-3

@@ -76,7 +76,8 @@ def test_short_text_in_full(tokenizer, tmp_path):
     seen = []
     model = tiny.make_model("llama")
     _get(model, tokenizer, tmp_path / "c", path, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(len(tokenizer("Only a few words.")["input_ids"]), _TOKENS)]
+    count = len(tokenizer("Only a few words.")["input_ids"])
+    assert seen == [(count, _TOKENS), (count, count)]
 
 
 @pytest.mark.parametrize("content", ["", "\n"])

@@ -267,3 +267,17 @@ def test_model_flags_are_as_before(family, make):
     assert all(p.grad is None for p in model.parameters())
     assert model.config.use_cache == cached
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_model_cast_after_the_editor_was_made_is_refused(make):
+    editor = make("llama")
+    editor.model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="make a new editor"):
+        editor.edit(tiny.facts(1))
+
+
+def test_editing_inside_no_grad_and_inference_mode(make):
+    with torch.no_grad():
+        make("llama").edit(tiny.facts(1))
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        make("llama").edit(tiny.facts(1))

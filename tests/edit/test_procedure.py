@@ -91,9 +91,11 @@ def test_failure_leaves_the_earlier_run(where, error, edit, quick_report, monkey
         with pytest.raises(error):
             edit(requests=tiny.facts(1), overwrite=True)
     assert _contents(run) == before
-    edit(requests=tiny.facts(1), overwrite=True)  # what the failed run left does not stand in the way
+    edit(requests=tiny.facts(1), overwrite=True)  # what the failed run left does not stand in the way, and stays
     assert runs.read_config(run)["edits"] == 1
-    assert [p.name for p in run.parent.iterdir() if p.name.startswith("run")] == ["run"]
+    (unfinished,) = run.parent.glob("run.*")
+    assert unfinished.name.startswith("run.partial-")
+    assert (unfinished / runs.DELTAS).is_file() == (where == "write_report")  # kept as soon as there are edits
 
 
 def test_failure_in_a_batch_leaves_no_run(edit, quick_report, monkeypatch, tmp_path):
@@ -111,7 +113,7 @@ def test_failure_in_a_batch_leaves_no_run(edit, quick_report, monkeypatch, tmp_p
     with pytest.raises(KeyboardInterrupt):
         edit()
     assert not (tmp_path / "run").exists()
-    events = [json.loads(line) for line in (tmp_path / "run.partial" / "metrics.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in next(tmp_path.glob("run.partial-*/metrics.jsonl")).read_text().splitlines()]
     assert [e["batch"] for e in events if e["event"] == "batch"] == [1]
 
 
@@ -189,3 +191,33 @@ def test_completions_of_mixed_lengths_in_every_family(family, tokenizer):
     """Padding on the left must not reach the shorter prompt, whatever the family does with positions."""
     model, prompts = tiny.make_model(family), ["The capital of Spain is", "We"]
     assert complete(model, tokenizer, prompts, 5) == [complete(model, tokenizer, [p], 5)[0] for p in prompts]
+
+
+def test_overwrite_spares_what_is_not_a_run(edit, quick_report, tmp_path):
+    """A folder with a config.yaml of its own, and folders with names like ours, are the user's."""
+    (tmp_path / "run.old").mkdir()
+    (tmp_path / "run.partial").mkdir()
+    project = tmp_path / "run"
+    project.mkdir()
+    (project / "config.yaml").write_text("hydra: {}")
+    (project / "thesis.tex").write_text("years of work")
+    for name in ("thesis.tex", "config.yaml"):
+        with pytest.raises(RunError, match="not a run folder|another version"):
+            edit(overwrite=True)
+        (project / name).unlink()
+    edit(overwrite=True)
+    assert (tmp_path / "run.old").is_dir() and (tmp_path / "run.partial").is_dir()
+
+
+def test_a_folder_that_appears_meanwhile_is_spared(edit, quick_report, monkeypatch, tmp_path):
+    complete = procedure.complete
+
+    def slow(*args):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+        return complete(*args)
+
+    monkeypatch.setattr(procedure, "complete", slow)
+    with pytest.raises(RunError, match="notes.txt"):
+        edit()
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"

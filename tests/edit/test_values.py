@@ -189,10 +189,10 @@ def test_groups_may_be_cut_anywhere(rows, tokenizer, monkeypatch):
     assert torch.equal(got.steps, want.steps)
 
 
-def test_progress_counts_facts(tokenizer):
+def test_progress_counts_steps(tokenizer):
     calls = []
     _run("llama", tokenizer, tiny.facts(3), check=False, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(0, 3)] * 5 + [(3, 3)]
+    assert calls == [(step, 6) for step in range(1, 7)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
