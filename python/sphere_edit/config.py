@@ -129,8 +129,8 @@ PRESETS: dict[str, EditConfig] = {
     "qwen2.5-7b": EditConfig(layers=(4, 5, 6, 7, 8)),
     "gpt2-xl": EditConfig(layers=(13, 14, 15, 16, 17), value_steps=20, value_weight_decay=0.5, value_clamp=0.75),
     "gpt-j-6b": EditConfig(layers=(3, 4, 5, 6, 7, 8), value_weight_decay=0.5, value_clamp=0.75),
-    # Chosen by measurement (benchmarks/preset.py, table in the README): the values of a small model need a large clamp and
-    # step to reach their targets at all, and stopping at their NLL rather than the whole loss spares the neighbours.
+    # Chosen by measurement (benchmarks/preset.py, table in the README): the values of a small model need a large clamp
+    # and step to reach their targets, and stopping at their NLL rather than the whole loss spares the neighbours.
     "smollm2-135m": EditConfig(layers=(4, 5, 6, 7, 8), value_stop=0.1, value_stop_on="nll"),
 }
 
