@@ -207,25 +207,16 @@ def energy_command(
         loaded, _ = _load(model, dtype, device, threads, trust_remote_code)
         with bars() as progress:
             rows = layer_energies(loaded, s, energy_ratio, lambda done, n: progress("layers", done, n))
-        table = Table(title=escape(f"{model}: hyperspherical energy of the MLP down-projections, s = {s:g}"))
-        columns = (
-            "layer",
-            "n × d",
-            "HE",
-            "excess",
-            "excess %",
-            f"r at η = {energy_ratio:g}",
-            "spectrum (largest first)",
-        )
-        for name in columns:
-            table.add_column(name, justify="left" if name.startswith("spectrum") else "right")
+        heading = f"{model}: MLP down-projections, s = {s:g}, r at η = {energy_ratio:g}, spectrum from the largest"
+        table = Table(title=escape(heading))
+        for name in ("layer", "n × d", "HE", "excess", "r", "spectrum"):
+            table.add_column(name, justify="right" if name != "spectrum" else "left", no_wrap=True)
         for row in rows:
             table.add_row(
                 str(row["layer"]),
                 f"{row['n']} × {row['d']}",
                 f"{row['energy']:.2f}",
                 f"{row['excess']:+.2f}",
-                f"{100 * row['excess'] / row['orthogonal']:+.4f}" if row["orthogonal"] else "-",
                 str(row["rank"]),
                 sparkline(row["eigenvalues"]),
             )
