@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from safetensors import SafetensorError
 
 from sphere_edit.config import PRESETS, ConfigError, EditConfig, preset
 
@@ -279,7 +280,15 @@ def plain_errors() -> Iterator[None]:
     """What a user can mend ends in one line and status 2; what only we can mend keeps its traceback."""
     try:
         yield
-    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+    except (
+        ValueError,
+        OSError,
+        SafetensorError,
+        ArithmeticError,
+        ImportError,
+        MemoryError,
+        torch.OutOfMemoryError,
+    ) as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
@@ -290,11 +299,17 @@ def plain_errors() -> Iterator[None]:
 @contextmanager
 def partial_named(out: Path) -> Iterator[None]:
     """Say where an unfinished run has left what it has."""
-    earlier = set(out.parent.glob(f"{out.name}.partial-*"))
+
+    def unfinished() -> set[Path]:
+        if not out.parent.is_dir():
+            return set()
+        return {path for path in out.parent.iterdir() if path.name.startswith(f"{out.name}.partial-")}
+
+    earlier = unfinished()
     try:
         yield
     except BaseException:
-        for path in set(out.parent.glob(f"{out.name}.partial-*")) - earlier:
+        for path in unfinished() - earlier:
             errors.print(f"unfinished: {path}", markup=False, highlight=False, soft_wrap=True)
         raise
 

@@ -81,7 +81,7 @@ class EditConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditConfig:
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(str, set(values) - known))
         if unknown:
             raise ConfigError(f"unknown setting {unknown[0]!r}; known settings are {sorted(known)}")
         return cls(**values)
@@ -109,7 +109,7 @@ def _check(name: str, value: Any) -> None:
     elif name in _POSITIVE_INT:
         ok, expected = whole and value >= 1, "a whole number of at least 1"
     elif name in _COUNT:
-        ok, expected = whole and value >= 0, "a whole number of at least 0"
+        ok, expected = whole and 0 <= value < 2**63, "a whole number of at least 0 (and below 2^63)"
     elif name in _POSITIVE:
         ok, expected = number and value > 0, "a number above 0"
     elif name in _NOT_NEGATIVE:

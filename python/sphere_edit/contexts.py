@@ -39,6 +39,9 @@ def generate_contexts(model: Any, tokenizer: Any, count: int, length: int, seed:
                 top_p=1.0,
                 temperature=1.0,
                 repetition_penalty=1.0,
+                num_beams=1,
+                num_return_sequences=1,
+                return_dict_in_generate=False,
                 pad_token_id=tokenizer.eos_token_id,
             )
             text = tokenizer.decode(out[0], skip_special_tokens=True)

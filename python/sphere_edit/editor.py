@@ -21,7 +21,7 @@ from sphere_edit.replay import check_replay, frozen
 from sphere_edit.requests import EditRequest, as_requests, batch_count, check_batches
 from sphere_edit.structure import ModelStructure, check_weights_finite, find_structure
 from sphere_edit.text import text_path
-from sphere_edit.tokens import check_tokenizer, encode
+from sphere_edit.tokens import check_fits, check_tokenizer, encode
 from sphere_edit.values import optimise_values
 from sphere_kernels import (
     LowRankUpdate,
@@ -132,23 +132,20 @@ class SphereEditor:
         """Everything about the requests that can be known before editing; raises as `edit` does, changes nothing."""
         if torch.is_inference_mode_enabled():
             raise ValueError("editing needs gradients; expected to be called outside torch.inference_mode()")
-        for layer, weight in self.weights().items():
-            original = self._original[layer]
-            if weight.dtype != original.dtype or weight.device != original.device:
-                raise ValueError(
-                    f"layer {layer}: the weight is {weight.dtype} on {weight.device}, but was {original.dtype} on "
-                    f"{original.device} when the editor was made; make a new editor after moving or casting a model"
-                )
+        self._check_unmoved()
         todo = as_requests(requests)
         check_batches(todo, self.config.batch_size)
         text_path(self.config.covariance_text)
+        before = 2 * self.config.context_length + 8 if self.config.contexts else 0
         for request in todo:
-            encode(self.tokenizer, request.prompt, request.subject, request.target_new)
+            row = encode(self.tokenizer, request.prompt, request.subject, request.target_new)
+            check_fits(self.model, row, request.text, before)
         return todo
 
     @torch.no_grad()
     def revert(self) -> None:
         """Put the weights back exactly as the editor found them, and forget all edits."""
+        self._check_unmoved()
         for layer, weight in self.weights().items():
             weight.copy_(self._original[layer])
         self._method, self._batches, self._edits = None, 0, 0
@@ -167,6 +164,15 @@ class SphereEditor:
     def weights(self) -> dict[int, Tensor]:
         """The edited weights ``[n, d]`` as they are; the model's own storage."""
         return {layer: self.structure.down[layer].weight for layer in self.config.layers}
+
+    def _check_unmoved(self) -> None:
+        for layer, weight in self.weights().items():
+            original = self._original[layer]
+            if weight.dtype != original.dtype or weight.device != original.device:
+                raise ValueError(
+                    f"layer {layer}: the weight is {weight.dtype} on {weight.device}, but was {original.dtype} on "
+                    f"{original.device} when the editor was made; make a new editor after moving or casting a model"
+                )
 
     def _emit(self, event: str, **values: Any) -> None:
         record = {"event": event, **values}

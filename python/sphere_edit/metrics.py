@@ -17,7 +17,7 @@ from torch import Tensor
 from sphere_edit.replay import frozen, last_logits
 from sphere_edit.requests import EditRequest
 from sphere_edit.text import token_windows
-from sphere_edit.tokens import Row, check_tokenizer, encode, pad_left
+from sphere_edit.tokens import Row, check_fits, check_tokenizer, encode, pad_left
 
 PERPLEXITY_TOKENS = 10_000
 _TOKENS_PER_BATCH = 2048
@@ -120,6 +120,8 @@ def score_targets(
     pass. Rows of like length run together, padded on the left so that they end in the same column.
     """
     rows = [encode(tokenizer, prompt, None, target) for prompt, target in asked]
+    for row, (prompt, _) in zip(rows, asked, strict=True):
+        check_fits(model, row, prompt)
     carried = _carriers(rows)
     order = sorted(carried, key=lambda i: (len(rows[i].ids), i))
     log_probs, correct = [0.0] * len(rows), [False] * len(rows)

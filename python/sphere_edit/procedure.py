@@ -18,7 +18,7 @@ from sphere_edit.metrics import PERPLEXITY_TOKENS, Evaluation, evaluate, finite,
 from sphere_edit.replay import frozen
 from sphere_edit.report import write_report
 from sphere_edit.requests import EditRequest
-from sphere_edit.text import text_path
+from sphere_edit.text import token_windows
 from sphere_edit.tokens import encode, pad_left
 from sphere_kernels import principal_directions
 
@@ -65,7 +65,8 @@ def run(
     if not requests:
         raise ValueError(f"{options.data_name}: no requests; expected at least one edit")
     runs.check_new_run(options.out, options.overwrite)
-    text_path(options.perplexity_text)
+    if next(token_windows(tokenizer, options.perplexity_text, 2, 2), None) is None:
+        raise ValueError(f"perplexity_text {options.perplexity_text!r} has no text; expected at least two tokens")
     editor = SphereEditor(model, tokenizer, config, on_progress=progress)
     editor.check(requests)
     with runs.new_run(options.out, options.overwrite) as folder:
@@ -158,6 +159,9 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = _
             max_new_tokens=tokens,
             do_sample=False,
             repetition_penalty=1.0,
+            num_beams=1,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
             pad_token_id=tokenizer.eos_token_id,
         )
     width = inputs["input_ids"].shape[1]

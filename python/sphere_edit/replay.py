@@ -56,6 +56,7 @@ class Replay:
     """
 
     blocks: Sequence[nn.Module]
+    heads: int
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -72,8 +73,9 @@ class Replay:
     def rows(self, keep: Tensor) -> Replay:
         """The same replay for some of its rows.
 
-        Positions and masks were given per row, so every tensor of two or more dimensions that came of them has rows
-        first, or rows × heads (ALiBi); a first dimension of 1 is shared by all.
+        Positions and masks were given per row, so a tensor of two or more dimensions that came of them has rows first,
+        or rows × heads (Bloom's ALiBi); any other first dimension is shared by all rows. With as many rows as heads
+        this mistakes heads for rows where a shared tensor has heads first (MPT); ask `can_cut`.
         """
         n = len(self.hidden)
         cut: dict[int, PrefixCache] = {}
@@ -81,12 +83,16 @@ class Replay:
         def select(x: Any) -> Any:
             if isinstance(x, PrefixCache):
                 return cut.setdefault(id(x), x.rows(keep))
-            if not isinstance(x, Tensor) or x.ndim < 2 or len(x) % n or n == 1:
+            if not isinstance(x, Tensor) or x.ndim < 2 or len(x) not in (n, n * self.heads) or n == 1:
                 return x
             return x.unflatten(0, (n, -1))[keep].flatten(0, 1)
 
         calls = [(tree_map(select, args), tree_map(select, kwargs)) for args, kwargs in self.calls]
-        return Replay(self.blocks, self.hidden[keep], calls)
+        return Replay(self.blocks, self.heads, self.hidden[keep], calls)
+
+    @property
+    def can_cut(self) -> bool:
+        return len(self.hidden) != self.heads or self.heads == 1
 
 
 @torch.no_grad()
@@ -112,7 +118,7 @@ def record(model: Any, structure: ModelStructure, inputs: dict[str, Any], first:
     finally:
         for handle in handles:
             handle.remove()
-    return Replay(blocks, seen[0][0], [(args, kwargs) for _, args, kwargs in seen])
+    return Replay(blocks, structure.heads, seen[0][0], [(args, kwargs) for _, args, kwargs in seen])
 
 
 def record_after_prefix(
@@ -153,7 +159,13 @@ def check_replay(model: Any, structure: ModelStructure, ids: Sequence[int]) -> N
     """Raise unless the blocks, final norm and head, run one after the other, give the model's own logits."""
     inputs: dict[str, Any] = {**pad_left([ids], structure.device), "use_cache": False}
     replay = record(model, structure, inputs, 0, len(structure.blocks) - 1)
-    ours, own = structure.logits(replay.run(replay.hidden)).float(), model(**inputs).logits.float()
+    own = model(**inputs).logits.float()
+    try:
+        ours = structure.logits(replay.run(replay.hidden)).float()
+    except RuntimeError as error:
+        raise StructureError(
+            f"{type(model).__name__}: its final norm and head do not fit its blocks ({error})"
+        ) from error
     difference = float((ours - own).abs().max() / own.abs().max().clamp_min(1e-12))
     if not difference < 0.05:  # bf16 rounding stays well below
         raise StructureError(

@@ -15,7 +15,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup, escape
 from matplotlib import style
 from matplotlib.axes import Axes
@@ -71,7 +71,7 @@ def write_report(run: Path) -> Path:
     requests = [EditRequest.from_dict(record.fields) for record in first]
     try:
         page = render(config, events, requests)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, UndefinedError) as error:
         raise runs.RunError(f"{run / runs.METRICS} has an event that is not as expected: {error!r}") from error
     with replacing(run / runs.REPORT) as path:
         path.write_text(page, encoding="utf-8", newline="\n")

@@ -57,7 +57,7 @@ class EditRequest:
                 raise RequestError(f"{self._name}: {name} must be a list of non-empty prompts, got {value!r}")
             if any("{}" in p for p in value):
                 raise RequestError(f"{self._name}: {name} must be complete prompts, without {{}}, got {value!r}")
-            object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, tuple(p.rstrip() for p in value))
         if not (self.relation is None or isinstance(self.relation, str)):
             raise RequestError(f"{self._name}: relation must be text or absent, got {self.relation!r}")
         object.__setattr__(self, "id", str(self.id))

@@ -61,6 +61,7 @@ def new_run(path: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         RunError: ``path`` exists and ``overwrite`` is not given, or it is something other than a run folder.
     """
+    path = path.resolve()  # a link stays a link
     check_new_run(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.partial-"))
@@ -70,7 +71,11 @@ def new_run(path: Path, overwrite: bool = False) -> Iterator[Path]:
     if path.exists():
         old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.old-"))
         os.rename(path, old / path.name)
-        os.rename(work, path)
+        try:
+            os.rename(work, path)
+        except BaseException:
+            os.rename(old / path.name, path)
+            raise
         shutil.rmtree(old)
     else:
         os.rename(work, path)
@@ -117,6 +122,9 @@ def read_config(run: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise RunError(f"{path} was written by another version: expected format {FORMAT}, found {found!r}")
+    for name, kind in (("model", str), ("settings", dict), ("environment", dict)):
+        if not isinstance(config.get(name), kind):
+            raise RunError(f"{path}: expected {name} to be a {kind.__name__}, found {config.get(name)!r}")
     return config
 
 
@@ -239,11 +247,11 @@ def new_model_folder(path: Path) -> Iterator[Path]:
     """A folder to save a model in, moved to ``path`` when complete; ``path`` must be new."""
     if path.exists():
         raise RunError(f"{path} exists; expected a new folder for the model")
-    work = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
     try:
         yield work
+        work.chmod(0o777 & ~umask())
         os.rename(work, path)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -43,6 +43,7 @@ class ModelStructure:
     final_norm: nn.Module
     head: nn.Module
     hidden_size: int
+    heads: int
     scale: float = 1.0  # Cohere and Granite scale their logits
     softcap: float | None = None  # Gemma 2 squashes them: softcap * tanh(logits / softcap)
 
@@ -94,7 +95,8 @@ def find_structure(model: Any) -> ModelStructure:
     norm = _find_final_norm(model, path, hidden)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return ModelStructure(tuple(blocks), down, norm, head, hidden, float(scale), softcap)
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    return ModelStructure(tuple(blocks), down, norm, head, hidden, heads, float(scale), softcap)
 
 
 def check_weights_finite(model: nn.Module) -> None:
@@ -147,14 +149,18 @@ def _find_down(path: str, block: nn.Module, layer: int, hidden: int) -> DownProj
     stacked = [name for name, parameter in block.named_parameters() if parameter.ndim > 2]
     if stacked:
         raise StructureError(
-            f"{path} ({type(block).__name__}): {stacked[0]} has more than two dimensions (stacked experts?); "
-            "expected one dense MLP per block"
+            f"{path} ({type(block).__name__}): {stacked[0]} has more than two dimensions (stacked experts, or a "
+            "convolution); expected attention and one dense MLP per block"
         )
     widths = {outputs for _, _, inputs, outputs in linears if inputs == hidden}
     fed = [item for item in linears if item[3] == hidden and (item[2] in widths or 2 * item[2] in widths)]
     widest = max((item[2] for item in fed), default=0)
     found = [item for item in fed if item[2] == widest]
     if len(found) == 1 and len(fed) > 1:
+        if not isinstance(found[0][1].weight, nn.Parameter):
+            raise StructureError(
+                f"{path}.{found[0][0]}: its weight is computed (parametrised), not a parameter; bake it in"
+            )
         return DownProjection(layer, f"{path}.{found[0][0]}", found[0][1])
     seen = ", ".join(f"{name} {inputs}→{outputs}" for name, _, inputs, outputs in linears) or _summary(block)
     why = f"{len(found)} candidates for the MLP down-projection (experts?)"

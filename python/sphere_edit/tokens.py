@@ -67,6 +67,21 @@ def _without_trailing_special(ids: Sequence[int], offsets: Sequence[tuple[int, i
     return ids[:n]
 
 
+def check_fits(model: Any, row: Row, prompt: str, extra: int = 0) -> None:
+    """Raise if the model cannot take a row: too many tokens (and ``extra`` before them), or ids it does not have."""
+    config = model.config.get_text_config(decoder=True)
+    positions, count = getattr(config, "max_position_embeddings", None), len(row.ids) + extra
+    if isinstance(positions, int) and 0 < positions < count:
+        raise ValueError(
+            f"prompt {prompt[:60]!r}… takes {count} tokens with its context; the model has {positions} positions"
+        )
+    known, largest = model.get_input_embeddings().weight.shape[0], max((*row.ids, *row.target))
+    if largest >= known:
+        raise ValueError(
+            f"the tokenizer gives id {largest}, but the model has {known} embeddings; they do not belong together"
+        )
+
+
 def check_tokenizer(tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(

@@ -227,7 +227,8 @@ def _shrink(group: _Group, active: Tensor) -> _Group | None:
     count = int(wanted.sum())
     if count == 0:
         return None
-    return group.rows(wanted.nonzero()[:, 0]) if count <= _SHRINK * len(wanted) else group
+    worth = count <= _SHRINK * len(wanted) and group.replay.can_cut
+    return group.rows(wanted.nonzero()[:, 0]) if worth else group
 
 
 def _norm(x: Tensor) -> Tensor:

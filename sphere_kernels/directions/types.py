@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrincipalDirections:
     """Leading eigenvectors of ``C = U_hat^T U_hat / n`` for the unit rows ``U_hat [n, d]`` of a weight.
 

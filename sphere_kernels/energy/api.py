@@ -46,6 +46,7 @@ def hyperspherical_energy(
         Pairs with ``t^2 < 1e-3`` are recomputed in fp64 from the difference of the rows. One clamp: ``t >= 1e-6``,
         and a clamped pair has no gradient. Zero rows stay zero vectors, with zero gradient. NaN or infinity in, NaN
         out. Differentiable once, in tiles: no n x n matrix exists in either pass. The order of the sums is fixed.
+        Reverse mode only: torch gives such an operation a zero tangent in forward mode (``torch.func.jvp``).
 
     Source:
         SPHERE, arXiv 2510.01172; half space and angle: Liu et al., arXiv 1805.09298.

@@ -10,7 +10,7 @@ from torch import Tensor
 from sphere_kernels import checks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRankUpdate:
     """An update ``left @ right`` kept as its factors.
 

@@ -281,3 +281,35 @@ def test_editing_inside_no_grad_and_inference_mode(make):
         make("llama").edit(tiny.facts(1))
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
         make("llama").edit(tiny.facts(1))
+
+
+def test_a_fact_too_long_for_the_model_is_refused_before_the_first_batch(make):
+    editor = make("gpt2", batch_size=1)
+    before = tiny.state(editor.model)
+    positions = editor.model.config.max_position_embeddings
+    long = _GOOD | {"prompt": "a b c " * positions + "{} is"}
+    with pytest.raises(ValueError, match=f"the model has {positions} positions"):
+        editor.edit([_GOOD, long])
+    assert tiny.same(editor.model, before)
+
+
+def test_a_tokenizer_of_another_model_is_refused(make):
+    editor = make("llama")
+    editor.model.resize_token_embeddings(20)
+    with pytest.raises(ValueError, match="the model has 20 embeddings"):
+        editor.check([_GOOD])
+
+
+def test_a_computed_weight_is_refused(tokenizer, config):
+    model = tiny.make_model("llama")
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.down_proj)
+    with pytest.raises(StructureError, match="parametrised"):
+        SphereEditor(model, tokenizer, config)
+
+
+@pytest.mark.parametrize("stop", [0.5, 3.0])
+def test_facts_that_finish_early_where_biases_are_shared(make, tokenizer, config, tmp_path, stop):
+    model = tiny.make_model("mpt")
+    editor = SphereEditor(model, tokenizer, config.replace(value_stop=stop, contexts=1), cache=tmp_path / "c")
+    result = editor.edit(tiny.facts(4))
+    assert result.events[-1]["event"] == "batch"

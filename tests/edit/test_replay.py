@@ -73,6 +73,22 @@ def test_unusual_attention(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [3, 4, 5])
+def test_a_bias_that_all_rows_share(rows):
+    """MPT's ALiBi biases have heads first: with four heads, four rows must not be taken for them."""
+    model = tiny.make_model("mpt")
+    structure = find_structure(model)
+    ids, split = _rows(5, (9, 0, 7, 8, 2)[:rows])
+    whole = record_after_prefix(model, structure, ids, split, _FIRST, _LAST)
+    assert whole.can_cut == (rows != 4)
+    if whole.can_cut:
+        part = whole.rows(torch.tensor([2]))
+        torch.testing.assert_close(
+            structure.logits(part.run(part.hidden))[0], _plain(model, ids[2], split[2]), atol=2e-5, rtol=1e-4
+        )
+
+
+@torch.no_grad()
 def test_rows_where_tokens_or_width_equal_the_number_of_rows():
     """Shared tensors whose first dimension happens to be the number of rows must not be cut."""
     model = tiny.make_model("llama")

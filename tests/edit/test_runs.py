@@ -236,3 +236,31 @@ def test_torn_event_is_named(tmp_path):
     path.unlink()
     with pytest.raises(RunError, match="no readable metrics.jsonl"):
         runs.read_events(tmp_path)
+
+
+def test_model_folders_in_the_making_do_not_meet(tmp_path):
+    """Two commands with one target: one wins, whole; a folder with a name like ours is not touched."""
+    (tmp_path / ".m.partial").mkdir()
+    with pytest.raises(OSError), runs.new_model_folder(tmp_path / "m") as first:
+        (first / "whole").touch()
+        with runs.new_model_folder(tmp_path / "m") as second:
+            (second / "other").touch()
+    assert [p.name for p in (tmp_path / "m").iterdir()] == ["other"]
+    assert (tmp_path / ".m.partial").is_dir()
+
+
+def test_overwrite_through_a_link(finished, tmp_path):
+    _, run = finished("llama", torch.float32)
+    shutil.copytree(run, tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    with runs.new_run(tmp_path / "link", overwrite=True) as work:
+        (work / runs.CONFIG).write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert [p.name for p in (tmp_path / "real").iterdir()] == [runs.CONFIG]
+
+
+@pytest.mark.parametrize("content", ["format: 1", "format: 1\nmodel: m\nsettings: []\nenvironment: x"])
+def test_half_a_config_is_named(content, tmp_path):
+    (tmp_path / runs.CONFIG).write_text(content)
+    with pytest.raises(RunError, match="expected (model|settings) to be"):
+        runs.read_config(tmp_path)

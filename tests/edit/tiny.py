@@ -85,6 +85,11 @@ UNUSUAL: dict[str, tuple[type, dict[str, Any], str]] = {
         {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "n_layer": 5, "n_head": 4},
         "transformer.h.{}.mlp.dense_4h_to_h",
     ),
+    "mpt": (
+        hf.MptConfig,
+        {"vocab_size": VOCABULARY, "d_model": HIDDEN, "n_layers": 5, "n_heads": 4, "max_seq_len": 512},
+        "transformer.blocks.{}.ffn.down_proj",
+    ),
     "falcon-alibi": (hf.FalconConfig, _LLAMA | {"alibi": True}, "transformer.h.{}.mlp.dense_4h_to_h"),
     "mistral-sliding": (hf.MistralConfig, _LLAMA | {"sliding_window": 4}, "model.layers.{}.mlp.down_proj"),
     "gemma2-sliding": (

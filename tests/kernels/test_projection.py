@@ -219,3 +219,9 @@ def test_weight_must_own_its_elements():
 def test_factors_must_fit(left, right, message):
     with pytest.raises(ValueError, match=message):
         LowRankUpdate(left, right)
+
+
+def test_overlapping_weight_is_refused():
+    weight = torch.randn(20).as_strided((6, 8), (2, 1))
+    with pytest.raises(ValueError, match="own each of its elements"):
+        apply_projected_update_(weight, torch.randn(6, 8), torch.zeros(8, 0))
