@@ -71,7 +71,7 @@ def values() -> str:
         rows.append([way, f"{info['facts']}", ", ".join(map(str, info["shared_loss"])), f"{per[name]:.2f}", ratio])
     info = found["test_batched"]["extra_info"]
     head = f"{info['steps']} steps, {info['threads']} threads"
-    return table([head, "facts", "losses of three shared facts", "seconds per fact", "ratio"], rows)
+    return table([head, "facts", "losses of the shared facts", "seconds per fact", "ratio"], rows)
 
 
 def preset() -> str:

@@ -141,8 +141,8 @@ def record_after_prefix(
     width = whole["input_ids"].shape[1] - len(tails[0])
     if width:
         prefix = {key: value[:, :width] for key, value in whole.items()}
-        with torch.no_grad():
-            model(**prefix, past_key_values=cache, use_cache=True, **last_logits(model, 1))
+        top = len(structure.blocks) - 1  # nobody reads the logits
+        record(model, structure, {**prefix, "past_key_values": cache, "use_cache": True}, top, top)
     cache.frozen = True
     tail = {
         "input_ids": whole["input_ids"][:, width:],
