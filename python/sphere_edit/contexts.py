@@ -8,6 +8,13 @@ import torch
 
 from sphere_edit.tokens import encode
 
+# A model's own settings of generation would change what it says here.
+PLAIN_GENERATION: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+}
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -38,10 +45,7 @@ def generate_contexts(model: Any, tokenizer: Any, count: int, length: int, seed:
                 top_k=5,
                 top_p=1.0,
                 temperature=1.0,
-                repetition_penalty=1.0,
-                num_beams=1,
-                num_return_sequences=1,
-                return_dict_in_generate=False,
+                **PLAIN_GENERATION,
                 pad_token_id=tokenizer.eos_token_id,
             )
             text = tokenizer.decode(out[0], skip_special_tokens=True)

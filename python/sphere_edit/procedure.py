@@ -13,6 +13,7 @@ import torch
 
 from sphere_edit import runs
 from sphere_edit.config import EditConfig
+from sphere_edit.contexts import PLAIN_GENERATION
 from sphere_edit.editor import EditResult, Event, SphereEditor
 from sphere_edit.metrics import PERPLEXITY_TOKENS, Evaluation, evaluate, finite, perplexity
 from sphere_edit.replay import frozen
@@ -158,10 +159,7 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = _
             attention_mask=inputs["attention_mask"],
             max_new_tokens=tokens,
             do_sample=False,
-            repetition_penalty=1.0,
-            num_beams=1,
-            num_return_sequences=1,
-            return_dict_in_generate=False,
+            **PLAIN_GENERATION,
             pad_token_id=tokenizer.eos_token_id,
         )
     width = inputs["input_ids"].shape[1]

@@ -1,0 +1,138 @@
+"""What the command prints: tables, progress bars and errors of one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors import SafetensorError
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What a user can mend ends in one line and status 2; what only we can mend keeps its traceback."""
+    try:
+        yield
+    except (
+        ValueError,
+        OSError,
+        SafetensorError,
+        ArithmeticError,
+        ImportError,
+        MemoryError,
+        torch.OutOfMemoryError,
+    ) as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        errors.print("interrupted; models and finished outputs are as they were", style="red")
+        raise typer.Exit(130) from error
+
+
+@contextmanager
+def partial_named(out: Path) -> Iterator[None]:
+    """Say where an unfinished run has left what it has."""
+
+    def unfinished() -> set[Path]:
+        if not out.parent.is_dir():
+            return set()
+        return {path for path in out.parent.iterdir() if path.name.startswith(f"{out.name}.partial-")}
+
+    earlier = unfinished()
+    try:
+        yield
+    except BaseException:
+        for path in unfinished() - earlier:
+            errors.print(f"unfinished: {path}", markup=False, highlight=False, soft_wrap=True)
+        raise
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars by name, with the time left; one line at the end of each where there is no terminal."""
+    with Progress(
+        TextColumn("{task.description:>20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=errors,
+    ) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            elif progress.tasks[tasks[what]].finished and done < total:  # the next batch's
+                progress.reset(tasks[what])
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def energy_table(events: list[dict[str, Any]]) -> Table:
+    """First and last energy of each edited layer."""
+    table = Table(title="hyperspherical energy")
+    for name in ("layer", "HE before", "HE after", "change", "excess after", "r", "suppressed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    by_layer: dict[int, list[dict[str, Any]]] = {}
+    for event in events:
+        if event["event"] == "energy":
+            by_layer.setdefault(event["layer"], []).append(event)
+    for layer, seen in sorted(by_layer.items()):
+        first, last = seen[0], seen[-1]
+        table.add_row(
+            str(layer),
+            f"{first['energy']:.2f}",
+            f"{last['energy']:.2f}",
+            f"{last['energy'] - first['energy']:+.2f}",
+            f"{last['excess']:+.2f}",
+            str(last.get("rank", "-")),
+            f"{100 * last.get('suppressed', 0):.1f} %",
+        )
+    return table
+
+
+def scores_table(events: list[dict[str, Any]]) -> Table:
+    """Every metric with its standard error, one column per evaluation."""
+    found = [event for event in events if event["event"] == "evaluation"]
+    table = Table(title="scores (mean ± standard error over the requests)")
+    table.add_column("metric")
+    for event in found:
+        table.add_column(event["when"], justify="right")
+    table.add_column("n", justify="right")
+    for name in found[0]["scores"] if found else ():
+        scores = [event["scores"][name] for event in found]
+        table.add_row(name.replace("_", " "), *map(_score_text, scores), str(scores[0]["n"]))
+    values = [event["perplexity"] for event in found]
+    table.add_row("perplexity", *("-" if value is None else f"{value:.2f}" for value in values), "")
+    return table
+
+
+def _score_text(score: dict[str, Any]) -> str:
+    if score["mean"] is None:
+        return "-"
+    return f"{score['mean']:.3f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.3f}")
+
+
+def sparkline(values: list[float], width: int = 24) -> str:
+    """Values as blocks, in ``width`` steps."""
+    if not values or max(values) <= 0:
+        return ""
+    picked = [values[i * len(values) // width] for i in range(width)] if len(values) > width else values
+    return "".join(" ▁▂▃▄▅▆▇█"[round(8 * max(value, 0) / max(values))] for value in picked)
