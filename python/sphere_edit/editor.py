@@ -18,7 +18,7 @@ from sphere_edit.keys import LayerPass
 from sphere_edit.methods import Method, check_method, make_method
 from sphere_edit.models import cache_dir
 from sphere_edit.replay import check_replay, frozen
-from sphere_edit.requests import EditRequest, as_requests, batch_count, check_batches
+from sphere_edit.requests import EditRequest, as_requests, batches, check_batches
 from sphere_edit.structure import ModelStructure, check_weights_finite, find_structure
 from sphere_edit.text import text_path
 from sphere_edit.tokens import check_fits, check_tokenizer, encode
@@ -113,11 +113,11 @@ class SphereEditor:
             return result
         self.prepare()
         with frozen(self.model):
-            total = batch_count(len(todo), self.config.batch_size)
-            for i in range(total):
-                self._on_progress("batches", i, total)
-                self._edit_batch(todo[i * self.config.batch_size : (i + 1) * self.config.batch_size], result)
-            self._on_progress("batches", total, total)
+            parts = batches(todo, self.config.batch_size)
+            for i, batch in enumerate(parts):
+                self._on_progress("batches", i, len(parts))
+                self._edit_batch(batch, result)
+            self._on_progress("batches", len(parts), len(parts))
         self._events = []
         return result
 

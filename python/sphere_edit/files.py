@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,23 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path``, renamed onto it at the end; nothing is left on an error.
+
+    Raises:
+        OSError: ``path`` exists by then and is not an empty folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
+    try:
+        yield work
+        work.chmod(0o777 & ~umask())
+        os.rename(work, path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def umask() -> int:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from sphere_edit.files import file_sha256
+from sphere_edit.files import file_sha256, new_folder
 from sphere_kernels import env
 
 DEMO_MODEL = "smollm2-135m"
@@ -92,17 +89,14 @@ def _demo_model() -> Path:
     if target.exists():
         _check_mark(target, source)
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
     try:
-        _convert(gguf, work)
-        (work / _MARK).write_text(json.dumps({"format": _FORMAT, "source_sha256": source}))
-        try:
-            os.rename(work, target)
-        except OSError:  # another process was quicker; its result is the same
-            _check_mark(target, source)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with new_folder(target) as work:
+            _convert(gguf, work)
+            (work / _MARK).write_text(json.dumps({"format": _FORMAT, "source_sha256": source}))
+    except OSError:
+        if not target.exists():
+            raise
+        _check_mark(target, source)  # another process was quicker; its result is the same
     return target
 
 

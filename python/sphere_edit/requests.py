@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,17 +105,18 @@ def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[Edi
 
 def check_batches(requests: Sequence[EditRequest], batch_size: int) -> None:
     """Refuse a batch in which the same prompt about the same subject is given two different new targets."""
-    for start in range(0, len(requests), batch_size):
+    for number, batch in enumerate(batches(requests, batch_size)):
         seen: dict[str, EditRequest] = {}
-        for request in requests[start : start + batch_size]:
+        for request in batch:
             key = " ".join(request.text.split()).casefold()
             other = seen.setdefault(key, request)
             if other.target_new != request.target_new:
                 raise RequestError(
-                    f"batch {start // batch_size} (batch size {batch_size}): requests {other.id!r} and {request.id!r} "
+                    f"batch {number} (batch size {batch_size}): requests {other.id!r} and {request.id!r} "
                     f"contradict each other: {request.text!r} → {other.target_new!r} and → {request.target_new!r}"
                 )
 
 
-def batch_count(n: int, batch_size: int) -> int:
-    return math.ceil(n / batch_size)
+def batches(requests: Sequence[EditRequest], batch_size: int) -> list[Sequence[EditRequest]]:
+    """The requests in order, ``batch_size`` at a time; the last batch may be smaller."""
+    return [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]

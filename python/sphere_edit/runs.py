@@ -32,7 +32,7 @@ from torch import Tensor
 
 import sphere_kernels
 from sphere_edit.editor import EditResult, SphereEditor
-from sphere_edit.files import replacing, tensor_sha256, umask
+from sphere_edit.files import new_folder, replacing, tensor_sha256, umask
 from sphere_edit.structure import ModelStructure
 
 FORMAT = 1
@@ -247,11 +247,5 @@ def new_model_folder(path: Path) -> Iterator[Path]:
     """A folder to save a model in, moved to ``path`` when complete; ``path`` must be new."""
     if path.exists():
         raise RunError(f"{path} exists; expected a new folder for the model")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
-    try:
+    with new_folder(path) as work:
         yield work
-        work.chmod(0o777 & ~umask())
-        os.rename(work, path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
