@@ -8,13 +8,13 @@ DEMO_EDITS ?= 40
 DEMO_OUT ?= runs/demo
 SPHERE_EDIT_DATA ?= $(wildcard ../shared/data)
 TEST_ARGS ?=
-BENCH_OUT ?= benchmarks/results/values.json
+BENCHES ?= energy gram directions projection overhead values
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MARKER := $(VENV)/.made-by-sphere-kernels
 STAMP := $(VENV)/.installed
-NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp')
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp')
 # The marker stays to the end, so that a removal cut short is still known to be ours.
 EMPTY_VENV := find '$(VENV)' -mindepth 1 -maxdepth 1 ! -name '$(notdir $(MARKER))' -exec rm -rf {} +
 DATA_ENV := $(if $(SPHERE_EDIT_DATA),SPHERE_EDIT_DATA=$(abspath $(SPHERE_EDIT_DATA)))
@@ -37,7 +37,7 @@ help:
 	@echo 'make venv    install everything into $(VENV) (PYTHON, VENV, TORCH_SPEC, TORCH_ARGS)'
 	@echo 'make demo    edit a small model $(DEMO_EDITS) times and write a report (DEMO_EDITS, DEMO_OUT)'
 	@echo 'make test    run the tests (SPHERE_EDIT_DATA names a data folder, TEST_ARGS goes to pytest)'
-	@echo 'make bench   run the benchmarks, keep their rows (BENCH_OUT) and write the tables of the README'
+	@echo 'make bench   run the benchmarks (BENCHES), keep their rows, write the tables of the README and the plots'
 	@echo 'make lint    check style and types'
 	@echo 'make clean   remove $(VENV) and everything built'
 
@@ -68,10 +68,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=2 $(DATA_ENV) $(BIN)/python -m pytest tests $(TEST_ARGS)
 
+# Rows are kept when all suites are through: each then says the commit of a tree without changes.
 bench: $(STAMP)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only \
-	    --benchmark-json=$(BENCH_OUT) $(TEST_ARGS)
-	$(BIN)/python -m benchmarks.tables
+	mkdir -p .benchmarks
+	set -e; for suite in $(BENCHES); do \
+	    OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks/test_$$suite.py --benchmark-enable --benchmark-only \
+	        --benchmark-columns=median,iqr,rounds --benchmark-json=.benchmarks/$$suite.json $(TEST_ARGS); done
+	cd .benchmarks && mv $(BENCHES:%=%.json) ../benchmarks/results
+	$(BIN)/python -m benchmarks
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

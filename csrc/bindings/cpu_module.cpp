@@ -1,8 +1,42 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cpu/features.h"
+#include "cpu/gram.h"
+#include "cpu/pair_energy.h"
+#include "cpu/parallel.h"
+#include "cpu/product.h"
+#include "cpu/tiers.h"
+#include "cpu/views.h"
 
 namespace py = pybind11;
+using namespace sphere;
+
+namespace {
+
+// Python's view of matrices [count, rows, cols]: (address, type, shape and strides), checked there.
+Batch as_batch(const py::tuple& t) {
+    const auto at = [&](size_t i) { return t[i].cast<int64_t>(); };
+    const Type type = static_cast<Type>(t[1].cast<int>());
+    return {{reinterpret_cast<void*>(t[0].cast<uintptr_t>()), type, at(3), at(4), at(6), at(7)}, at(2), at(5)};
+}
+
+template <class T>
+T* as_pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Runs f with a float or a double, without the interpreter's lock.
+template <class F>
+void in_precision(bool wide, F f) {
+    py::gil_scoped_release unlocked;
+    if (wide)
+        f(double{});
+    else
+        f(float{});
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "Compiled CPU code of sphere_kernels. Tensors cross as addresses, sizes and strides, checked in Python.";
@@ -11,8 +45,89 @@ PYBIND11_MODULE(_cpu, m) {
         "cpu_features",
         [] {
             py::dict features;
-            for (const auto& feature : sphere::cpu_features()) features[feature.name] = feature.usable;
+            for (const auto& feature : cpu_features()) features[feature.name] = feature.usable;
             return features;
         },
         "Instruction set extensions by their Linux name, and whether this machine can use them.");
+    m.def("built_tiers", &built_tiers, "Instruction sets that this build has kernels for, the slowest first.");
+    m.def("usable_tiers", &usable_tiers, "Those of built_tiers that this machine can run.");
+
+    m.def(
+        "pair_energy",
+        [](const py::tuple& weight, double s, bool angular, bool half_space, int tier, int threads,
+           uintptr_t energies) {
+            const Batch batch = as_batch(weight);
+            const int64_t n = batch.first.rows;
+            in_precision(batch.first.type == Type::float64, [&](auto t) {
+                for_each_matrix(batch.count, n, threads, [&](int64_t i, int each) {
+                    pair_energy<decltype(t)>(batch[i], {s, angular, half_space}, tier, each,
+                                             as_pointer<double>(energies) + i * n);
+                });
+            });
+        },
+        "Energy of every row, to fp64 energies[count, rows], contiguous.");
+    m.def(
+        "pair_energy_backward",
+        [](uintptr_t upstream, const py::tuple& weight, double s, bool angular, bool half_space, int tier, int threads,
+           uintptr_t gradient) {
+            const Batch batch = as_batch(weight);
+            const int64_t n = batch.first.rows, d = batch.first.cols;
+            in_precision(batch.first.type == Type::float64, [&](auto t) {
+                using T = decltype(t);
+                for_each_matrix(batch.count, n, threads, [&](int64_t i, int each) {
+                    pair_energy_backward<T>(as_pointer<double>(upstream) + i * n, batch[i], {s, angular, half_space},
+                                            tier, each, as_pointer<T>(gradient) + i * n * d);
+                });
+            });
+        },
+        "Gradient of sum(upstream * energies), to fp64 or fp32 gradient[count, rows, cols], contiguous.");
+    m.def(
+        "gram",
+        [](const py::tuple& weight, bool normalize, int tier, int threads, uintptr_t out) {
+            const Batch batch = as_batch(weight);
+            const int64_t n = batch.first.rows;
+            in_precision(batch.first.type == Type::float64, [&](auto t) {
+                using T = decltype(t);
+                for_each_matrix(batch.count, n, threads, [&](int64_t i, int each) {
+                    gram<T>(batch[i], normalize, tier, each, as_pointer<T>(out) + i * n * n);
+                });
+            });
+        },
+        "Inner products of all rows, to fp64 or fp32 out[count, rows, rows], contiguous.");
+    m.def(
+        "gram_update_energy",
+        [](const py::tuple& gram, const py::tuple& left, const py::tuple& right, uintptr_t diagonal,
+           const py::object& weight, double s, bool angular, bool half_space, int tier, int threads,
+           uintptr_t energies) {
+            const Batch grams = as_batch(gram), lefts = as_batch(left), rights = as_batch(right);
+            const Batch weights = weight.is_none() ? Batch{} : as_batch(weight);
+            const int64_t n = grams.first.rows;
+            in_precision(grams.first.type == Type::float64, [&](auto t) {
+                using T = decltype(t);
+                for_each_matrix(grams.count, n, threads, [&](int64_t i, int each) {
+                    const Matrix m = grams[i], rows = weights.count ? weights[i] : Matrix{};
+                    gram_update_energy<T>(static_cast<T*>(m.data), m.row_stride, lefts[i], rights[i],
+                                          as_pointer<double>(diagonal) + i * n, weights.count ? &rows : nullptr,
+                                          {s, angular, half_space}, tier, each, as_pointer<double>(energies) + i * n);
+                });
+            });
+        },
+        "gram += left right^T, which is symmetric, with its new diagonal given, fp64 [count, rows]; the energy of "
+        "every "
+        "neuron to fp64 energies[count, rows]. Columns of gram are neighbours.");
+    m.def(
+        "product",
+        [](const py::tuple& left, const py::tuple& right, double factor, const py::tuple& out, const py::object& addend,
+           bool accumulate, bool wide, int tier, int threads) {
+            const Batch a = as_batch(left), b = as_batch(right), to = as_batch(out);
+            const Batch added = addend.is_none() ? Batch{} : as_batch(addend);
+            in_precision(wide, [&](auto t) {
+                for_each_matrix(to.count, to.first.rows, threads, [&](int64_t i, int each) {
+                    const Matrix from = added.count ? added[i] : Matrix{};
+                    product<decltype(t)>(kernels<decltype(t)>(tier), {a[i]}, {transposed(b[i])}, factor, to[i],
+                                         added.count ? &from : nullptr, accumulate, each);
+                });
+            });
+        },
+        "out = (accumulate ? out : 0) + addend + factor left right, in fp64 or fp32, rounded once to the type of out.");
 }

@@ -1,0 +1,2 @@
+#define TIER_KERNELS(type) avx2_kernels_##type
+#include "cpu/tier.inl"

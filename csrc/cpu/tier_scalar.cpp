@@ -1,0 +1,2 @@
+#define TIER_KERNELS(type) scalar_kernels_##type
+#include "cpu/tier.inl"

@@ -1,0 +1,58 @@
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "cpu/blocks.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/riesz.h"
+
+namespace sphere {
+
+// What the kernels need to know about each row, from its norm.
+template <class T>
+struct RowData {
+    std::vector<double> norm, scale, lack;
+    std::vector<T> square, upstream;
+
+    explicit RowData(int64_t n) : norm(size_t(n)), scale(size_t(n)), lack(size_t(n)), square(size_t(n)) {}
+
+    static RowData of(const Kernels<T>& kernels, const Matrix& weight, int threads) {
+        RowData data(weight.rows);
+        constexpr int64_t CHUNK = 64;
+        parallel_for(ceil_div(weight.rows, CHUNK), threads, [&](int64_t c, int) {
+            const int64_t first = c * CHUNK, count = std::min(CHUNK, weight.rows - first);
+            kernels.norms(weight, first, count, data.norm.data() + first);
+        });
+        data.from_norms();
+        return data;
+    }
+
+    void from_norms() {
+        for (size_t i = 0; i < norm.size(); ++i) {
+            const double length = norm[i] + EPSILON;
+            // An overflowed norm must not turn a finite row into a plausible zero row.
+            scale[i] = 1 / (length + (norm[i] - norm[i]));
+            lack[i] = EPSILON * (2 * norm[i] + EPSILON) / (length * length);
+            square[i] = T((norm[i] / length) * (norm[i] / length));
+        }
+    }
+
+    UnitRows<T> view(const Matrix* weight, bool own_scale = true) const {
+        return {weight,      own_scale,     scale.data(),
+                lack.data(), square.data(), upstream.empty() ? nullptr : upstream.data()};
+    }
+};
+
+// What the energies are before any pair of different rows: a row with its own negative.
+template <class T>
+void start_energies(const RowData<T>& data, const Riesz& riesz, double* energies) {
+    for (size_t i = 0; i < data.norm.size(); ++i) {
+        const double own = data.norm[i] * 0;  // a lone NaN row has no pairs to poison
+        const double square = antipode_square(double(data.square[i]), data.lack[i], riesz.angular);
+        energies[i] = riesz.half_space ? own + riesz_value(square, riesz.s) : own;
+    }
+}
+
+}  // namespace sphere

@@ -1,0 +1,44 @@
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/matrix.h"
+#include "cpu/parallel.h"
+
+namespace sphere {
+
+inline int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
+
+template <class T>
+constexpr Type type_of = sizeof(T) == sizeof(float) ? Type::float32 : Type::float64;
+
+// The part of a matrix that begins at (row, col).
+inline Matrix part(const Matrix& m, int64_t row, int64_t rows, int64_t col, int64_t cols) {
+    char* start = static_cast<char*>(m.data) + (row * m.row_stride + col * m.col_stride) * size_of(m.type);
+    return {start, m.type, rows, cols, m.row_stride, m.col_stride};
+}
+
+inline Matrix transposed(const Matrix& m) { return {m.data, m.type, m.cols, m.rows, m.col_stride, m.row_stride}; }
+
+// Matrices of one shape in one piece of memory.
+struct Batch {
+    Matrix first;
+    int64_t count, stride;
+
+    Matrix operator[](int64_t i) const {
+        Matrix m = first;
+        m.data = static_cast<char*>(first.data) + i * stride * size_of(first.type);
+        return m;
+    }
+};
+
+// Calls f(index, threads) for every matrix of a batch: small ones side by side, each on one thread; large ones in turn.
+template <class F>
+void for_each_matrix(int64_t count, int64_t rows, int threads, F f) {
+    if (count > 1 && rows <= TILE) {
+        parallel_for(count, usable_threads(threads), [&](int64_t i, int) { f(i, 1); });
+    } else {
+        for (int64_t i = 0; i < count; ++i) f(i, usable_threads(threads));
+    }
+}
+
+}  // namespace sphere
