@@ -1,7 +1,8 @@
-"""Kernels for hyperspherical energy, principal directions and sparse projection; needs torch only."""
+"""Kernels for hyperspherical energy, Gram matrices, principal directions and sparse projection; needs torch only."""
 
 from sphere_kernels.directions import PrincipalDirections, principal_directions
 from sphere_kernels.energy import hyperspherical_energy, orthogonal_energy
+from sphere_kernels.gram import gram, gram_update_energy_
 from sphere_kernels.projection import LowRankUpdate, apply_projected_update_, sparse_projection
 
 __version__ = "0.1.0"
@@ -11,6 +12,8 @@ __all__ = [
     "PrincipalDirections",
     "__version__",
     "apply_projected_update_",
+    "gram",
+    "gram_update_energy_",
     "hyperspherical_energy",
     "orthogonal_energy",
     "principal_directions",

@@ -14,12 +14,13 @@ from sphere_kernels.dispatch import IMPLS
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def matrix(name: str, value: Any) -> None:
-    """Require a tensor ``[..., rows, columns]`` of a dtype in `DTYPES`."""
+def matrix(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    """Require a tensor ``[..., rows, columns]`` of one of a few dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+    if value.dtype not in dtypes:
+        *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {', '.join(names)} or {last}, got {value.dtype}")
     if value.ndim < 2:
         raise ValueError(f"{name} must have at least 2 dimensions [..., rows, columns], got shape {list(value.shape)}")
 
@@ -28,6 +29,21 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
     """Require two tensors on one device."""
     if value.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
+
+
+def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Require two tensors of one dtype."""
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} must be of the dtype of {other_name}, {other.dtype}, got {value.dtype}")
+
+
+def writable(name: str, value: Tensor) -> None:
+    """Require a tensor that owns each of its elements: each stride must step over all that the smaller ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(f"{name} must own each of its elements, got a view of strides {value.stride()}")
+        reach += stride * (size - 1)
 
 
 def choice(name: str, value: Any, choices: Collection[str]) -> None:
@@ -39,6 +55,12 @@ def choice(name: str, value: Any, choices: Collection[str]) -> None:
 def impl(value: Any) -> None:
     """Require the name of an implementation, or ``"auto"``."""
     choice("impl", value, IMPLS)
+
+
+def flag(name: str, value: Any) -> None:
+    """Require True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def number(name: str, value: Any, low: float, high: float = math.inf) -> None:

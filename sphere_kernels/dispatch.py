@@ -81,14 +81,18 @@ def select(op: str, impl: str, device_type: str, dtype: torch.dtype, shape: Iter
         ValueError: unknown ``op`` or ``impl``, or the implementation named cannot run; it never falls back.
     """
     shape = tuple(shape)
-    if impl not in IMPLS:
+    if impl == "auto":
+        for choice in PREFERENCE:
+            if refusal(op, choice, device_type, dtype, shape) is None:
+                return choice
+        reason: str | None = "no implementation can run"
+    elif impl in PREFERENCE:
+        reason = refusal(op, impl, device_type, dtype, shape)
+        if reason is None:
+            return impl
+    else:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     choices = available(op, device_type, dtype, shape)
-    if impl == "auto" and choices:
-        return choices[0]
-    if impl in choices:
-        return impl
-    reason = refusal(op, impl, device_type, dtype, shape) if impl != "auto" else "no implementation can run"
     raise ValueError(
         f"impl={impl!r} is not available for {op}: {reason} "
         f"({device_type}, {dtype}, shape {list(shape)}); available here: {', '.join(choices) or 'none'}"
@@ -101,8 +105,14 @@ def implementation(op: str, impl: str, tensor: Tensor) -> Callable[..., Any]:
     It runs outside any autocast: the dtypes are the operation's own.
     """
     requested = env.kernels_impl() if impl == "auto" else impl
-    chosen = select(op, requested, tensor.device.type, tensor.dtype, tensor.shape)
-    return torch.autocast(tensor.device.type, enabled=False)(_REGISTRY[op][chosen].run)
+    device_type = tensor.device.type
+    chosen = select(op, requested, device_type, tensor.dtype, tensor.shape)
+    return outside_autocast(_REGISTRY[op][chosen].run, device_type)
+
+
+def outside_autocast(run: Function, device_type: str) -> Function:
+    """A function that runs outside any autocast; entering a context costs microseconds, so only where there is one."""
+    return torch.autocast(device_type, enabled=False)(run) if torch.is_autocast_enabled(device_type) else run
 
 
 def _implementations(op: str) -> dict[str, Implementation]:

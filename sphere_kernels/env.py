@@ -27,6 +27,12 @@ KERNELS_IMPL = Variable(
     'The implementation that impl="auto" stands for: auto, reference, native, triton or cuda. '
     "Like an explicit argument, it raises where the named one cannot run.",
 )
+KERNELS_ISA = Variable(
+    "SPHERE_KERNELS_ISA",
+    "auto",
+    "The instruction set of the native kernels: auto (the fastest that this machine can run), scalar, avx2 or avx512. "
+    "One that the machine lacks is refused.",
+)
 EDIT_CACHE = Variable(
     "SPHERE_EDIT_CACHE",
     "~/.cache/sphere-edit",
@@ -37,12 +43,17 @@ EDIT_DATA = Variable(
     "",
     "Folder with published data sets for the tests that read some; empty: those tests are skipped.",
 )
-VARIABLES = (KERNELS_IMPL, EDIT_CACHE, EDIT_DATA)
+VARIABLES = (KERNELS_IMPL, KERNELS_ISA, EDIT_CACHE, EDIT_DATA)
 
 
 def kernels_impl() -> str:
     """The implementation that ``impl="auto"`` stands for."""
     return KERNELS_IMPL.value
+
+
+def kernels_isa() -> str:
+    """The instruction set of the native kernels, or ``"auto"``."""
+    return KERNELS_ISA.value
 
 
 def edit_cache() -> Path:

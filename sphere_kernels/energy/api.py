@@ -57,7 +57,8 @@ def hyperspherical_energy(
     energy = ops.pair_energy(weight, float(s), distance, half_space, impl)
     if reduction == "none":
         return energy
-    return energy.sum(-1) * ((1 + half_space) / pairs)
+    scale = (1 + half_space) / pairs
+    return energy.sum(-1) if scale == 1 else energy.sum(-1) * scale
 
 
 def orthogonal_energy(

@@ -8,27 +8,28 @@ import torch
 from torch import Tensor
 
 from sphere_kernels import dispatch
-from sphere_kernels.energy import reference  # noqa: F401  (registers itself)
+from sphere_kernels.energy import native, reference  # noqa: F401  (register themselves)
+from sphere_kernels.library import operation
 
 
-@torch.library.custom_op("sphere_kernels::pair_energy", mutates_args=())
+@operation()
 def pair_energy(weight: Tensor, s: float, distance: str, half_space: bool, impl: str) -> Tensor:
     """Energy of every row of ``[..., n, d]``: ``[..., n]`` fp64."""
     return dispatch.implementation("pair_energy", impl, weight)(weight, s, distance, half_space)
 
 
-@pair_energy.register_fake
+@torch.library.register_fake(pair_energy)
 def _(weight: Tensor, s: float, distance: str, half_space: bool, impl: str) -> Tensor:
     return weight.new_empty(weight.shape[:-1], dtype=torch.float64)
 
 
-@torch.library.custom_op("sphere_kernels::pair_energy_backward", mutates_args=())
+@operation()
 def pair_energy_backward(grad: Tensor, weight: Tensor, s: float, distance: str, half_space: bool, impl: str) -> Tensor:
     """Gradient of ``sum(grad * pair_energy(weight))``, in the weight's shape and dtype."""
     return dispatch.implementation("pair_energy_backward", impl, weight)(grad, weight, s, distance, half_space)
 
 
-@pair_energy_backward.register_fake
+@torch.library.register_fake(pair_energy_backward)
 def _(grad: Tensor, weight: Tensor, s: float, distance: str, half_space: bool, impl: str) -> Tensor:
     return weight.new_empty(weight.shape)
 
@@ -49,5 +50,5 @@ def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
     )
 
 
-pair_energy.register_autograd(_backward, setup_context=_save)
-pair_energy_backward.register_autograd(_no_second_derivative)
+torch.library.register_autograd(pair_energy, _backward, setup_context=_save)
+torch.library.register_autograd(pair_energy_backward, _no_second_derivative)

@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from sphere_kernels.dispatch import register
-from sphere_kernels.energy.tiles import CLAMP, NEAR, Tile, near_pairs, recompute, tiles
+from sphere_kernels.energy.pairs import (
+    angle,
+    antipode_square,
+    antipode_values,
+    euclidean,
+    folded_angles,
+    of_sign,
+    pair_values,
+    riesz,
+    signs,
+)
+from sphere_kernels.energy.tiles import CLAMP, Tile, near_pairs, tiles
 from sphere_kernels.rows import EPSILON, UnitRows, row_chunks
 
 
@@ -19,10 +30,9 @@ def pair_energy(weight: Tensor, s: float, distance: str, half_space: bool) -> Te
     batch, n, _ = rows.weight.shape
     energy = weight.new_zeros(batch, n, dtype=torch.float64)
     for tile in tiles(batch, n):
-        values = _angular_values if distance == "angular" else _euclidean_values
-        tile.add_sums(energy, tile.without_self(values(rows, tile, s, half_space)))
+        tile.add_sums(energy, pair_values(rows, tile, tile.gram(rows.unit), s, distance, half_space))
     if half_space:
-        energy += _riesz(_antipode_square(rows, distance), s)
+        energy += antipode_values(rows, s, distance)
     return (energy + 0 * rows.norm).reshape(weight.shape[:-1])  # a lone NaN row has no pairs to poison
 
 
@@ -44,33 +54,10 @@ def pair_energy_backward(grad: Tensor, weight: Tensor, s: float, distance: str, 
     return _through_normalisation(rows, pull, radial).reshape(weight.shape)
 
 
-def _riesz(square: Tensor, s: float) -> Tensor:
-    """``f_s(t)`` from ``t^2``."""
-    return square.log().mul_(-0.5) if s == 0 else square.pow(-0.5 * s)
-
-
 def _riesz_slope(square: Tensor, s: float) -> Tensor:
     """``-f_s'(t) / t`` from ``t^2``; zero where the distance is clamped."""
-    slope = square.reciprocal() if s == 0 else _riesz(square, s).div_(square).mul_(s)
+    slope = square.reciprocal() if s == 0 else riesz(square, s).div_(square).mul_(s)
     return slope.masked_fill_(square <= CLAMP, 0)
-
-
-def _signs(half_space: bool) -> tuple[int, ...]:
-    return (1, -1) if half_space else (1,)
-
-
-def _euclidean(rows: UnitRows, tile: Tile, gram: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    """Squared distances of rows to ``sign *`` columns, and which of them are near."""
-    square = tile.outer_sum(rows.square).add_(gram, alpha=-2 * sign)
-    near = tile.without_self(square < NEAR)
-    recompute(square, near, sign, rows, tile, angular=False)
-    return square.clamp_(min=CLAMP), near
-
-
-def _euclidean_values(rows: UnitRows, tile: Tile, s: float, half_space: bool) -> Tensor:
-    gram = tile.gram(rows.unit)
-    first, *second = (_riesz(_euclidean(rows, tile, gram, sign)[0], s) for sign in _signs(half_space))
-    return first + second[0] if second else first
 
 
 def _euclidean_slopes(
@@ -79,8 +66,8 @@ def _euclidean_slopes(
     # d/d(unit_i) of the energy of a pair: slope * weight * (sign * unit_j - unit_i)
     gram = tile.gram(rows.unit)
     bulk = torch.zeros_like(weights)
-    for sign in _signs(half_space):
-        square, near = _euclidean(rows, tile, gram, sign)
+    for sign in signs(half_space):
+        square, near = euclidean(rows, tile, gram, sign)
         slope = tile.without_self(_riesz_slope(square, s).mul_(weights))
         _pull_near(rows, tile, slope, near, sign, pull)
         slope.masked_fill_(near, 0)
@@ -89,48 +76,21 @@ def _euclidean_slopes(
     _pull_bulk(rows, tile, bulk, pull)
 
 
-def _folded_angles(rows: UnitRows, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-    """Angle of rows to the nearer of ``+`` and ``-`` column, whether that is ``-``, and which pairs are near."""
-    gram = tile.gram(rows.unit)
-    flipped = gram < 0
-    square = 2 - 2 * gram.abs().double()
-    near = tile.without_self(square < NEAR)
-    for sign in (1, -1):
-        recompute(square, _of_sign(near, flipped, sign), sign, rows, tile, angular=True)
-    return _angle(square), flipped, near
-
-
-def _angle(square: Tensor) -> Tensor:
-    """``arccos(g)`` from ``2 - 2 g``."""
-    return square.sqrt().mul_(0.5).asin_().mul_(2)
-
-
-def _of_sign(near: Tensor, flipped: Tensor, sign: int) -> Tensor:
-    return near & (flipped if sign < 0 else ~flipped)
-
-
-def _angular_values(rows: UnitRows, tile: Tile, s: float, half_space: bool) -> Tensor:
-    folded, flipped, _ = _folded_angles(rows, tile)
-    angle = torch.where(flipped, math.pi - folded, folded)
-    values = _riesz(angle.square().clamp_(min=CLAMP), s)
-    return values + _riesz((math.pi - angle).square().clamp_(min=CLAMP), s) if half_space else values
-
-
 def _angular_slopes(
     rows: UnitRows, tile: Tile, s: float, half_space: bool, weights: Tensor, pull: Tensor, radial: Tensor
 ) -> None:
     # d/d(unit_i) of the energy of a pair: slope * weight * unit_j, where slope = d f(arccos g) / dg
-    folded, flipped, near = _folded_angles(rows, tile)
-    angle = torch.where(flipped, math.pi - folded, folded)
-    slope = angle * _riesz_slope(angle.square(), s)
+    folded, flipped, near = folded_angles(rows, tile, tile.gram(rows.unit))
+    full = torch.where(flipped, math.pi - folded, folded)
+    slope = full * _riesz_slope(full.square(), s)
     if half_space:
-        opposite = math.pi - angle
+        opposite = math.pi - full
         slope -= opposite * _riesz_slope(opposite.square(), s)
     slope.div_(folded.sin()).masked_fill_(folded.square() <= CLAMP, 0)
     tile.without_self(slope.mul_(weights))
     for sign in (1, -1):
         # slope * unit_j = sign * slope * (sign * unit_j - unit_i) + sign * slope * unit_i
-        marked = _of_sign(near, flipped, sign)
+        marked = of_sign(near, flipped, sign)
         _pull_near(rows, tile, sign * slope, marked, sign, pull)
         tile.add_sums(radial, sign * slope.masked_fill(~marked, 0))
     _pull_bulk(rows, tile, slope.masked_fill_(near, 0), pull)
@@ -161,20 +121,13 @@ def _differences(slope: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return slope @ (right - centre) - slope.sum(1, keepdim=True) * (left - centre)
 
 
-def _antipode_square(rows: UnitRows, distance: str) -> Tensor:
-    """Squared distance of every row to its own negative."""
-    if distance == "angular":
-        return (math.pi - _angle(2 * rows.deficit)).square()
-    return (4 * rows.square).clamp_(min=CLAMP)
-
-
 def _antipode_slope(rows: UnitRows, s: float, distance: str) -> Tensor:
     """Coefficient of the unit row in the gradient of the energy between a row and its own negative."""
-    slope = _riesz_slope(_antipode_square(rows, distance), s)
+    slope = _riesz_slope(antipode_square(rows, distance), s)
     if distance == "euclidean":
         return -4 * slope
-    angle = _angle(2 * rows.deficit)
-    return -2 * slope * (math.pi - angle) / angle.sin()
+    short = angle(2 * rows.deficit)
+    return -2 * slope * (math.pi - short) / short.sin()
 
 
 def _through_normalisation(rows: UnitRows, pull: Tensor, radial: Tensor) -> Tensor:

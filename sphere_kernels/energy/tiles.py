@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sphere_kernels.rows import UnitRows
+from sphere_kernels.rows import Rows
 
 TILE_ROWS = 256
 TILE_ELEMENTS = 1 << 20
@@ -48,6 +48,16 @@ class Tile:
             pairs.diagonal(dim1=-2, dim2=-1).zero_()
         return pairs
 
+    def symmetric(self, pairs: Tensor) -> Tensor:
+        """``pairs`` with the upper triangle mirrored to the lower one where the tile holds both."""
+        return pairs.triu() + pairs.triu(1).mT if self.diagonal else pairs
+
+    def store(self, matrix: Tensor, pairs: Tensor) -> None:
+        """Write a symmetric function of pairs to both sides of ``matrix [batch, n, n]``."""
+        matrix[self.matrices, self.rows, self.cols] = pairs
+        if not self.diagonal:
+            matrix[self.matrices, self.cols, self.rows] = pairs.mT
+
 
 def tiles(batch: int, n: int) -> Iterator[Tile]:
     """Tiles of equal size on and above the diagonal, many small matrices in one."""
@@ -85,11 +95,13 @@ def near_pairs(tile: Tile, mask: Tensor) -> Iterator[NearPairs]:
         )
 
 
-def recompute(square: Tensor, mask: Tensor, sign: int, rows: UnitRows, tile: Tile, angular: bool) -> None:
-    """Overwrite the marked squared distances between rows and ``sign *`` columns, in place.
+def recompute(square: Tensor, mask: Tensor, sign: int, rows: Rows, tile: Tile, angular: bool) -> None:
+    """Overwrite the marked squared distances between rows and ``sign *`` columns, in place, where the weight is known.
 
     ``angular`` asks for ``2 - 2 sign g`` instead: the squared distance plus what the two rows lack to length 1.
     """
+    if rows.weight is None:
+        return
     for pairs in near_pairs(tile, mask):
         k = pairs.matrix
         left, right = rows.exact(k, pairs.rows), sign * rows.exact(k, pairs.cols)

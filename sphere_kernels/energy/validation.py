@@ -22,8 +22,7 @@ def check_options(s: Any, distance: Any, half_space: Any) -> None:
     """Check what defines the energy of a pair."""
     checks.number("s", s, low=0)
     checks.choice("distance", distance, DISTANCES)
-    if not isinstance(half_space, bool):
-        raise TypeError(f"half_space must be True or False, got {half_space!r}")
+    checks.flag("half_space", half_space)
 
 
 def ordered_pairs(points: int) -> int:

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from sphere_kernels import dispatch
-from sphere_kernels.projection import reference  # noqa: F401  (registers itself)
+from sphere_kernels.library import operation
+from sphere_kernels.projection import native, reference  # noqa: F401  (register themselves)
 
 
-@torch.library.custom_op("sphere_kernels::sparse_projection", mutates_args=())
+@operation()
 def sparse_projection(update: Tensor, basis: Tensor, alpha: float, impl: str) -> Tensor:
     """``update - alpha (update U) U^T``; the basis is a constant."""
     return dispatch.implementation("sparse_projection", impl, update)(update, basis, alpha)
 
 
-@sparse_projection.register_fake
+@torch.library.register_fake(sparse_projection)
 def _(update: Tensor, basis: Tensor, alpha: float, impl: str) -> Tensor:
     return update.new_empty(update.shape)
 
@@ -32,10 +33,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return sparse_projection(grad, basis, *ctx.options), None, None, None  # the projector is symmetric
 
 
-sparse_projection.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd(sparse_projection, _backward, setup_context=_save)
 
 
-@torch.library.custom_op("sphere_kernels::apply_projected_update_", mutates_args=("weight",))
+@operation(mutates=("weight",))
 def apply_projected_update_(
     weight: Tensor, left: Tensor | None, right: Tensor, basis: Tensor, alpha: float, impl: str
 ) -> None:
@@ -43,6 +44,6 @@ def apply_projected_update_(
     dispatch.implementation("apply_projected_update_", impl, weight)(weight, left, right, basis, alpha)
 
 
-@apply_projected_update_.register_fake
+@torch.library.register_fake(apply_projected_update_)
 def _(weight: Tensor, left: Tensor | None, right: Tensor, basis: Tensor, alpha: float, impl: str) -> None:
     return None

@@ -16,6 +16,13 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 98)
 
 
+@pytest.fixture(params=("reference", "native"))
+def each_impl(request, monkeypatch):
+    """``impl="auto"`` stands for one implementation, then for the other."""
+    monkeypatch.setenv("SPHERE_KERNELS_IMPL", request.param)
+    return request.param
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the most elements that any operation's result owned."""
 

@@ -54,6 +54,20 @@ def per_neuron(weight: Tensor, s: float = 1.0, distance: str = "euclidean", half
     return (values * others).sum(-1)[..., :n]
 
 
+def per_neuron_of_gram(gram: Tensor, s: float = 1.0, distance: str = "euclidean", half_space: bool = False) -> Tensor:
+    """``E_i`` from the inner products of rows that are not normalised, themselves taken to be exact."""
+    n, gram = gram.shape[-1], gram.double()
+    if half_space:
+        gram = torch.cat([torch.cat([gram, -gram], -1), torch.cat([-gram, gram], -1)], -2)
+    norm = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    unit, scale = norm / (norm + EPSILON), norm + EPSILON
+    inner = gram / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    square = unit.square().unsqueeze(-1) + unit.square().unsqueeze(-2) - 2 * inner
+    t = inner.clamp(-1, 1).arccos() if distance == "angular" else square.clamp(min=1e-12).sqrt()
+    others = ~torch.eye(gram.shape[-1], dtype=torch.bool)
+    return (riesz(torch.where(others, t, 1.0), s) * others).sum(-1)[..., :n]
+
+
 def plain(weight: Tensor, s: float, distance: str, half_space: bool) -> Tensor:
     """What a PyTorch user writes in the dtype of the weight: the Gram matrix and a clamp. The budget's yardstick."""
     unit = weight / (weight.norm(dim=-1, keepdim=True) + EPSILON)

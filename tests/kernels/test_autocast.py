@@ -1,10 +1,10 @@
-"""Mixed-precision training does not lower the precision of the energy or of the projection."""
+"""Mixed-precision training does not lower the precision of any operation."""
 
 from __future__ import annotations
 
 import torch
 
-from sphere_kernels import hyperspherical_energy, principal_directions, sparse_projection
+from sphere_kernels import gram, gram_update_energy_, hyperspherical_energy, principal_directions, sparse_projection
 
 
 def test_same_bits_under_autocast():
@@ -14,7 +14,12 @@ def test_same_bits_under_autocast():
         energy = hyperspherical_energy(weight)
         (gradient,) = torch.autograd.grad(energy, weight)
         directions = principal_directions(weight.detach())
-        return energy, gradient, directions.eigenvalues, sparse_projection(weight.detach(), directions)
+        matrix = gram(weight)
+        (through_gram,) = torch.autograd.grad(matrix.sum(), weight)
+        factors = weight.detach()[:, :4], weight.detach()[:, 4:8], weight.detach()[:4, :4]
+        updated = gram_update_energy_(matrix, *factors)
+        projected = sparse_projection(weight.detach(), directions)
+        return energy, gradient, directions.eigenvalues, projected, matrix, through_gram, updated
 
     plain = figures()
     with torch.autocast("cpu", dtype=torch.bfloat16):

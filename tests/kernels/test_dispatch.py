@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sphere_kernels import dispatch, env, hyperspherical_energy, principal_directions, sparse_projection
+from sphere_kernels import dispatch, env, gram, hyperspherical_energy, principal_directions, sparse_projection
 
 HERE = ("cpu", torch.float32, (8, 8))
 
@@ -57,6 +57,7 @@ def test_operations_raise_rather_than_fall_back(impl):
     weight = torch.randn(6, 5)
     for call in (
         lambda: hyperspherical_energy(weight, impl=impl),
+        lambda: gram(weight, impl=impl),
         lambda: principal_directions(weight, impl=impl),
         lambda: sparse_projection(weight, torch.eye(5)[:, :2], impl=impl),
     ):

@@ -25,6 +25,17 @@ def test_import_needs_torch_only():
     assert abs(float(run(code, "numpy", "transformers", "triton", "scipy", "pybind11")) - 6 * 2**-0.5) < 1e-6
 
 
+def test_first_calls_do_not_import_the_compiler():
+    code = """
+import sys, torch, sphere_kernels as k
+weight, basis = torch.eye(3).requires_grad_(), torch.eye(3)[:, :1]
+k.hyperspherical_energy(weight).backward()
+k.apply_projected_update_(weight, k.sparse_projection(k.gram(weight.detach()), basis), basis)
+print("torch._dynamo" in sys.modules)
+"""
+    assert run(code).strip() == "False"
+
+
 def test_everything_exported_exists():
     assert all(hasattr(sphere_kernels, name) for name in sphere_kernels.__all__)
 

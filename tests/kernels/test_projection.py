@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from sphere_kernels import LowRankUpdate, apply_projected_update_, principal_directions, sparse_projection
 from sphere_kernels.projection import reference
 
+pytestmark = pytest.mark.usefixtures("each_impl")
+
 LOW = (torch.bfloat16, torch.float16)
 
 

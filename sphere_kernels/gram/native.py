@@ -1,0 +1,52 @@
+"""Gram matrices by the compiled CPU kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sphere_kernels import native
+from sphere_kernels.dispatch import register
+from sphere_kernels.gram.terms import update_terms
+from sphere_kernels.rows import compute_dtype
+
+
+@register("gram", "native", native.supports)
+def gram(weight: Tensor, normalize: bool) -> Tensor:
+    """Inner products of the rows, ``[..., n, n]``."""
+    out = torch.empty((*weight.shape[:-1], weight.shape[-2]), dtype=compute_dtype(weight))
+    rows = native.merged(weight)
+    native.cpu.gram(native.view(rows), normalize, *native.tier_and_threads(), out.data_ptr())
+    return out
+
+
+@register("gram_update_energy_", "native", native.supports)
+def gram_update_energy_(
+    gram: Tensor,
+    left: Tensor,
+    cross: Tensor,
+    inner: Tensor,
+    weight: Tensor | None,
+    s: float,
+    distance: str,
+    half_space: bool,
+) -> Tensor:
+    """Update ``gram`` in place; the energy of every neuron, ``[..., n]`` fp64."""
+    first, second, diagonal = update_terms(gram, left, cross, inner)
+    diagonal = diagonal.double()
+    rows = None if weight is None else native.merged(weight)
+    energy = torch.empty(gram.shape[:-1], dtype=torch.float64)
+    with native.written(gram, contiguous=gram.stride(-1) != 1) as matrices:
+        native.cpu.gram_update_energy(
+            native.view(matrices),
+            native.view(first),
+            native.view(second),
+            diagonal.data_ptr(),
+            None if rows is None else native.view(rows),
+            s,
+            distance == "angular",
+            half_space,
+            *native.tier_and_threads(),
+            energy.data_ptr(),
+        )
+    return energy

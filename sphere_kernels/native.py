@@ -1,0 +1,72 @@
+"""What the native backends share: the compiled module, the instruction set that runs, and tensors as it sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphere_kernels import env
+from sphere_kernels.rows import one_batch
+
+cpu: Any
+try:
+    from sphere_kernels import _cpu as cpu
+except ImportError as error:  # a source tree that was not built, or a module of another Python
+    cpu, _FAILURE = None, f"the compiled module does not load ({error})"
+
+TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # the order of csrc/cpu/matrix.h
+View = tuple[int, ...]  # address, type, count, rows, cols, and the strides of the last three
+
+BUILT: list[str] = [] if cpu is None else cpu.built_tiers()
+USABLE: list[str] = [] if cpu is None else cpu.usable_tiers()
+
+
+def supports(device_type: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    """Why the compiled module cannot take such a tensor; None when it can."""
+    if cpu is None:
+        return _FAILURE
+    return None if device_type == "cpu" else f"it runs on CPU tensors, not on {device_type}"
+
+
+def instruction_set() -> str:
+    """The instruction set that runs: the fastest that this machine can, or ``SPHERE_KERNELS_ISA``.
+
+    Raises:
+        ValueError: the variable names one that this machine or this build does not have.
+    """
+    asked = env.kernels_isa()
+    if asked == "auto":
+        return USABLE[-1]
+    if asked not in USABLE:
+        raise ValueError(
+            f"SPHERE_KERNELS_ISA must be auto or one of {', '.join(USABLE)} on this machine, got {asked!r}"
+        )
+    return asked
+
+
+def tier_and_threads() -> tuple[int, int]:
+    """What every kernel is told: the index of the instruction set, and torch's number of threads."""
+    return BUILT.index(instruction_set()), torch.get_num_threads()
+
+
+def merged(tensor: Tensor) -> Tensor:
+    """The matrices of ``[..., rows, cols]`` as ``[count, rows, cols]``: a view, or a copy where none exists."""
+    return one_batch(tensor.resolve_neg())
+
+
+@contextmanager
+def written(tensor: Tensor, contiguous: bool = False) -> Iterator[Tensor]:
+    """`merged` for writing: where that, or ``contiguous``, takes a copy, it is copied back at the end."""
+    matrices = merged(tensor).contiguous() if contiguous else merged(tensor)
+    yield matrices
+    if matrices.data_ptr() != tensor.data_ptr():
+        tensor.copy_(matrices.view(tensor.shape))
+
+
+def view(matrices: Tensor) -> View:
+    """Matrices ``[count, rows, cols]`` as the compiled module sees them; the caller keeps the tensor alive."""
+    return (matrices.data_ptr(), TYPES[matrices.dtype], *matrices.shape, *matrices.stride())
