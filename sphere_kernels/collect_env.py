@@ -133,11 +133,11 @@ def _devices() -> Section:
 
 
 def _native() -> Section:
-    try:
-        cpu = importlib.import_module("sphere_kernels._cpu")
-    except ImportError as error:
-        return {"sphere_kernels._cpu": f"not available: {error}"}
-    return {"sphere_kernels._cpu": cpu.__file__} | dict(cpu.cpu_features())
+    native = importlib.import_module("sphere_kernels.native")
+    if native.cpu is None:
+        return {"sphere_kernels._cpu": native.failure}
+    tiers = f"{native.instruction_set()} (usable here: {', '.join(native.USABLE)}; built: {', '.join(native.BUILT)})"
+    return {"sphere_kernels._cpu": native.cpu.__file__, "instruction set": tiers} | dict(native.cpu.cpu_features())
 
 
 def _implementations() -> Section:

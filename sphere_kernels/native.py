@@ -12,11 +12,12 @@ from torch import Tensor
 from sphere_kernels import env
 from sphere_kernels.rows import one_batch
 
-cpu: Any
+cpu: Any = None
+failure: str | None = None
 try:
     from sphere_kernels import _cpu as cpu
 except ImportError as error:  # a source tree that was not built, or a module of another Python
-    cpu, _FAILURE = None, f"the compiled module does not load ({error})"
+    failure = f"the compiled module does not load ({error})"
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # the order of csrc/cpu/matrix.h
 View = tuple[int, ...]  # address, type, count, rows, cols, and the strides of the last three
@@ -27,9 +28,9 @@ USABLE: list[str] = [] if cpu is None else cpu.usable_tiers()
 
 def supports(device_type: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
     """Why the compiled module cannot take such a tensor; None when it can."""
-    if cpu is None:
-        return _FAILURE
-    return None if device_type == "cpu" else f"it runs on CPU tensors, not on {device_type}"
+    if device_type != "cpu":
+        return f"it runs on CPU tensors, not on {device_type}"
+    return failure
 
 
 def instruction_set() -> str:

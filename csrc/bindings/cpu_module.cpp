@@ -6,6 +6,7 @@
 #include "cpu/pair_energy.h"
 #include "cpu/parallel.h"
 #include "cpu/product.h"
+#include "cpu/projection.h"
 #include "cpu/tiers.h"
 #include "cpu/views.h"
 
@@ -96,38 +97,50 @@ PYBIND11_MODULE(_cpu, m) {
         "Inner products of all rows, to fp64 or fp32 out[count, rows, rows], contiguous.");
     m.def(
         "gram_update_energy",
-        [](const py::tuple& gram, const py::tuple& left, const py::tuple& right, uintptr_t diagonal,
+        [](const py::tuple& gram, const py::tuple& left, const py::tuple& cross, const py::tuple& inner,
            const py::object& weight, double s, bool angular, bool half_space, int tier, int threads,
            uintptr_t energies) {
-            const Batch grams = as_batch(gram), lefts = as_batch(left), rights = as_batch(right);
-            const Batch weights = weight.is_none() ? Batch{} : as_batch(weight);
+            const Batch grams = as_batch(gram), lefts = as_batch(left), crosses = as_batch(cross);
+            const Batch inners = as_batch(inner), weights = weight.is_none() ? Batch{} : as_batch(weight);
             const int64_t n = grams.first.rows;
             in_precision(grams.first.type == Type::float64, [&](auto t) {
-                using T = decltype(t);
                 for_each_matrix(grams.count, n, threads, [&](int64_t i, int each) {
-                    const Matrix m = grams[i], rows = weights.count ? weights[i] : Matrix{};
-                    gram_update_energy<T>(static_cast<T*>(m.data), m.row_stride, lefts[i], rights[i],
-                                          as_pointer<double>(diagonal) + i * n, weights.count ? &rows : nullptr,
-                                          {s, angular, half_space}, tier, each, as_pointer<double>(energies) + i * n);
+                    const Matrix rows = weights.count ? weights[i] : Matrix{};
+                    gram_update_energy<decltype(t)>(grams[i], lefts[i], crosses[i], inners[i],
+                                                    weights.count ? &rows : nullptr, {s, angular, half_space}, tier,
+                                                    each, as_pointer<double>(energies) + i * n);
                 });
             });
         },
-        "gram += left right^T, which is symmetric, with its new diagonal given, fp64 [count, rows]; the energy of "
-        "every "
-        "neuron to fp64 energies[count, rows]. Columns of gram are neighbours.");
+        "gram += cross left^T + left cross^T + left inner left^T, all of one type; the energy of every neuron to fp64 "
+        "energies[count, rows]. Columns of gram are neighbours.");
+    m.def(
+        "project",
+        [](const py::tuple& update, const py::tuple& basis, double alpha, const py::object& left, const py::tuple& out,
+           bool accumulate, bool wide, int tier, int threads) {
+            const Batch updates = as_batch(update), bases = as_batch(basis), outs = as_batch(out);
+            const Batch lefts = left.is_none() ? Batch{} : as_batch(left);
+            in_precision(wide, [&](auto t) {
+                for_each_matrix(outs.count, outs.first.rows, threads, [&](int64_t i, int each) {
+                    const Matrix factor = lefts.count ? lefts[i] : Matrix{};
+                    project<decltype(t)>(updates[i], bases[i], alpha, lefts.count ? &factor : nullptr, outs[i],
+                                         accumulate, tier, each);
+                });
+            });
+        },
+        "out = (accumulate ? out : 0) + left (update - alpha (update basis) basis^T), left None: the identity; in fp64 "
+        "or "
+        "fp32, rounded once to the type of out.");
     m.def(
         "product",
-        [](const py::tuple& left, const py::tuple& right, double factor, const py::tuple& out, const py::object& addend,
-           bool accumulate, bool wide, int tier, int threads) {
+        [](const py::tuple& left, const py::tuple& right, const py::tuple& out, bool wide, int tier, int threads) {
             const Batch a = as_batch(left), b = as_batch(right), to = as_batch(out);
-            const Batch added = addend.is_none() ? Batch{} : as_batch(addend);
             in_precision(wide, [&](auto t) {
                 for_each_matrix(to.count, to.first.rows, threads, [&](int64_t i, int each) {
-                    const Matrix from = added.count ? added[i] : Matrix{};
-                    product<decltype(t)>(kernels<decltype(t)>(tier), {a[i]}, {transposed(b[i])}, factor, to[i],
-                                         added.count ? &from : nullptr, accumulate, each);
+                    product<decltype(t)>(kernels<decltype(t)>(tier), {a[i]}, {transposed(b[i])}, 1, to[i], nullptr,
+                                         false, each);
                 });
             });
         },
-        "out = (accumulate ? out : 0) + addend + factor left right, in fp64 or fp32, rounded once to the type of out.");
+        "out = left right, in fp64 or fp32, rounded once to the type of out.");
 }

@@ -3,9 +3,11 @@
 #include <cmath>
 
 #include "cpu/blocks.h"
+#include "cpu/product.h"
 #include "cpu/riesz.h"
 #include "cpu/tiers.h"
 #include "cpu/unit_rows.h"
+#include "cpu/views.h"
 
 namespace sphere {
 
@@ -28,40 +30,59 @@ void gram(const Matrix& weight, bool normalize, int tier, int threads, T* out) {
 }
 
 template <class T>
-void gram_update_energy(T* gram, int64_t ld, const Matrix& left, const Matrix& right, const double* diagonal,
+void gram_update_energy(const Matrix& gram, const Matrix& left, const Matrix& cross, const Matrix& inner,
                         const Matrix* weight, const Riesz& riesz, int tier, int threads, double* energies) {
     const Kernels<T>& kernel = kernels<T>(tier);
-    const int64_t n = left.rows;
+    const int64_t n = gram.rows, b = left.cols, ld = gram.row_stride;
     threads = n * n < SMALL_WORK / 16 ? 1 : usable_threads(threads);
+    T* const elements = static_cast<T*>(gram.data);
+
+    // Z R^T + R Z^T + R (X X^T) R^T = [C, R] [R, C]^T with C = Z + R (X X^T) / 2. The error of the diagonal enters
+    // every pair of its row: it is computed in fp64 and rounded once.
+    Buffer<double> half(n * b);
+    const Matrix c_matrix{half.get(), Type::float64, n, b, b, 1};
+    product(kernels<double>(tier), {left}, {transposed(inner)}, 0.5, c_matrix, &cross, false, threads);
+    Buffer<T> first(n * 2 * b), second(n * 2 * b);
     RowData<T> data(n);
-    for (size_t i = 0; i < size_t(n); ++i) {
-        const double square = diagonal[i] + (diagonal[i] - diagonal[i]);  // infinity becomes NaN
-        data.norm[i] = std::sqrt(square < 0 ? 0 : square);                // below zero is a rounding error
+    std::vector<double> row(static_cast<size_t>(b));
+    for (int64_t i = 0; i < n; ++i) {
+        kernel.row(left, i, 1, row.data());
+        double change = 0;
+        for (int64_t k = 0; k < b; ++k) {
+            const double own = half[i * b + k], other = row[size_t(k)];
+            change += own * other;
+            first[i * 2 * b + k] = second[i * 2 * b + b + k] = T(own);
+            first[i * 2 * b + b + k] = second[i * 2 * b + k] = T(other);
+        }
+        T& diagonal = elements[i * ld + i];
+        diagonal = T(double(diagonal) + 2 * change);
+        const double square = double(diagonal) + double(diagonal - diagonal);  // infinity becomes NaN
+        data.norm[size_t(i)] = std::sqrt(square < 0 ? 0 : square);             // below zero is a rounding error
     }
     data.from_norms();
     for (size_t i = 0; i < size_t(n); ++i)  // what rounding left of the inner products of a zero row is no direction
         if (data.norm[i] == 0) data.scale[i] = 0;
     start_energies(data, riesz, energies);
-    const Blocking cut = blocking<T>(n, left.cols, GROUP_ROWS, false);
+    const Blocking cut = blocking<T>(n, 2 * b, GROUP_ROWS, false);
     TileSums sums(cut);
     const UnitRows<T> rows = data.view(weight, false);
+    const Matrix a{first.get(), type_of<T>, n, 2 * b, 2 * b, 1}, other{second.get(), type_of<T>, n, 2 * b, 2 * b, 1};
     symmetric_product(
-        kernel, left, right, nullptr, cut, threads,
+        kernel, a, other, nullptr, cut, threads,
         [&](const TileIndex& at, T* c, int64_t t) {
             const PairTile<T> tile{c, at.row, at.col, at.rows, at.cols};
-            kernel.update(c, tile, rows.scale, gram, ld);
-            mirror(gram, at, ld);
+            kernel.update(c, tile, rows.scale, elements, ld);
+            mirror(elements, at, ld);
             kernel.energy(tile, rows, riesz, sums.rows(t), sums.cols(t));
         },
         [&](const std::vector<TileIndex>& tiles) { sums.add_to(energies, tiles); });
-    for (int64_t i = 0; i < n; ++i) gram[i * ld + i] = T(diagonal[i]);
 }
 
 template void gram<float>(const Matrix&, bool, int, int, float*);
 template void gram<double>(const Matrix&, bool, int, int, double*);
-template void gram_update_energy<float>(float*, int64_t, const Matrix&, const Matrix&, const double*, const Matrix*,
+template void gram_update_energy<float>(const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix*,
                                         const Riesz&, int, int, double*);
-template void gram_update_energy<double>(double*, int64_t, const Matrix&, const Matrix&, const double*, const Matrix*,
+template void gram_update_energy<double>(const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix*,
                                          const Riesz&, int, int, double*);
 
 }  // namespace sphere

@@ -8,11 +8,11 @@ namespace sphere {
 template <class T>
 void gram(const Matrix& weight, bool normalize, int tier, int threads, T* out);
 
-// gram += left right^T, which is symmetric, and the energy of every neuron whose inner products the result holds. Of
-// `gram`, with `ld` elements between rows, only pairs row < column are read; `diagonal` is its new diagonal. A weight,
-// if given, has the rows whose inner products these are: near pairs are recomputed from them.
+// gram += cross left^T + left cross^T + left inner left^T, and the energy of every neuron whose inner products the
+// result holds. Of `gram`, whose columns are neighbours, only the upper triangle is read. All are of type T but the
+// weight, which, if given, has the rows whose inner products the result holds: near pairs are recomputed from them.
 template <class T>
-void gram_update_energy(T* gram, int64_t ld, const Matrix& left, const Matrix& right, const double* diagonal,
+void gram_update_energy(const Matrix& gram, const Matrix& left, const Matrix& cross, const Matrix& inner,
                         const Matrix* weight, const Riesz& riesz, int tier, int threads, double* energies);
 
 }  // namespace sphere

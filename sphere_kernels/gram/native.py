@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sphere_kernels import native
 from sphere_kernels.dispatch import register
-from sphere_kernels.gram.terms import update_terms
 from sphere_kernels.rows import compute_dtype
 
 
@@ -32,16 +31,15 @@ def gram_update_energy_(
     half_space: bool,
 ) -> Tensor:
     """Update ``gram`` in place; the energy of every neuron, ``[..., n]`` fp64."""
-    first, second, diagonal = update_terms(gram, left, cross, inner)
-    diagonal = diagonal.double()
+    left, cross, inner = map(native.merged, (left, cross, inner))
     rows = None if weight is None else native.merged(weight)
     energy = torch.empty(gram.shape[:-1], dtype=torch.float64)
     with native.written(gram, contiguous=gram.stride(-1) != 1) as matrices:
         native.cpu.gram_update_energy(
             native.view(matrices),
-            native.view(first),
-            native.view(second),
-            diagonal.data_ptr(),
+            native.view(left),
+            native.view(cross),
+            native.view(inner),
             None if rows is None else native.view(rows),
             s,
             distance == "angular",
