@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sphere_kernels import env
-from sphere_kernels.rows import one_batch
+from sphere_kernels.rows import compute_dtype, one_batch
 
 cpu: Any = None
 failure: str | None = None
@@ -71,3 +71,11 @@ def written(tensor: Tensor, contiguous: bool = False) -> Iterator[Tensor]:
 def view(matrices: Tensor) -> View:
     """Matrices ``[count, rows, cols]`` as the compiled module sees them; the caller keeps the tensor alive."""
     return (matrices.data_ptr(), TYPES[matrices.dtype], *matrices.shape, *matrices.stride())
+
+
+def gram(weight: Tensor, normalize: bool) -> Tensor:
+    """Inner products of the rows of ``[..., n, d]`` or of its unit rows, ``[..., n, n]``."""
+    out = torch.empty((*weight.shape[:-1], weight.shape[-2]), dtype=compute_dtype(weight))
+    rows = merged(weight)
+    cpu.gram(view(rows), normalize, *tier_and_threads(), out.data_ptr())
+    return out

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from sphere_kernels import dispatch
-from sphere_kernels.directions import reference  # noqa: F401  (registers itself)
+from sphere_kernels.directions import native, reference  # noqa: F401  (register themselves)
 from sphere_kernels.directions.types import PrincipalDirections
-from sphere_kernels.directions.validation import check_directions, check_unit_rows
-from sphere_kernels.rows import UnitRows
+from sphere_kernels.directions.validation import check_directions
 
 
 @torch.no_grad()
@@ -19,6 +18,8 @@ def principal_directions(
     *,
     rank: int | None = None,
     method: str = "auto",
+    start: PrincipalDirections | Tensor | None = None,
+    tolerance: float | None = None,
     impl: str = "auto",
 ) -> PrincipalDirections:
     """Leading eigenvectors of ``C = U_hat^T U_hat / n`` of the unit rows ``U_hat = w / (|w| + 1e-8)``.
@@ -30,8 +31,13 @@ def principal_directions(
         energy_ratio: share of the trace of C to pass, in [0, 1]; a share of energy, not of the number of directions.
         rank: takes the place of ``energy_ratio``, 0 to ``min(n, d)``; also bounded by the numerical rank.
         method: ``"eigh"`` of the smaller Gram matrix, ``"svd"`` of the unit rows (resolves small eigenvalues),
-            ``"subspace"`` iteration (for few directions; falls to ``"eigh"`` where it does not converge, and the
-            result says so), or ``"auto"``, today ``"eigh"``.
+            ``"subspace"`` iteration (for few directions; falls to ``"eigh"`` where these are too large a share or too
+            slow to converge, and the result says so), or ``"auto"``: ``"subspace"`` from a ``start`` (and for a
+            ``rank``) of at most 1/32 of ``min(n, d)`` columns, else ``"eigh"``.
+        start: directions of a nearby weight, or their basis ``[..., d, k]`` with the leading dimensions of ``weight``,
+            to begin the iteration from. It may be wrong: that costs time, not accuracy.
+        tolerance: of the iteration, 0 to 1; None for ``eps^0.75``, near rounding. The eigenvectors of the Gram matrix G
+            found are the exact leading ones of a matrix within ``tolerance |G|`` of it, and so is the rank its own.
         impl: implementation, see `sphere_kernels.dispatch.select`.
 
     Returns:
@@ -39,19 +45,20 @@ def principal_directions(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range; a weight that is empty, not finite or has a zero
-            matrix; an ``impl`` that cannot run.
+            matrix; a ``start`` that is not finite; a ``start`` or ``tolerance`` with ``"eigh"`` or ``"svd"``; an
+            ``impl`` that cannot run.
 
     Numerics:
         Never forms a d x d matrix where n < d, nor n x n where d < n. Numerical rank: eigenvalues above ``max(n, d)
-        eps`` times the largest; for ``"svd"``, singular values above it. The columns are orthonormal to rounding. Not
-        differentiable: it runs under ``no_grad``. Compare bases by their projector: single vectors of a dense
-        spectrum are ill-conditioned.
+        eps`` times the largest; for ``"svd"``, singular values above it. The columns are orthonormal to rounding.
+        The iteration's certificate is the residual and a Cholesky factorisation that shows nothing larger was missed;
+        its cumulative shares never exceed the true ones, so its rank is never too small, and where the true share
+        passes ``energy_ratio`` by less than the error, it may be too large. Not differentiable: it runs under
+        ``no_grad``. Compare bases by their projector: single vectors of a dense spectrum are ill-conditioned.
 
     Source:
         SPHERE, arXiv 2510.01172; ``U = U_hat^T V L^-1/2`` for ``U_hat U_hat^T = V L V^T``.
     """
-    check_directions(weight, energy_ratio, rank, method, impl)
+    basis = check_directions(weight, energy_ratio, rank, method, start, tolerance, impl)
     run = dispatch.implementation("principal_directions", impl, weight)
-    unit = UnitRows.of(weight).unit.reshape(weight.shape)
-    check_unit_rows(unit)
-    return run(unit, float(energy_ratio), rank, "eigh" if method == "auto" else method)
+    return run(weight, float(energy_ratio), rank, method, basis, tolerance)

@@ -7,16 +7,8 @@ from torch import Tensor
 
 from sphere_kernels import native
 from sphere_kernels.dispatch import register
-from sphere_kernels.rows import compute_dtype
 
-
-@register("gram", "native", native.supports)
-def gram(weight: Tensor, normalize: bool) -> Tensor:
-    """Inner products of the rows, ``[..., n, n]``."""
-    out = torch.empty((*weight.shape[:-1], weight.shape[-2]), dtype=compute_dtype(weight))
-    rows = native.merged(weight)
-    native.cpu.gram(native.view(rows), normalize, *native.tier_and_threads(), out.data_ptr())
-    return out
+register("gram", "native", native.supports)(native.gram)
 
 
 @register("gram_update_energy_", "native", native.supports)

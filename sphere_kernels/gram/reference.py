@@ -72,7 +72,7 @@ def gram_update_energy_(
 def _terms(gram: Tensor, left: Tensor, cross: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``[C, R]`` and ``[R, C]`` for ``Z R^T + R Z^T + R (X X^T) R^T = [C, R] [R, C]^T``, and the new diagonal.
 
-    ``C = Z + R (X X^T) / 2``. The diagonal is computed in fp64 and rounded once: its error enters every pair of its row.
+    ``C = Z + R (X X^T) / 2``. The diagonal's error enters every pair of its row: it is fp64, rounded once.
     """
     left = one_batch(left).double()
     half = one_batch(cross).double() + 0.5 * left @ one_batch(inner).double()

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sphere_kernels import native
 from sphere_kernels.dispatch import register
-from sphere_kernels.rows import compute_dtype
 
 
 @register("sparse_projection", "native", native.supports)

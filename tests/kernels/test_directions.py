@@ -8,7 +8,10 @@ import torch
 from cases import DTYPES, randn
 
 from sphere_kernels import principal_directions
-from sphere_kernels.directions import spectrum, subspace
+from sphere_kernels.directions import small_side, spectrum
+from sphere_kernels.directions.leading import leading_directions
+
+pytestmark = pytest.mark.usefixtures("each_impl")
 
 SHAPES = ((20, 50), (50, 20), (16, 16), (1, 7), (7, 1), (3, 2))
 
@@ -132,45 +135,6 @@ def test_batch_with_ragged_ranks(shape, method):
     torch.testing.assert_close(result.energy_ratio, ratios, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("shape", ((200, 260), (260, 200)), ids=str)
-@pytest.mark.parametrize("options", ({"energy_ratio": 0.9}, {"rank": 4}, {"rank": 0}), ids=str)
-def test_subspace_is_certified(shape, options):
-    weight = decaying(*shape)
-    result = principal_directions(weight, method="subspace", **options)
-    expected = principal_directions(weight, method="eigh", **options)
-    assert result.method == "subspace"
-    assert int(result.rank) == int(expected.rank)
-    assert result.eigenvalues.shape == result.rank.shape + (int(result.rank),)
-    torch.testing.assert_close(result.eigenvalues, expected.eigenvalues[: int(result.rank)], rtol=1e-10, atol=1e-14)
-    torch.testing.assert_close(projector(result.basis), projector(expected.basis), rtol=0, atol=1e-8)
-    torch.testing.assert_close(result.energy_ratio, expected.energy_ratio)
-
-
-def test_subspace_grows_its_block(monkeypatch):
-    monkeypatch.setattr(subspace, "FIRST_BLOCK", 2)
-    weight = decaying(200, 260)
-    result = principal_directions(weight, 0.999, method="subspace")
-    assert result.method == "subspace"
-    assert int(result.rank) > 4
-    torch.testing.assert_close(projector(result.basis), projector(principal_directions(weight, 0.999).basis))
-
-
-@pytest.mark.parametrize(("shape", "energy_ratio"), [((200, 260), 0.3), ((200, 260), 0.95), ((20, 30), 0.5)], ids=str)
-def test_subspace_falls_to_eigh_and_says_so(shape, energy_ratio):
-    weight = randn(*shape)
-    result = principal_directions(weight, energy_ratio, method="subspace")
-    expected = principal_directions(weight, energy_ratio, method="eigh")
-    assert result.method == "eigh"
-    torch.testing.assert_close(result.basis, expected.basis, rtol=0, atol=0)
-
-
-def test_subspace_leaves_the_random_state_alone():
-    weight, state = decaying(200, 260), torch.get_rng_state()
-    first = principal_directions(weight, method="subspace")
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first.basis, principal_directions(weight, method="subspace").basis)
-
-
 @pytest.mark.parametrize("shape", ((400, 5), (5, 400)), ids=str)
 def test_only_the_small_gram_matrix(shape, largest_tensor):
     weight = randn(*shape)
@@ -188,6 +152,39 @@ def test_strides_scale_and_gradient():
     assert not result.basis.requires_grad
     huge = principal_directions((1e30 * weight).float())
     torch.testing.assert_close(projector(huge.basis), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ((12, 30), (30, 12)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("length", (1e-20, 1e-9, 1e-7, 1e25), ids=str)
+def test_rows_of_any_length(length, dtype, shape):
+    weight = length * randn(*shape) * 10.0 ** torch.arange(shape[0])[:, None].clamp(max=4)
+    unit = oracle.unit_rows(weight.to(dtype).double())
+    values, vectors = torch.linalg.eigh(unit.mT @ unit / shape[0])
+    result = principal_directions(weight.to(dtype), rank=2)
+    assert int(result.rank) == 2
+    close = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 1e-12}
+    torch.testing.assert_close(result.eigenvalues[:2].double() / values[-1], values[-2:].flip(0) / values[-1], **close)
+    torch.testing.assert_close(projector(result.basis), projector(vectors[:, -2:]), **close)
+
+
+@pytest.mark.parametrize("shape", ((12, 30), (30, 12)), ids=str)
+def test_a_backend_brings_its_own_products(shape):
+    weight, seen = randn(*shape).float(), []
+
+    def gram(rows):
+        seen.append(("gram", *rows.shape))
+        return (rows.double() @ rows.double().mT).float()
+
+    def matmul(left, right):
+        seen.append(("matmul", *left.shape, right.shape[1]))
+        return left @ right
+
+    products = small_side.Products(gram, matmul)
+    result = leading_directions(products, weight, 0.5, None, "auto", None, None)
+    expected = principal_directions(weight, impl="reference")
+    torch.testing.assert_close(projector(result.basis), projector(expected.basis), rtol=0, atol=1e-5)
+    assert seen == [("gram", 12, 30), ("matmul", 30, 12, int(result.rank))][: 2 if shape == (12, 30) else 1]
 
 
 def test_zero_rows_do_not_count_as_directions():
@@ -215,6 +212,8 @@ def test_rank_rule_is_pure():
         ({"method": "lanczos"}, ValueError, "method must be one of auto, eigh, svd, subspace, got 'lanczos'"),
         ({"weight": torch.zeros(3, 5)}, ValueError, "weight must have a non-zero row, got a zero matrix"),
         ({"weight": torch.stack([torch.ones(3, 5), torch.zeros(3, 5)])}, ValueError, r"matrices \[\[1\]\]"),
+        ({"weight": torch.full((3, 5), 1e-30)}, ValueError, "weight must have a non-zero row, got a zero matrix"),
+        ({"weight": torch.eye(5) * float("inf")}, ValueError, "weight must be finite"),
         ({"weight": torch.full((3, 5), float("nan"))}, ValueError, "weight must be finite"),
         ({"weight": torch.full((3, 5), float("inf"))}, ValueError, "weight must be finite"),
         ({"weight": torch.full((3, 5), 1e200, dtype=torch.float64)}, ValueError, "rows of norm below 1.3e154"),

@@ -74,8 +74,8 @@ def test_coincident_rows(dtype, s, distance, half_space, small_tiles):
     upstream = upstream_of(weight)
     expected = oracle.gradient(weight, upstream, s, distance, half_space)
     # Unit rows round to 1e-16. At t = 1e-4 and above that costs 1e-12; but the epsilon in the normalisation puts exact
-    # duplicates at an angle of 2e-4, with no direction but rounding: 1e-16 times slopes of 1e11 in rows of norm 10, where native
-    # multiplies by the reciprocal of the length and so rounds otherwise than the oracle (measured 4e-6).
+    # duplicates at an angle of 2e-4, with no direction but rounding: 1e-16 times slopes of 1e11 in rows of norm 10.
+    # Native, which multiplies by the reciprocal of the length, rounds otherwise than the oracle (measured 4e-6).
     tolerance = 1e-5 if dtype == torch.float32 or distance == "angular" else 1e-11
     assert_rows_close(gradient(weight, upstream, s, distance, half_space), expected, tolerance)
 

@@ -93,7 +93,9 @@ def test_an_empty_update_leaves_the_matrix(each_impl):
     before, nothing = matrix.clone(), torch.zeros(20, 0)
     energy = gram_update_energy_(matrix, nothing, nothing, torch.zeros(0, 0))
     assert torch.equal(matrix, before)
-    torch.testing.assert_close(energy, oracle.per_neuron_of_gram(before), rtol=rounding(each_impl, before.dtype), atol=0)
+    torch.testing.assert_close(
+        energy, oracle.per_neuron_of_gram(before), rtol=rounding(each_impl, before.dtype), atol=0
+    )
 
 
 def test_only_the_upper_triangle_is_read(small_tiles):
