@@ -74,7 +74,8 @@ bench: $(STAMP)
 	set -e; for suite in $(BENCHES); do \
 	    OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks/test_$$suite.py --benchmark-enable --benchmark-only \
 	        --benchmark-columns=median,iqr,rounds --benchmark-json=.benchmarks/$$suite.json $(TEST_ARGS); done
-	cd .benchmarks && mv $(BENCHES:%=%.json) ../benchmarks/results
+	set -e; for suite in $(BENCHES); do \
+	    $(BIN)/python -m json.tool --indent 1 .benchmarks/$$suite.json benchmarks/results/$$suite.json; done
 	$(BIN)/python -m benchmarks
 
 lint: $(STAMP)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks import kernel_tables
+from benchmarks.kernel_tables import table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -22,11 +26,6 @@ def load(name: str) -> dict[str, Any]:
     return stored
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
-
-
 def score(evaluation: dict[str, Any], name: str) -> str:
     found = evaluation["scores"][name]
     return "–" if found["mean"] is None else f"{found['mean']:.3f} ± {found['stderr']:.3f}"
@@ -36,9 +35,9 @@ def label(row: dict[str, Any]) -> str:
     return "AlphaEdit + SPHERE" if row["settings"]["sphere"] else "AlphaEdit alone"
 
 
-def scores(name: str) -> str:
-    """Metrics before, then after each run of ``name``."""
-    rows = load(name)["rows"]
+def scores(stored: dict[str, Any]) -> str:
+    """Metrics before, then after each run."""
+    rows = stored["rows"]
     before, afters = rows[0]["evaluations"]["before"], [row["evaluations"]["after"] for row in rows]
     counts = [str(before["scores"][metric]["n"]) for metric in _METRICS]
     body = [
@@ -49,9 +48,9 @@ def scores(name: str) -> str:
     return table(["", "before", *map(label, rows), "n"], body)
 
 
-def energies(name: str) -> str:
-    """Excess energy per layer before, then after each run of ``name``."""
-    rows = load(name)["rows"]
+def energies(stored: dict[str, Any]) -> str:
+    """Excess energy per layer before, then after each run."""
+    rows = stored["rows"]
     body = [
         [layer, f"{seen['excess_before']:.2f}", *(f"{row['energies'][layer]['excess_after']:.2f}" for row in rows)]
         for layer, seen in rows[0]["energies"].items()
@@ -59,10 +58,10 @@ def energies(name: str) -> str:
     return table(["layer", "before", *map(label, rows)], body)
 
 
-def values() -> str:
+def values(stored: dict[str, Any]) -> str:
     """Seconds per fact of the value optimisation, both ways, out of one run of the benchmark."""
     ways = {"test_one_by_one": "one fact at a time, whole model", "test_batched": "batched, from the edited layer up"}
-    found = {b["name"]: b for b in load("values")["benchmarks"]}
+    found = {b["name"]: b for b in stored["benchmarks"]}
     per = {name: found[name]["stats"]["median"] / found[name]["extra_info"]["facts"] for name in ways}
     rows = []
     for name, way in ways.items():
@@ -74,30 +73,46 @@ def values() -> str:
     return table([head, "facts", "losses of the shared facts", "seconds per fact", "ratio"], rows)
 
 
-def preset() -> str:
+def preset(stored: dict[str, Any]) -> str:
     """The figures that decided the preset."""
     names = [name for name in _METRICS if name != "generalization_accuracy"]
     body = []
-    for row in load("preset")["rows"]:
+    for row in stored["rows"]:
         means = [f"{row['scores'][name]['mean']:.3f}" for name in names]
         body.append([row["name"], *means, f"{row['perplexity']:.2f}"])
     return table(["settings", *(name.replace("_", " ") for name in names), "perplexity"], body)
 
 
-TABLES = {
-    "values": values,
-    "preset": preset,
-    "demo": lambda: scores("demo"),
-    "counterfact": lambda: scores("counterfact100"),
-    "counterfact-energy": lambda: energies("counterfact100"),
+# Each with the file it is made of.
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "values": ("values", values),
+    "preset": ("preset", preset),
+    "demo": ("demo", scores),
+    "counterfact": ("counterfact100", scores),
+    "counterfact-energy": ("counterfact100", energies),
+    "energy": ("energy", kernel_tables.energy),
+    "energy-gradient": ("energy", kernel_tables.gradient),
+    "energy-backends": ("energy", kernel_tables.backends),
+    "gram": ("gram", kernel_tables.gram),
+    "gram-update": ("gram", kernel_tables.gram_update),
+    "directions": ("directions", kernel_tables.directions),
+    "projection": ("projection", kernel_tables.projection),
+    "projection-alone": ("projection", kernel_tables.projection_alone),
+    "overhead": ("overhead", kernel_tables.overhead),
 }
+
+
+def measured() -> list[str]:
+    """The tables that have stored rows."""
+    return [name for name, (file, _) in TABLES.items() if (RESULTS / f"{file}.json").exists()]
 
 
 def render(readme: str) -> str:
     """``readme`` with every ``<!-- table NAME -->`` … ``<!-- end -->`` filled anew."""
 
     def fill(match: re.Match[str]) -> str:
-        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+        file, write = TABLES[match[1]]
+        return f"<!-- table {match[1]} -->\n{write(load(file))}\n<!-- end -->"
 
     return re.sub(r"<!-- table ([a-z0-9-]+) -->.*?<!-- end -->", fill, readme, flags=re.S)
 

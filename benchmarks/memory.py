@@ -1,0 +1,45 @@
+"""Extra memory of one call: peak resident size over the size before it, in a process of its own. Linux only."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+from functools import cache
+from multiprocessing.pool import Pool
+from pathlib import Path
+from typing import Any
+
+
+def peak(module: str, case: str, way: str, shape: tuple[int, ...]) -> float:
+    """MB that the call of a way needs besides its arguments; its libraries are loaded by a call on a tiny input."""
+    return _processes().apply(_peak, (module, case, way, shape))
+
+
+@cache
+def _processes() -> Pool:
+    """Each task in a process fresh from a server that has imported torch and run nothing."""
+    # With a fixed threshold, large blocks go back to the system when freed and are counted when taken again.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
+    try:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "sphere_kernels"])
+        return context.Pool(1, maxtasksperchild=1)
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+
+
+def _peak(module: str, name: str, way: str, shape: tuple[int, ...]) -> float:
+    case: Any = importlib.import_module(module).CASES[name]
+    found = next(w for w in case.ways(shape) if w.name == way)
+    found.run(*case.arguments(shape if found.compiled else case.tiny))
+    arguments = case.arguments(shape)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    found.run(*arguments)
+    return (_status("VmHWM") - before) * 1024 / 1e6
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))

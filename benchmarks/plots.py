@@ -1,0 +1,124 @@
+"""The plots of the kernel suites, drawn from the stored rows: ``python -m benchmarks.plots`` → ``results/plots/``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import nan
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.rows import Comparison, Timing, comparisons
+from benchmarks.tables import RESULTS, load
+
+PLOTS = RESULTS / "plots"
+PLAIN_WAYS = ("plain", "triangle")
+CASES = {  # case: (file, kinds it is compared with)
+    "energy": ("energy", PLAIN_WAYS),
+    "energy with gradient": ("energy", PLAIN_WAYS),
+    "gram update with energy": ("gram", PLAIN_WAYS),
+    "directions": ("directions", ("published",)),
+    "projection": ("projection", ("published",)),
+}
+LIMITED = [case for case in CASES if case != "directions"]  # an eigenproblem has no such limit
+OURS, PLAIN, PUBLISHED = "#0b6e4f", "#b5651d", "#8b1e3f"
+FEATURES, NEURONS = 1024, 2048  # what stays fixed while the other grows
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e5e5",
+    "axes.axisbelow": True,
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sphere",  # the same rows give the same file
+}
+
+
+def ratios(axes: Axes) -> None:
+    """How many times faster than the fastest plain way, or than the published one."""
+    bars = [(case, c, ratio) for case, c in _all(list(CASES)) if (ratio := c.ratio(*CASES[case][1]))]
+    colours = [PLAIN if CASES[case][1] == PLAIN_WAYS else PUBLISHED for case, _, _ in bars]
+    _bars(axes, [(case, c) for case, c, _ in bars], [ratio for *_, ratio in bars], colours, "{:.1f}×")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times faster than the fastest plain PyTorch way (brown) or the published way (red)")
+
+
+def shares(axes: Axes) -> None:
+    """Useful work against what the machine gives for ``torch.mm`` and for a copy."""
+    found = _all(LIMITED)
+    _bars(axes, found, [100 * c.share for _, c in found], [OURS] * len(found), "{:.0f} %")
+    axes.axvline(100, color="black", linewidth=0.8)
+    axes.set_xlabel("useful work over what torch.mm or a copy manages in the same run, %")
+
+
+def memory(axes: Axes) -> None:
+    """Extra memory of the energy as n grows."""
+    _lines(axes, 0, lambda timing: timing.memory or nan, f"neurons n (d = {FEATURES})", "extra memory, MB")
+
+
+def growth_n(axes: Axes) -> None:
+    """Time of the energy as n grows."""
+    _lines(axes, 0, lambda timing: 1e3 * timing.seconds, f"neurons n (d = {FEATURES})", "time, ms")
+
+
+def growth_d(axes: Axes) -> None:
+    """Time of the energy as d grows."""
+    _lines(axes, 1, lambda timing: 1e3 * timing.seconds, f"features d (n = {NEURONS})", "time, ms")
+
+
+def _all(cases: list[str]) -> list[tuple[str, Comparison]]:
+    stored = {file: load(file) for file in {CASES[case][0] for case in cases}}
+    return [(case, c) for case in cases for c in comparisons(stored[CASES[case][0]], case)]
+
+
+def _bars(axes: Axes, rows: list[tuple[str, Comparison]], values: list[float], colours: list[str], label: str) -> None:
+    drawn = axes.barh(range(len(rows)), values, color=colours, height=0.7)
+    axes.bar_label(drawn, [label.format(value) for value in values], padding=3, fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{case} {'×'.join(map(str, c.shape))}" for case, c in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.12, y=0.01)
+    axes.grid(axis="y", visible=False)
+
+
+def _lines(axes: Axes, along: int, value: Callable[[Timing], float], xlabel: str, ylabel: str) -> None:
+    """Ours, and the plain ways that were measured at every shape."""
+    fixed = (NEURONS, FEATURES)[1 - along]
+    found = [c for c in comparisons(load("energy"), "energy") if c.shape[1 - along] == fixed]
+    found.sort(key=lambda c: c.shape)
+    sizes = [c.shape[along] for c in found]
+    others = iter([(PLAIN, "-"), (PLAIN, "--"), ("#6c757d", ":")])
+    for first in found[0].timings:
+        timings = [t for c in found if (t := c.named(first.way))]
+        if first.kind in ("ours", *PLAIN_WAYS) and len(timings) == len(found):
+            mine = first.kind == "ours"
+            colour, line = (OURS, "-") if mine else next(others)
+            label = "ours" if mine else first.way
+            axes.plot(sizes, [value(t) for t in timings], line, color=colour, label=label, marker="o", markersize=4)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set_xticks(sizes, map(str, sizes))
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(frameon=False)
+
+
+DRAWN = {"ratios": ratios, "shares": shares, "memory": memory, "growth_n": growth_n, "growth_d": growth_d}
+
+
+def main() -> None:
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        for name, draw in DRAWN.items():
+            figure = Figure(figsize=(7.5, 6.5) if draw in (ratios, shares) else (5, 3.2))
+            draw(figure.subplots())
+            figure.savefig(PLOTS / f"{name}.svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+
+
+if __name__ == "__main__":
+    main()

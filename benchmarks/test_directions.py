@@ -1,0 +1,87 @@
+"""Principal directions that hold half of the energy, against the published way and plain better ones.
+
+The limit beside them is ``eigh`` of a Gram matrix that stands ready.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.baselines import directions as plain
+from benchmarks.baselines.energy import unit_rows
+from benchmarks.cases import Case, Shape, Way, measure, ours, plan
+from sphere_kernels import principal_directions
+
+RATIO = 0.5
+SHAPES = [(576, 1536), (1024, 3584)]
+LARGE = [(2048, 7168), (1600, 6400)]  # the second is GPT-2 XL's
+PUBLISHED = {*SHAPES, (2048, 7168)}  # half a minute for each of the large ones
+
+
+@lru_cache(maxsize=1)
+def weight(shape: Shape) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@lru_cache(maxsize=1)
+def unit_gram(shape: Shape) -> Tensor:
+    unit = unit_rows(weight(shape))
+    return unit @ unit.T
+
+
+@lru_cache(maxsize=1)
+def spectrum(shape: Shape) -> Tensor:
+    return plain.exact_spectrum(weight(shape))
+
+
+def directions(rows: Tensor, impl: str) -> Tensor:
+    return principal_directions(rows, RATIO, impl=impl).basis
+
+
+def ways(shape: Shape) -> list[Way]:
+    found = [
+        *ours("principal_directions", shape, directions, 1e-5),
+        Way("eigh, small side", "plain", lambda rows: plain.small_side(rows, RATIO)),
+        Way("eigh alone", "limit", lambda rows: torch.linalg.eigh(unit_gram(tuple(rows.shape))), memory=False),
+    ]
+    if shape == SHAPES[0]:
+        found.append(Way("svd", "plain", lambda rows: plain.svd(rows, RATIO)))
+    if shape in PUBLISHED:
+        slow = shape in LARGE
+        published = Way("published", "published", lambda rows: plain.published(rows, RATIO), memory=not slow, once=slow)
+        found.append(published)
+    return found
+
+
+def error(basis: Tensor, shape: Shape) -> float:
+    """What the basis misses of the most energy that as many directions can hold; or how far it is from orthonormal.
+
+    Single vectors are ill-conditioned, and so is the span at its edge; the energy it holds is not.
+    """
+    values, r = spectrum(shape), basis.shape[1]
+    assert abs(r - plain.rank(values, RATIO)) <= 1
+    basis = basis.double()
+    missed = 1 - (unit_rows(weight(shape).double()) @ basis).square().sum() / values[:r].sum()
+    skew = (basis.T @ basis - torch.eye(r)).abs().max()
+    return float(torch.maximum(missed.abs(), skew))
+
+
+DIRECTIONS = Case(
+    module=__name__,
+    name="directions",
+    arguments=lambda shape: (weight(shape),),
+    ways=ways,
+    error=error,
+    flops=lambda shape: shape[0] ** 2 * shape[1],
+    bytes=lambda shape: 4 * shape[0] * shape[1],
+)
+CASES = {DIRECTIONS.name: DIRECTIONS}
+
+
+@pytest.mark.parametrize("row", plan(DIRECTIONS, SHAPES, 2) + plan(DIRECTIONS, LARGE, 1))
+def test_directions(benchmark, row, machine):
+    measure(benchmark, DIRECTIONS, row, machine)
