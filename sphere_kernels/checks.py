@@ -39,6 +39,8 @@ def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None
 
 def writable(name: str, value: Tensor) -> None:
     """Require a tensor that owns each of its elements: each stride must step over all that the smaller ones reach."""
+    if torch.compiler.is_compiling():  # sizes may be symbols, which cannot be sorted
+        return
     reach = 0
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1 and stride <= reach:

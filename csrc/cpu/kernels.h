@@ -18,7 +18,7 @@ struct UnitRows {
     bool own_scale;       // the scales are those of the weight's rows; if not, near pairs are scaled anew
     const double* scale;  // [n] 1 / (|w| + EPSILON); NaN where the norm overflows
     const double* lack;   // [n] 1 - |unit row|^2
-    const T* square;      // [n] |unit row|^2
+    const T* half_lack;   // [n] half of it
     const T* upstream;    // [n] gradient of the energy of each row; null in the forward pass
 };
 
@@ -64,7 +64,8 @@ struct Kernels {
     // out[i, j] = (accumulate ? out[i, j] : 0) + addend[i, j] + factor c[i, j], rounded once to the type of out.
     void (*store)(const T* c, T factor, const Matrix& out, const Matrix* addend, bool accumulate);
 
-    // Sums of the energies of the pairs over each row and each column of the tile.
+    // Sums over each row and each column of the tile of the energies of the pairs, less that of a pair at a right
+    // angle: what is left is small, and so is its rounding.
     void (*energy)(const PairTile<T>& tile, const UnitRows<T>& rows, const Riesz& riesz, double* row_sums,
                    double* col_sums);
 

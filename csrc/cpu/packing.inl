@@ -12,7 +12,7 @@ constexpr int PANELS = 3;             // panels of columns that the micro-kernel
 // Rows of the micro-kernel. Registers: ROWS * PANELS accumulators, PANELS columns, one broadcast.
 #if defined(__AVX512F__)
 constexpr int ROWS = 8;
-#elif defined(__AVX2__) || !defined(__aarch64__)
+#else
 constexpr int ROWS = 4;
 #endif
 

@@ -74,8 +74,7 @@ void pair_energy_backward(const double* upstream, const Matrix& weight, const Ri
     TileSums sums(cut);
     std::vector<double> radial(static_cast<size_t>(n));
     if (riesz.half_space)
-        for (size_t i = 0; i < radial.size(); ++i)
-            radial[i] = upstream[i] * antipode_slope(double(data.square[i]), data.lack[i], riesz);
+        for (size_t i = 0; i < radial.size(); ++i) radial[i] = upstream[i] * antipode_slope(data.norm[i], riesz);
 
     T* pull = gradient;
     std::fill(pull, pull + n * d, T(0));

@@ -44,7 +44,7 @@ double exact_square(const UnitRows<T>& rows, int64_t i, int64_t j, int sign) {
 // |unit_i - sign unit_j|^2, and whether that is a near pair.
 template <class T>
 INLINE double euclidean_square(const UnitRows<T>& rows, double g, int64_t i, int64_t j, int sign, bool& near) {
-    const double square = double(rows.square[i]) + double(rows.square[j]) - 2 * sign * g;
+    const double square = 2 - 2 * sign * g - (rows.lack[i] + rows.lack[j]);
     near = square < NEAR;
     return clamped(near && rows.weight ? exact_square(rows, i, j, sign) : square);
 }
@@ -113,21 +113,26 @@ Slope pair_slope(const UnitRows<T>& rows, const Riesz& riesz, double g, double w
 
 // --- a vector of far pairs: Euclidean, s = 1 or 2 -----------------------------------------------------------------
 
+// With u = 1 - t^2 / 2, which for unit rows is their inner product, f_s(t) = f_s(sqrt(2)) (1 + excess).
 template <int S, class V>
-INLINE V fast_value(V square) {
-    if constexpr (S == 1)
-        return inverse_sqrt(square);
-    else
-        return 1 / square;
+INLINE V fast_excess(V u) {
+    if constexpr (S == 1) {
+        const V y = inverse_sqrt(1 - u);
+        return u * y * y * reciprocal(1 + y);
+    } else {
+        return u * reciprocal(1 - u);
+    }
 }
 
 template <int S, class V>
-INLINE V fast_slope(V square) {
-    const V value = fast_value<S>(square);
-    if constexpr (S == 1)
-        return value * value * value;
-    else
-        return 2 * value * value;
+INLINE V fast_slope(V u) {
+    if constexpr (S == 1) {
+        const V y = inverse_sqrt(2 - 2 * u);
+        return y * y * y;
+    } else {
+        const V y = reciprocal(1 - u);
+        return 0.5f * y * y;
+    }
 }
 
 INLINE int fast_exponent(const Riesz& riesz) {
@@ -135,11 +140,12 @@ INLINE int fast_exponent(const Riesz& riesz) {
     return riesz.s == 1 ? 1 : riesz.s == 2 ? 2 : 0;
 }
 
-// Visits a tile strip by strip, vector by vector. far(i, v, g) gives the vector's contribution to both sums where all
-// of its pairs count and are far; other vectors go to single(i, j, g) -> double, pair by pair. S = 0: all of them do.
+// Visits a tile strip by strip, vector by vector. far(i, r, c, u) gives the vector's contribution to both sums, over
+// `unit`, where all of its pairs count and are far; other vectors go to single(i, r, c, g) -> double, pair by pair.
+// S = 0: all of them do.
 template <class T, int S, class Far, class Single>
-INLINE void visit(const PairTile<T>& tile, const UnitRows<T>& rows, double* row_sums, double* col_sums, Far far,
-                  Single single) {
+INLINE void visit(const PairTile<T>& tile, const UnitRows<T>& rows, double unit, double* row_sums, double* col_sums,
+                  Far far, Single single) {
     constexpr int P = LANES<T>, R = STRIP<T>;
     for (int64_t j = 0; j < tile.cols; ++j) col_sums[j] = 0;
     for (int64_t r = 0; r < tile.rows; r += R) {
@@ -155,9 +161,9 @@ INLINE void visit(const PairTile<T>& tile, const UnitRows<T>& rows, double* row_
                 const T* g = tile.gram + (r + q) * TILE + c;
                 if constexpr (S != 0)
                     if (inside) {
-                        const Vector<T> square = (rows.square[i] + load(rows.square + first)) - 2 * load(g);
-                        if (!any_below(square, T(NEAR))) {
-                            const Vector<T> value = far(i, r + q, c, square);
+                        const Vector<T> u = load(g) + (rows.half_lack[i] + load(rows.half_lack + first));
+                        if (!any_below(1 - u, T(NEAR / 2))) {
+                            const Vector<T> value = far(i, r + q, c, u);
                             totals[q] += value;
                             column += value;
                             continue;
@@ -172,20 +178,21 @@ INLINE void visit(const PairTile<T>& tile, const UnitRows<T>& rows, double* row_
             }
             if constexpr (S != 0)
                 if (inside)
-                    for (int l = 0; l < P; ++l) col_sums[c + l] += column[l];
+                    for (int l = 0; l < P; ++l) col_sums[c + l] += unit * column[l];
         }
         if constexpr (S != 0)
-            for (int q = 0; q < strip; ++q) row_sums[r + q] += sum<T>(totals[q]);
+            for (int q = 0; q < strip; ++q) row_sums[r + q] += unit * sum<T>(totals[q]);
     }
 }
 
 template <class T, int S>
 void energy_of(const PairTile<T>& tile, const UnitRows<T>& rows, const Riesz& riesz, double* row_sums,
                double* col_sums) {
+    const double unit = right_angle_value(riesz);
     visit<T, S>(
-        tile, rows, row_sums, col_sums,
-        [&](int64_t, int64_t, int64_t, Vector<T> square) { return fast_value<S == 2 ? 2 : 1>(square); },
-        [&](int64_t i, int64_t, int64_t c, T g) { return pair_value(rows, riesz, g, i, tile.first_col + c); });
+        tile, rows, unit, row_sums, col_sums,
+        [&](int64_t, int64_t, int64_t, Vector<T> u) { return fast_excess<S == 2 ? 2 : 1>(u); },
+        [&](int64_t i, int64_t, int64_t c, T g) { return pair_value(rows, riesz, g, i, tile.first_col + c) - unit; });
 }
 
 template <class T>
@@ -207,10 +214,10 @@ void slopes_of(const PairTile<T>& tile, const UnitRows<T>& rows, const Riesz& ri
     for (int64_t r = 0; r < tile.rows; ++r)
         for (int64_t c = 0; c < tile.cols; ++c) slopes[r * ld + c] = 0;
     visit<T, S>(
-        tile, rows, row_sums, col_sums,
-        [&](int64_t i, int64_t r, int64_t c, Vector<T> square) {
+        tile, rows, 1, row_sums, col_sums,
+        [&](int64_t i, int64_t r, int64_t c, Vector<T> u) {
             const Vector<T> weight = rows.upstream[i] + load(rows.upstream + tile.first_col + c);
-            const Vector<T> slope = weight * fast_slope<S == 2 ? 2 : 1>(square);
+            const Vector<T> slope = weight * fast_slope<S == 2 ? 2 : 1>(u);
             store(slopes + r * ld + c, slope);
             return -slope;
         },

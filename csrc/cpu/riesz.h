@@ -25,18 +25,30 @@ inline double clamped(double square) { return square < sphere::CLAMP ? sphere::C
 
 inline double angle_from(double square) { return 2 * asin(0.5 * sqrt(square < 0 ? 0 : square)); }  // of 2 - 2 g
 
+// The energy of a pair of orthogonal rows of length 1.
+inline double right_angle_value(const sphere::Riesz& riesz) {
+    const double value = riesz_value(riesz.angular ? PI * PI / 4 : 2, riesz.s);
+    return riesz.half_space ? 2 * value : value;
+}
+
+inline double lack_of(double norm) {  // 1 - |unit row|^2
+    const double length = norm + sphere::EPSILON;
+    return sphere::EPSILON * (norm + length) / (length * length);
+}
+
 // Squared distance of a row to its own negative.
-inline double antipode_square(double square, double lack, bool angular) {
-    if (!angular) return clamped(4 * square);
-    const double angle = PI - angle_from(2 * lack);
+inline double antipode_square(double norm, bool angular) {
+    const double ratio = norm / (norm + sphere::EPSILON);
+    if (!angular) return clamped(4 * ratio * ratio);
+    const double angle = PI - angle_from(2 * lack_of(norm));
     return angle * angle;
 }
 
 // Coefficient of the unit row in the gradient of the energy between a row and its own negative.
-inline double antipode_slope(double square, double lack, const sphere::Riesz& riesz) {
-    const double slope = riesz_slope(antipode_square(square, lack, riesz.angular), riesz.s);
+inline double antipode_slope(double norm, const sphere::Riesz& riesz) {
+    const double slope = riesz_slope(antipode_square(norm, riesz.angular), riesz.s);
     if (!riesz.angular) return -4 * slope;
-    const double angle = angle_from(2 * lack);
+    const double angle = angle_from(2 * lack_of(norm));
     return -2 * slope * (PI - angle) / sin(angle);
 }
 

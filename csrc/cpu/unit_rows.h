@@ -14,9 +14,9 @@ namespace sphere {
 template <class T>
 struct RowData {
     std::vector<double> norm, scale, lack;
-    std::vector<T> square, upstream;
+    std::vector<T> half_lack, upstream;
 
-    explicit RowData(int64_t n) : norm(size_t(n)), scale(size_t(n)), lack(size_t(n)), square(size_t(n)) {}
+    explicit RowData(int64_t n) : norm(size_t(n)), scale(size_t(n)), lack(size_t(n)), half_lack(size_t(n)) {}
 
     static RowData of(const Kernels<T>& kernels, const Matrix& weight, int threads) {
         RowData data(weight.rows);
@@ -34,24 +34,24 @@ struct RowData {
             const double length = norm[i] + EPSILON;
             // An overflowed norm must not turn a finite row into a plausible zero row.
             scale[i] = 1 / (length + (norm[i] - norm[i]));
-            lack[i] = EPSILON * (2 * norm[i] + EPSILON) / (length * length);
-            square[i] = T((norm[i] / length) * (norm[i] / length));
+            lack[i] = lack_of(norm[i]);
+            half_lack[i] = T(0.5 * lack[i]);
         }
     }
 
     UnitRows<T> view(const Matrix* weight, bool own_scale = true) const {
-        return {weight,      own_scale,     scale.data(),
-                lack.data(), square.data(), upstream.empty() ? nullptr : upstream.data()};
+        return {weight,      own_scale,        scale.data(),
+                lack.data(), half_lack.data(), upstream.empty() ? nullptr : upstream.data()};
     }
 };
 
-// What the energies are before any pair of different rows: a row with its own negative.
+// What the energies are before `Kernels::energy`: every pair at a right angle, and a row with its own negative.
 template <class T>
 void start_energies(const RowData<T>& data, const Riesz& riesz, double* energies) {
     for (size_t i = 0; i < data.norm.size(); ++i) {
         const double own = data.norm[i] * 0;  // a lone NaN row has no pairs to poison
-        const double square = antipode_square(double(data.square[i]), data.lack[i], riesz.angular);
-        energies[i] = riesz.half_space ? own + riesz_value(square, riesz.s) : own;
+        energies[i] = own + double(data.norm.size() - 1) * right_angle_value(riesz);
+        if (riesz.half_space) energies[i] += riesz_value(antipode_square(data.norm[i], riesz.angular), riesz.s);
     }
 }
 

@@ -118,6 +118,23 @@ INLINE Doubles inverse_sqrt(Doubles x) {
     return y;
 }
 
+// 1 / x to within a rounding or two.
+INLINE Floats reciprocal(Floats x) {
+#if defined(__AVX512F__)
+    const Floats y = (Floats)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+#elif defined(__AVX2__)
+    const Floats y = (Floats)_mm256_rcp_ps((__m256)x);
+#elif defined(__SSE2__)
+    const Floats y = (Floats)_mm_rcp_ps((__m128)x);
+#else
+    const Floats y = 1 / x;
+#endif
+    const Floats h = 1 - x * y;
+    return y + y * (h + h * h);
+}
+
+INLINE Doubles reciprocal(Doubles x) { return 1 / x; }
+
 // --- elements of the four types ---------------------------------------------------------------------------------
 
 struct Bfloat16 {
