@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 from benchmarks import tables
 
 
 def test_readme_tables_are_the_stored_rows():
     readme = tables.README.read_text()
     assert tables.render(readme) == readme
-    assert readme.count("<!-- table ") == len(tables.TABLES)
+    assert set(re.findall("<!-- table ([a-z0-9-]+) -->", readme)) == set(tables.measured())
+
+
+def test_the_readme_shows_plots_that_were_drawn():
+    shown = re.findall(r"\]\((benchmarks/results/plots/[^)]+)\)", tables.README.read_text())
+    drawn = [f"benchmarks/results/plots/{path.name}" for path in (tables.RESULTS / "plots").glob("*")]
+    assert sorted(shown) == sorted(drawn)
 
 
 def test_a_changed_figure_is_noticed():
