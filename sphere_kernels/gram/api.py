@@ -79,9 +79,9 @@ def gram_update_energy_(
         of a neuron's energy, which averages out over neurons. Pairs with ``t^2 < 1e-3`` are recomputed in fp64 from
         the rows of ``weight``. Without it they come from ``M``, whose rounding is absolute in ``t^2``: a pair at
         distance t is off by about ``s eps / t^2`` of its energy (eps 6e-8 in fp32, growing with the square root of the
-        number of updates), so below ``t = 3e-4`` in fp32, 1e-8 in fp64, it is noise. Likewise a row that updates cancel is zero only up to
-        that rounding. One clamp: ``t >= 1e-6``. NaN or infinity in, NaN out for each neuron that meets it. Not
-        differentiable: it runs under ``no_grad``.
+        number of updates), so below ``t = 3e-4`` in fp32, 1e-8 in fp64, it is noise.
+        Likewise a row that updates cancel is zero only up to that rounding. One clamp: ``t >= 1e-6``. NaN or infinity
+        in, NaN out for each neuron that meets it. Not differentiable: it runs under ``no_grad``.
 
     Source:
         ``(W + R X)(W + R X)^T`` multiplied out; the energy of SPHERE, arXiv 2510.01172.
