@@ -107,9 +107,12 @@ def _marks(way: Way) -> list[Any]:
 
 
 def measure(
-    benchmark: Any, case: Case, row: Row, machine: dict[str, float], most: int = 20, memory: bool = True
+    benchmark: Any, case: Case, row: Row, machine: dict[str, float], most: int = 20, calls: int | None = None
 ) -> None:
-    """Check a way against fp64, time it for `SECONDS` or ``most`` rounds, and note what belongs to the row."""
+    """Check a way against fp64, time it for `SECONDS` or ``most`` rounds, and note what belongs to the row.
+
+    With ``calls``, a round is so many calls on the same arguments: what a call costs where the work costs nothing.
+    """
     way, rounds = row.way, 1
     if not way.once:
         result, seconds = _call(case, row)
@@ -117,10 +120,13 @@ def measure(
         if seconds < SECONDS or way.compiled:
             _, seconds = _call(case, row)
         rounds = max(1, min(most, int(SECONDS / seconds)))
-    result = benchmark.pedantic(way.run, setup=lambda: (case.arguments(row.shape), {}), rounds=rounds)
+    if calls:
+        result = benchmark.pedantic(way.run, args=case.arguments(row.shape), rounds=most, iterations=calls)
+    else:
+        result = benchmark.pedantic(way.run, setup=lambda: (case.arguments(row.shape), {}), rounds=rounds)
     if way.once:
         error = _checked(case, row, result)
-    if benchmark.enabled and memory and way.memory and row.turn == 0:
+    if benchmark.enabled and not calls and way.memory and row.turn == 0:
         benchmark.extra_info["memory_mb"] = round(peak(case.module, case.name, way.name, row.shape), 1)
     benchmark.extra_info.update(
         case=case.name,

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import test_directions, test_energy, test_gram, test_projection
 from benchmarks.cases import measure, plan
 
-CALLS = 500
+CALLS = 200
 CASES = {
     test_energy.FORWARD: (8, 16),
     test_energy.GRADIENT: (8, 16),
@@ -27,4 +27,4 @@ ROWS = [
 
 @pytest.mark.parametrize(("case", "row"), ROWS)
 def test_overhead(benchmark, case, row, machine):
-    measure(benchmark, case, row, machine, most=CALLS, memory=False)
+    measure(benchmark, case, row, machine, calls=CALLS)

@@ -58,8 +58,9 @@ struct Kernels {
     void (*pack)(const Matrix& matrix, int64_t first, int64_t count, const double* row_scale, const double* depth_scale,
                  T* panels);
 
-    // c[rows, TILE] = a b^T over the depth; `upper` leaves out what lies below the diagonal of a square tile.
-    void (*product)(const T* a, const T* b, int64_t rows, int64_t cols, int64_t depth, bool upper, T* c);
+    // c[rows, TILE] = (add ? c : 0) + a b^T over the depth; `upper` leaves out what lies below the diagonal of a square
+    // tile.
+    void (*product)(const T* a, const T* b, int64_t rows, int64_t cols, int64_t depth, bool upper, bool add, T* c);
 
     // out[i, j] = (accumulate ? out[i, j] : 0) + addend[i, j] + factor c[i, j], rounded once to the type of out.
     void (*store)(const T* c, T factor, const Matrix& out, const Matrix* addend, bool accumulate);

@@ -159,7 +159,7 @@ INLINE void micro_product(const T* a, const T* b, int64_t panel_stride, int64_t 
 }
 
 template <class T>
-void tile_product(const T* a, const T* b, int64_t rows, int64_t cols, int64_t depth, bool upper, T* c) {
+void tile_product(const T* a, const T* b, int64_t rows, int64_t cols, int64_t depth, bool upper, bool add, T* c) {
     constexpr int P = LANES<T>, R = STRIP<T>;
     const int64_t panel = P * depth, panels = (cols + P - 1) / P;
     int64_t k = 0;
@@ -173,13 +173,13 @@ void tile_product(const T* a, const T* b, int64_t rows, int64_t cols, int64_t de
                 T* to = c + r * TILE + v * P;
                 switch (panels - v) {
                     case 1:
-                        micro_product<T, 1>(strip, columns, panel, block, k > 0, to);
+                        micro_product<T, 1>(strip, columns, panel, block, add || k > 0, to);
                         break;
                     case 2:
-                        micro_product<T, 2>(strip, columns, panel, block, k > 0, to);
+                        micro_product<T, 2>(strip, columns, panel, block, add || k > 0, to);
                         break;
                     default:
-                        micro_product<T, PANELS>(strip, columns, panel, block, k > 0, to);
+                        micro_product<T, PANELS>(strip, columns, panel, block, add || k > 0, to);
                 }
             }
         }

@@ -79,9 +79,8 @@ void pair_energy_backward(const double* upstream, const Matrix& weight, const Ri
     T* pull = gradient;
     std::fill(pull, pull + n * d, T(0));
     const int64_t side = std::min(n, cut.group);
-    const int64_t tiles_in_group = ceil_div(cut.group, cut.tile) * ceil_div(cut.group, cut.tile);
     Buffer<T> slopes(side * side);
-    std::vector<NearPairList> near(static_cast<size_t>(tiles_in_group));
+    std::vector<NearPairList> near(static_cast<size_t>(cut.tiles()));
     const auto group_of = [&](int64_t row) { return row / cut.group * cut.group; };
     const auto rows_of = [&](int64_t group) { return std::min(n, group + cut.group) - group; };
     // out[rows of p] += s unit[rows of q]

@@ -41,7 +41,7 @@ void product(const Kernels<T>& kernels, const Operand& a, const Operand& b, doub
                 const int64_t i = p + t / col_tiles * row_tile, j = q + t % col_tiles * col_tile;
                 const int64_t tall = std::min(row_tile, p + rows - i), wide = std::min(col_tile, q + cols - j);
                 T* c = products.get() + worker * product_size;
-                kernels.product(left.at(i), right.at(j), tall, wide, depth, false, c);
+                kernels.product(left.at(i), right.at(j), tall, wide, depth, false, false, c);
                 const Matrix to = part(out, i, tall, j, wide);
                 const Matrix from = addend ? part(*addend, i, tall, j, wide) : Matrix{};
                 kernels.store(c, T(factor), to, addend ? &from : nullptr, accumulate);
