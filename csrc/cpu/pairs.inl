@@ -117,21 +117,24 @@ Slope pair_slope(const UnitRows<T>& rows, const Riesz& riesz, double g, double w
 template <int S, class V>
 INLINE V fast_excess(V u) {
     if constexpr (S == 1) {
-        const V y = inverse_sqrt(1 - u);
-        return u * y * y * reciprocal(1 + y);
+        return inverse_sqrt_excess(u);
     } else {
         return u * reciprocal(1 - u);
     }
 }
 
+// -f_s'(t) / t over its value at a right angle.
+template <class T, int S>
+constexpr T RIGHT_ANGLE_SLOPE = T(S == 1 ? 0.35355339059327376 : 0.5);
+
 template <int S, class V>
 INLINE V fast_slope(V u) {
     if constexpr (S == 1) {
-        const V y = inverse_sqrt(2 - 2 * u);
+        const V y = 1 + inverse_sqrt_excess(u);
         return y * y * y;
     } else {
         const V y = reciprocal(1 - u);
-        return 0.5f * y * y;
+        return y * y;
     }
 }
 
@@ -217,7 +220,7 @@ void slopes_of(const PairTile<T>& tile, const UnitRows<T>& rows, const Riesz& ri
         tile, rows, 1, row_sums, col_sums,
         [&](int64_t i, int64_t r, int64_t c, Vector<T> u) {
             const Vector<T> weight = rows.upstream[i] + load(rows.upstream + tile.first_col + c);
-            const Vector<T> slope = weight * fast_slope<S == 2 ? 2 : 1>(u);
+            const Vector<T> slope = RIGHT_ANGLE_SLOPE<T, S> * weight * fast_slope<S == 2 ? 2 : 1>(u);
             store(slopes + r * ld + c, slope);
             return -slope;
         },

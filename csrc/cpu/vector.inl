@@ -95,27 +95,37 @@ INLINE bool any_below(Doubles v, double bound) {
 #endif
 }
 
-// 1 / sqrt(x) to within a rounding or two: a hardware estimate of 2^-11, then a step of third order, whose own error
-// of 2^-34 has no weight against the roundings. (A Newton step would leave a bias, which a sum does not average out.)
-INLINE Floats inverse_sqrt(Floats x) {
+// About 1 / sqrt(x): to 2^-11 at least. Where no fused operation makes 1 - y^2 of it exact, 12 bits do: their square
+// has 24.
+INLINE Floats inverse_sqrt_estimate(Floats x) {
 #if defined(__AVX512F__)
-    const Floats y = (Floats)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)x);
+    return (Floats)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)x);
 #elif defined(__AVX2__)
-    const Floats y = (Floats)_mm256_rsqrt_ps((__m256)x);
-#elif defined(__SSE2__)
-    const Floats y = (Floats)_mm_rsqrt_ps((__m128)x);
+    return (Floats)_mm256_rsqrt_ps((__m256)x);
 #else
+    typedef int32_t Bits __attribute__((vector_size(SPHERE_BYTES)));
     Floats y = {};
     for (int l = 0; l < LANES<float>; ++l) y[l] = 1 / sqrtf(x[l]);
+    return (Floats)((Bits)y & ~0xfff);
 #endif
-    const Floats h = 1 - (x * y) * y;
-    return y + (y * h) * (0.5f + 0.375f * h);
 }
 
-INLINE Doubles inverse_sqrt(Doubles x) {
-    Doubles y = {};
-    for (int l = 0; l < LANES<double>; ++l) y[l] = 1 / sqrt(x[l]);
-    return y;
+// 1 / sqrt(1 - u) - 1 with the relative precision of u, however small it is. From the estimate y a step of third order,
+// whose own error of 2^-34 has no weight (a Newton step would leave a bias, which a sum does not average out); y - 1
+// and 1 - y^2 are exact but for one rounding of what is small.
+INLINE Floats inverse_sqrt_excess(Floats u) {
+    const Floats y = inverse_sqrt_estimate(1 - u);
+    const Floats h = (u * y) * y + (1 - y * y);
+    return (y - 1) + (y * h) * (0.5f + 0.375f * h);
+}
+
+INLINE Doubles inverse_sqrt_excess(Doubles u) {
+    Doubles e = {};
+    for (int l = 0; l < LANES<double>; ++l) {
+        const double y = 1 / sqrt(1 - u[l]);
+        e[l] = u[l] * y * y / (1 + y);
+    }
+    return e;
 }
 
 // 1 / x to within a rounding or two.
