@@ -6,6 +6,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/transpose.h"
 #include "cpu/views.h"
 
 namespace sphere {
@@ -51,10 +52,15 @@ template <class T>
 void mirror(T* matrix, const TileIndex& at, int64_t ld) {
     constexpr int64_t BLOCK = 16;  // what a block writes stays in the first cache
     for (int64_t r = at.row; r < at.row + at.rows; r += BLOCK)
-        for (int64_t c = at.col; c < at.col + at.cols; c += BLOCK)
-            for (int64_t j = c; j < std::min(at.col + at.cols, c + BLOCK); ++j)
-                for (int64_t i = r; i < std::min({at.row + at.rows, r + BLOCK, j}); ++i)
-                    matrix[j * ld + i] = matrix[i * ld + j];
+        for (int64_t c = at.col; c < at.col + at.cols; c += BLOCK) {
+            const int64_t rows = std::min(BLOCK, at.row + at.rows - r), cols = std::min(BLOCK, at.col + at.cols - c);
+            if (c >= r + rows) {
+                transpose(matrix + r * ld + c, ld, rows, cols, matrix + c * ld + r, ld);
+                continue;
+            }
+            for (int64_t j = c; j < c + cols; ++j)
+                for (int64_t i = r; i < std::min(r + rows, j); ++i) matrix[j * ld + i] = matrix[i * ld + j];
+        }
 }
 
 // Rows `first .. first + count` of a matrix as panels.

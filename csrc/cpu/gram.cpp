@@ -44,21 +44,24 @@ void gram_update_energy(const Matrix& gram, const Matrix& left, const Matrix& cr
     product(kernels<double>(tier), {left}, {transposed(inner)}, 0.5, c_matrix, &cross, false, threads);
     Buffer<T> first(n * 2 * b), second(n * 2 * b);
     RowData<T> data(n);
-    std::vector<double> row(static_cast<size_t>(b));
-    for (int64_t i = 0; i < n; ++i) {
-        kernel.row(left, i, 1, row.data());
-        double change = 0;
-        for (int64_t k = 0; k < b; ++k) {
-            const double own = half[i * b + k], other = row[size_t(k)];
-            change += own * other;
-            first[i * 2 * b + k] = second[i * 2 * b + b + k] = T(own);
-            first[i * 2 * b + b + k] = second[i * 2 * b + k] = T(other);
+    constexpr int64_t CHUNK = 64;
+    parallel_for(ceil_div(n, CHUNK), threads, [&](int64_t chunk, int) {
+        std::vector<double> row(static_cast<size_t>(b));
+        for (int64_t i = chunk * CHUNK; i < std::min(n, (chunk + 1) * CHUNK); ++i) {
+            kernel.row(left, i, 1, row.data());
+            double change = 0;
+            for (int64_t k = 0; k < b; ++k) {
+                const double own = half[i * b + k], other = row[size_t(k)];
+                change += own * other;
+                first[i * 2 * b + k] = second[i * 2 * b + b + k] = T(own);
+                first[i * 2 * b + b + k] = second[i * 2 * b + k] = T(other);
+            }
+            T& diagonal = elements[i * ld + i];
+            diagonal = T(double(diagonal) + 2 * change);
+            const double square = double(diagonal) + double(diagonal - diagonal);  // infinity becomes NaN
+            data.norm[size_t(i)] = std::sqrt(square < 0 ? 0 : square);             // below zero is a rounding error
         }
-        T& diagonal = elements[i * ld + i];
-        diagonal = T(double(diagonal) + 2 * change);
-        const double square = double(diagonal) + double(diagonal - diagonal);  // infinity becomes NaN
-        data.norm[size_t(i)] = std::sqrt(square < 0 ? 0 : square);             // below zero is a rounding error
-    }
+    });
     data.from_norms();
     for (size_t i = 0; i < size_t(n); ++i)  // what rounding left of the inner products of a zero row is no direction
         if (data.norm[i] == 0) data.scale[i] = 0;

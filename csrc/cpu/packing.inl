@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "cpu/transpose.h"
 #include "cpu/vector.inl"
 
 namespace {
@@ -71,28 +72,6 @@ void read_row(const Matrix& matrix, int64_t row, double scale, double* to) {
     });
 }
 
-// to[k * LANES + lane] = rows[lane][k]
-template <class T, int64_t BLOCK>
-INLINE void transpose(const T (&rows)[LANES<T>][BLOCK], int64_t count, T* to) {
-    constexpr int P = LANES<T>;
-    int64_t k = 0;
-#if defined(__SSE2__)
-    if constexpr (sizeof(T) == 4)
-        for (; k + 4 <= count; k += 4)
-            for (int l = 0; l < P; l += 4) {
-                __m128 a = _mm_loadu_ps(&rows[l][k]), b = _mm_loadu_ps(&rows[l + 1][k]);
-                __m128 c = _mm_loadu_ps(&rows[l + 2][k]), d = _mm_loadu_ps(&rows[l + 3][k]);
-                _MM_TRANSPOSE4_PS(a, b, c, d);
-                _mm_storeu_ps(to + k * P + l, a);
-                _mm_storeu_ps(to + (k + 1) * P + l, b);
-                _mm_storeu_ps(to + (k + 2) * P + l, c);
-                _mm_storeu_ps(to + (k + 3) * P + l, d);
-            }
-#endif
-    for (; k < count; ++k)
-        for (int l = 0; l < P; ++l) to[k * P + l] = rows[l][k];
-}
-
 template <class T, class E>
 void pack_elements(const E* elements, const Matrix& m, int64_t first, int64_t count, const double* row_scale,
                    const double* depth_scale, T* panels) {
@@ -121,7 +100,7 @@ void pack_elements(const E* elements, const Matrix& m, int64_t first, int64_t co
             if (depth_scale)
                 for (int l = 0; l < valid; ++l)
                     for (int64_t e = 0; e < depth; ++e) rows[l][e] = T(double(rows[l][e]) * depth_scale[k + e]);
-            transpose<T, BLOCK>(rows, depth, panels + k * P);
+            transpose(rows[0], BLOCK, P, depth, panels + k * P, P);
         }
     }
 }
