@@ -56,6 +56,22 @@ def test_same_seed_same_bits(family, make):
 
 
 @families
+def test_native_kernels_edit_as_the_reference_does(family, make, monkeypatch):
+    weights, energies = {}, {}
+    for impl in ("native", "reference"):
+        monkeypatch.setenv("SPHERE_KERNELS_IMPL", impl)
+        editor = make(family)
+        editor.edit(tiny.facts(4))
+        weights[impl] = _snapshot(editor)
+        energies[impl] = {layer: editor.energy(layer)["energy"] for layer in _LAYERS}
+    before = make(family).weights()
+    for layer in _LAYERS:
+        apart = (weights["native"][layer] - weights["reference"][layer]).norm()
+        assert apart <= 2e-5 * (weights["reference"][layer] - before[layer]).norm()
+    assert energies["native"] == pytest.approx(energies["reference"], rel=1e-8)
+
+
+@families
 def test_one_batch_follows_the_published_order(family, make, tokenizer):
     """Layer by layer in fp64: keys and values under the weights so far, share of the residual, dense solve, project."""
     editor, twin = make(family, ridge=1.0), make(family, ridge=1.0)
