@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ def matrix(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = DTYPES) -> N
     if value.dtype not in dtypes:
         *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be {', '.join(names)} or {last}, got {value.dtype}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
     if value.ndim < 2:
         raise ValueError(f"{name} must have at least 2 dimensions [..., rows, columns], got shape {list(value.shape)}")
 
@@ -41,6 +46,8 @@ def writable(name: str, value: Tensor) -> None:
     """Require a tensor that owns each of its elements: each stride must step over all that the smaller ones reach."""
     if torch.compiler.is_compiling():  # sizes may be symbols, which cannot be sorted
         return
+    if value.is_neg():
+        raise ValueError(f"{name} must hold its own values, got a negated view (such as the imag of a conj)")
     reach = 0
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -67,15 +74,17 @@ def flag(name: str, value: Any) -> None:
 
 def number(name: str, value: Any, low: float, high: float = math.inf) -> None:
     """Require a finite real number in ``[low, high]``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not low <= value <= high or value == math.inf:  # NaN fails the comparison
+    real: Any = value
+    # NaN fails the comparison, and an integer past it would not fit a float.
+    if not low <= real <= min(high, sys.float_info.max):
         expected = f"finite and at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
 def integer(name: str, value: Any, low: int, high: float = math.inf) -> None:
     """Require an integer in ``[low, high]``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     number(name, value, low, high)

@@ -136,7 +136,11 @@ def _native() -> Section:
     native = importlib.import_module("sphere_kernels.native")
     if native.cpu is None:
         return {"sphere_kernels._cpu": native.failure}
-    tiers = f"{native.instruction_set()} (usable here: {', '.join(native.USABLE)}; built: {', '.join(native.BUILT)})"
+    try:
+        runs = native.instruction_set()
+    except ValueError as error:
+        runs = str(error)
+    tiers = f"{runs} (usable here: {', '.join(native.USABLE)}; built: {', '.join(native.BUILT)})"
     return {"sphere_kernels._cpu": native.cpu.__file__, "instruction set": tiers} | dict(native.cpu.cpu_features())
 
 

@@ -105,6 +105,8 @@ def implementation(op: str, impl: str, tensor: Tensor) -> Callable[..., Any]:
     It runs outside any autocast: the dtypes are the operation's own.
     """
     requested = env.kernels_impl() if impl == "auto" else impl
+    if requested not in IMPLS and impl == "auto":
+        raise ValueError(f"SPHERE_KERNELS_IMPL must be one of {', '.join(IMPLS)}, got {requested!r}")
     device_type = tensor.device.type
     chosen = select(op, requested, device_type, tensor.dtype, tensor.shape)
     return outside_autocast(_REGISTRY[op][chosen].run, device_type)

@@ -70,12 +70,14 @@ def written(tensor: Tensor, contiguous: bool = False) -> Iterator[Tensor]:
 
 def view(matrices: Tensor) -> View:
     """Matrices ``[count, rows, cols]`` as the compiled module sees them; the caller keeps the tensor alive."""
+    if matrices.data_ptr() == 0 and matrices.numel():
+        raise ValueError(f"native kernels need tensors with memory, got a {type(matrices).__name__} without")
     return (matrices.data_ptr(), TYPES[matrices.dtype], *matrices.shape, *matrices.stride())
 
 
 def gram(weight: Tensor, normalize: bool) -> Tensor:
     """Inner products of the rows of ``[..., n, d]`` or of its unit rows, ``[..., n, n]``."""
-    out = torch.empty((*weight.shape[:-1], weight.shape[-2]), dtype=compute_dtype(weight))
+    out = weight.new_empty((*weight.shape[:-1], weight.shape[-2]), dtype=compute_dtype(weight))
     rows = merged(weight)
     cpu.gram(view(rows), normalize, *tier_and_threads(), out.data_ptr())
     return out

@@ -15,11 +15,12 @@ constexpr double CLAMP = 1e-12;   // the smallest squared distance
 template <class T>
 struct UnitRows {
     const Matrix* weight;
-    bool own_scale;       // the scales are those of the weight's rows; if not, near pairs are scaled anew
-    const double* scale;  // [n] 1 / (|w| + EPSILON); NaN where the norm overflows
-    const double* lack;   // [n] 1 - |unit row|^2
-    const T* half_lack;   // [n] half of it
-    const T* upstream;    // [n] gradient of the energy of each row; null in the forward pass
+    bool own_scale;            // the scales are those of the weight's rows; if not, near pairs are scaled anew
+    const double* scale;       // [n] 1 / (|w| + EPSILON); NaN where the norm overflows
+    const double* lack;        // [n] 1 - |unit row|^2
+    const T* half_lack;        // [n] half of it
+    const double* upstream;    // [n] gradient of the energy of each row, in the backward pass
+    const T* narrow_upstream;  // [n] the same
 };
 
 // Inner products of the unit rows first_row.. and first_col..; only pairs row < col count.

@@ -68,6 +68,7 @@ void pair_energy_backward(const double* upstream, const Matrix& weight, const Ri
     const int64_t n = weight.rows, d = weight.cols;
     auto data = RowData<T>::of(kernel, weight, threads);
     data.upstream.assign(upstream, upstream + n);
+    data.narrow_upstream.assign(upstream, upstream + n);
     const UnitRows<T> rows = data.view(&weight);
     constexpr int64_t MOST_ROWS = sizeof(T) == 4 ? 1536 : 1152;  // a square of slopes of about 10 MB
     const Blocking cut = blocking<T>(n, d, MOST_ROWS, true);

@@ -115,12 +115,11 @@ Slope pair_slope(const UnitRows<T>& rows, const Riesz& riesz, double g, double w
 
 // With u = 1 - t^2 / 2, which for unit rows is their inner product, f_s(t) = f_s(sqrt(2)) (1 + excess).
 template <int S, class V>
-INLINE V fast_excess(V u) {
-    if constexpr (S == 1) {
-        return inverse_sqrt_excess(u);
-    } else {
-        return u * reciprocal(1 - u);
-    }
+INLINE V fast_excess(V u, V rest) {
+    if constexpr (S == 1)
+        return inverse_sqrt_excess(u, rest);
+    else
+        return inverse_excess(u, rest);
 }
 
 // -f_s'(t) / t over its value at a right angle.
@@ -129,23 +128,13 @@ constexpr T RIGHT_ANGLE_SLOPE = T(S == 1 ? 0.35355339059327376 : 0.5);
 
 template <int S, class V>
 INLINE V fast_slope(V u) {
-    if constexpr (S == 1) {
-        const V y = 1 + inverse_sqrt_excess(u);
-        return y * y * y;
-    } else {
-        const V y = reciprocal(1 - u);
-        return y * y;
-    }
+    const V y = 1 + fast_excess<S>(u, V{});
+    return S == 1 ? y * y * y : y * y;
 }
 
-INLINE int fast_exponent(const Riesz& riesz) {
-    if (riesz.angular || riesz.half_space) return 0;
-    return riesz.s == 1 ? 1 : riesz.s == 2 ? 2 : 0;
-}
-
-// Visits a tile strip by strip, vector by vector. far(i, r, c, u) gives the vector's contribution to both sums, over
-// `unit`, where all of its pairs count and are far; other vectors go to single(i, r, c, g) -> double, pair by pair.
-// S = 0: all of them do.
+// Visits a tile strip by strip, vector by vector. far(i, r, c, u, rest) gives the vector's contribution to both sums,
+// over `unit`, where all of its pairs count and are far; other vectors go to single(i, r, c, g) -> double, pair by
+// pair. S = 0: all of them do.
 template <class T, int S, class Far, class Single>
 INLINE void visit(const PairTile<T>& tile, const UnitRows<T>& rows, double unit, double* row_sums, double* col_sums,
                   Far far, Single single) {
@@ -164,9 +153,10 @@ INLINE void visit(const PairTile<T>& tile, const UnitRows<T>& rows, double unit,
                 const T* g = tile.gram + (r + q) * TILE + c;
                 if constexpr (S != 0)
                     if (inside) {
-                        const Vector<T> u = load(g) + (rows.half_lack[i] + load(rows.half_lack + first));
+                        const Vector<T> lack = rows.half_lack[i] + load(rows.half_lack + first);
+                        const Vector<T> u = load(g) + lack, rest = lack - (u - load(g));
                         if (!any_below(1 - u, T(NEAR / 2))) {
-                            const Vector<T> value = far(i, r + q, c, u);
+                            const Vector<T> value = far(i, r + q, c, u, rest);
                             totals[q] += value;
                             column += value;
                             continue;
@@ -191,10 +181,10 @@ INLINE void visit(const PairTile<T>& tile, const UnitRows<T>& rows, double unit,
 template <class T, int S>
 void energy_of(const PairTile<T>& tile, const UnitRows<T>& rows, const Riesz& riesz, double* row_sums,
                double* col_sums) {
-    const double unit = right_angle_value(riesz);
+    const double unit = baseline(riesz);
     visit<T, S>(
         tile, rows, unit, row_sums, col_sums,
-        [&](int64_t, int64_t, int64_t, Vector<T> u) { return fast_excess<S == 2 ? 2 : 1>(u); },
+        [&](int64_t, int64_t, int64_t, Vector<T> u, Vector<T> rest) { return fast_excess<S == 2 ? 2 : 1>(u, rest); },
         [&](int64_t i, int64_t, int64_t c, T g) { return pair_value(rows, riesz, g, i, tile.first_col + c) - unit; });
 }
 
@@ -218,15 +208,15 @@ void slopes_of(const PairTile<T>& tile, const UnitRows<T>& rows, const Riesz& ri
         for (int64_t c = 0; c < tile.cols; ++c) slopes[r * ld + c] = 0;
     visit<T, S>(
         tile, rows, 1, row_sums, col_sums,
-        [&](int64_t i, int64_t r, int64_t c, Vector<T> u) {
-            const Vector<T> weight = rows.upstream[i] + load(rows.upstream + tile.first_col + c);
+        [&](int64_t i, int64_t r, int64_t c, Vector<T> u, Vector<T>) {
+            const Vector<T> weight = rows.narrow_upstream[i] + load(rows.narrow_upstream + tile.first_col + c);
             const Vector<T> slope = RIGHT_ANGLE_SLOPE<T, S> * weight * fast_slope<S == 2 ? 2 : 1>(u);
             store(slopes + r * ld + c, slope);
             return -slope;
         },
         [&](int64_t i, int64_t r, int64_t c, T g) {
             const int64_t j = tile.first_col + c;
-            const double weight = double(rows.upstream[i]) + double(rows.upstream[j]);
+            const double weight = rows.upstream[i] + rows.upstream[j];
             const Slope found = pair_slope(rows, riesz, g, weight, i, j, near);
             slopes[r * ld + c] = T(found.bulk);
             return found.radial;

@@ -25,11 +25,14 @@ inline double clamped(double square) { return square < sphere::CLAMP ? sphere::C
 
 inline double angle_from(double square) { return 2 * asin(0.5 * sqrt(square < 0 ? 0 : square)); }  // of 2 - 2 g
 
-// The energy of a pair of orthogonal rows of length 1.
-inline double right_angle_value(const sphere::Riesz& riesz) {
-    const double value = riesz_value(riesz.angular ? PI * PI / 4 : 2, riesz.s);
-    return riesz.half_space ? 2 * value : value;
+// The exponent, where a tile's pairs are computed in vectors; else 0.
+inline int fast_exponent(const sphere::Riesz& riesz) {
+    if (riesz.angular || riesz.half_space) return 0;
+    return riesz.s == 1 ? 1 : riesz.s == 2 ? 2 : 0;
 }
+
+// What is taken from every pair's energy before it is summed: the value at a right angle where the sums are of fp32.
+inline double baseline(const sphere::Riesz& riesz) { return fast_exponent(riesz) ? riesz_value(2, riesz.s) : 0; }
 
 inline double lack_of(double norm) {  // 1 - |unit row|^2
     const double length = norm + sphere::EPSILON;

@@ -13,8 +13,8 @@ namespace sphere {
 // What the kernels need to know about each row, from its norm.
 template <class T>
 struct RowData {
-    std::vector<double> norm, scale, lack;
-    std::vector<T> half_lack, upstream;
+    std::vector<double> norm, scale, lack, upstream;
+    std::vector<T> half_lack, narrow_upstream;
 
     explicit RowData(int64_t n) : norm(size_t(n)), scale(size_t(n)), lack(size_t(n)), half_lack(size_t(n)) {}
 
@@ -40,17 +40,17 @@ struct RowData {
     }
 
     UnitRows<T> view(const Matrix* weight, bool own_scale = true) const {
-        return {weight,      own_scale,        scale.data(),
-                lack.data(), half_lack.data(), upstream.empty() ? nullptr : upstream.data()};
+        return {weight,           own_scale,       scale.data(),          lack.data(),
+                half_lack.data(), upstream.data(), narrow_upstream.data()};
     }
 };
 
-// What the energies are before `Kernels::energy`: every pair at a right angle, and a row with its own negative.
+// What the energies are before `Kernels::energy`: the baseline of every pair, and a row with its own negative.
 template <class T>
 void start_energies(const RowData<T>& data, const Riesz& riesz, double* energies) {
     for (size_t i = 0; i < data.norm.size(); ++i) {
         const double own = data.norm[i] * 0;  // a lone NaN row has no pairs to poison
-        energies[i] = own + double(data.norm.size() - 1) * right_angle_value(riesz);
+        energies[i] = own + double(data.norm.size() - 1) * baseline(riesz);
         if (riesz.half_space) energies[i] += riesz_value(antipode_square(data.norm[i], riesz.angular), riesz.s);
     }
 }

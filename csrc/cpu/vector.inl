@@ -95,31 +95,76 @@ INLINE bool any_below(Doubles v, double bound) {
 #endif
 }
 
-// About 1 / sqrt(x): to 2^-11 at least. Where no fused operation makes 1 - y^2 of it exact, 12 bits do: their square
-// has 24.
-INLINE Floats inverse_sqrt_estimate(Floats x) {
+// 1 / sqrt(x) - 1 and 1 / x - 1 for x = 1 - u - rest, where `rest` is what does not fit into u. A sum averages out
+// roundings but no bias, so nothing small may be lost against something large on the way.
+
+#if defined(__AVX2__)
+
+// a b + c, rounded once.
+INLINE Floats fused(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
-    return (Floats)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)x);
-#elif defined(__AVX2__)
-    return (Floats)_mm256_rsqrt_ps((__m256)x);
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #else
-    typedef int32_t Bits __attribute__((vector_size(SPHERE_BYTES)));
-    Floats y = {};
-    for (int l = 0; l < LANES<float>; ++l) y[l] = 1 / sqrtf(x[l]);
-    return (Floats)((Bits)y & ~0xfff);
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #endif
 }
 
-// 1 / sqrt(1 - u) - 1 with the relative precision of u, however small it is. From the estimate y a step of third order,
-// whose own error of 2^-34 has no weight (a Newton step would leave a bias, which a sum does not average out); y - 1
-// and 1 - y^2 are exact but for one rounding of what is small.
-INLINE Floats inverse_sqrt_excess(Floats u) {
-    const Floats y = inverse_sqrt_estimate(1 - u);
-    const Floats h = (u * y) * y + (1 - y * y);
-    return (y - 1) + (y * h) * (0.5f + 0.375f * h);
+// About 1 / sqrt(x) and 1 / x: to 2^-11 at least.
+INLINE Floats inverse_sqrt_estimate(Floats x) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_rsqrt14_ps(0xffff, (__m512)x);
+#else
+    return (Floats)_mm256_rsqrt_ps((__m256)x);
+#endif
 }
 
-INLINE Doubles inverse_sqrt_excess(Doubles u) {
+INLINE Floats inverse_estimate(Floats x) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+#else
+    return (Floats)_mm256_rcp_ps((__m256)x);
+#endif
+}
+
+// From an estimate y, the residual h = 1 - x y^2 (or 1 - x y) with all that x lost in rounding, and as many terms of
+// the series in h as fp32 sees.
+INLINE Floats inverse_sqrt_excess(Floats u, Floats rest) {
+    const Floats x = 1 - u, lost = ((1 - x) - u) - rest;
+    const Floats y = inverse_sqrt_estimate(x), p = x * y;
+    const Floats h = fused(-p, y, 1 - Floats{}) - y * (fused(x, y, -p) + lost * y);
+    return (y - 1) + (y * h) * (0.5f + h * (0.375f + 0.3125f * h));
+}
+
+INLINE Floats inverse_excess(Floats u, Floats rest) {
+    const Floats x = 1 - u, lost = ((1 - x) - u) - rest;
+    const Floats y = inverse_estimate(x);
+    const Floats h = fused(-x, y, 1 - Floats{}) - lost * y;
+    return (y - 1) + (y * h) * (1 + h * (1 + h));
+}
+
+#else  // without fused operations in fp64
+
+INLINE Floats inverse_sqrt_excess(Floats u, Floats rest) {
+    Floats e = {};
+    for (int l = 0; l < LANES<float>; ++l) {
+        const double v = double(u[l]) + double(rest[l]), y = 1 / sqrt(1 - v);
+        e[l] = float(v * y * y / (1 + y));
+    }
+    return e;
+}
+
+INLINE Floats inverse_excess(Floats u, Floats rest) {
+    Floats e = {};
+    for (int l = 0; l < LANES<float>; ++l) {
+        const double v = double(u[l]) + double(rest[l]);
+        e[l] = float(v / (1 - v));
+    }
+    return e;
+}
+
+#endif
+
+INLINE Doubles inverse_sqrt_excess(Doubles u, Doubles) {
     Doubles e = {};
     for (int l = 0; l < LANES<double>; ++l) {
         const double y = 1 / sqrt(1 - u[l]);
@@ -128,22 +173,7 @@ INLINE Doubles inverse_sqrt_excess(Doubles u) {
     return e;
 }
 
-// 1 / x to within a rounding or two.
-INLINE Floats reciprocal(Floats x) {
-#if defined(__AVX512F__)
-    const Floats y = (Floats)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
-#elif defined(__AVX2__)
-    const Floats y = (Floats)_mm256_rcp_ps((__m256)x);
-#elif defined(__SSE2__)
-    const Floats y = (Floats)_mm_rcp_ps((__m128)x);
-#else
-    const Floats y = 1 / x;
-#endif
-    const Floats h = 1 - x * y;
-    return y + y * (h + h * h);
-}
-
-INLINE Doubles reciprocal(Doubles x) { return 1 / x; }
+INLINE Doubles inverse_excess(Doubles u, Doubles) { return u / (1 - u); }
 
 // --- elements of the four types ---------------------------------------------------------------------------------
 

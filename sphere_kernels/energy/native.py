@@ -13,7 +13,7 @@ from sphere_kernels.rows import compute_dtype
 @register("pair_energy", "native", native.supports)
 def pair_energy(weight: Tensor, s: float, distance: str, half_space: bool) -> Tensor:
     """Energy of every row, ``[..., n]`` fp64."""
-    energy = torch.empty(weight.shape[:-1], dtype=torch.float64)
+    energy = weight.new_empty(weight.shape[:-1], dtype=torch.float64)
     rows, angular = native.merged(weight), distance == "angular"
     native.cpu.pair_energy(native.view(rows), s, angular, half_space, *native.tier_and_threads(), energy.data_ptr())
     return energy
@@ -23,7 +23,7 @@ def pair_energy(weight: Tensor, s: float, distance: str, half_space: bool) -> Te
 def pair_energy_backward(grad: Tensor, weight: Tensor, s: float, distance: str, half_space: bool) -> Tensor:
     """Gradient of ``sum(grad * energy)`` for the weight, in its dtype."""
     grad = grad.double().contiguous().resolve_neg()
-    gradient = torch.empty(weight.shape, dtype=compute_dtype(weight))
+    gradient = weight.new_empty(weight.shape, dtype=compute_dtype(weight))
     rows, angular = native.merged(weight), distance == "angular"
     native.cpu.pair_energy_backward(
         grad.data_ptr(), native.view(rows), s, angular, half_space, *native.tier_and_threads(), gradient.data_ptr()

@@ -25,7 +25,7 @@ def gram_update_energy_(
     """Update ``gram`` in place; the energy of every neuron, ``[..., n]`` fp64."""
     left, cross, inner = map(native.merged, (left, cross, inner))
     rows = None if weight is None else native.merged(weight)
-    energy = torch.empty(gram.shape[:-1], dtype=torch.float64)
+    energy = gram.new_empty(gram.shape[:-1], dtype=torch.float64)
     with native.written(gram, contiguous=gram.stride(-1) != 1) as matrices:
         native.cpu.gram_update_energy(
             native.view(matrices),

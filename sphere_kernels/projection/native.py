@@ -12,7 +12,7 @@ from sphere_kernels.dispatch import register
 @register("sparse_projection", "native", native.supports)
 def sparse_projection(update: Tensor, basis: Tensor, alpha: float) -> Tensor:
     """``update - alpha (update U) U^T``, rounded once to the dtype of ``update``."""
-    out = torch.empty(update.shape, dtype=update.dtype)
+    out = update.new_empty(update.shape, dtype=update.dtype)
     _project(update, basis, alpha, None, native.merged(out))
     return out
 

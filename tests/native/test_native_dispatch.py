@@ -10,6 +10,7 @@ import pytest
 import torch
 from calls import all_figures, energy, gradient, update_inputs
 from cases import DTYPES, VARIANTS, crowded, randn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from sphere_kernels import (
@@ -21,6 +22,7 @@ from sphere_kernels import (
     gram_update_energy_,
     hyperspherical_energy,
     native,
+    principal_directions,
     sparse_projection,
 )
 
@@ -219,3 +221,22 @@ def test_writes_count_as_changes_for_autograd(tier):
     apply_projected_update_(weight, randn(4, 5), torch.eye(5, dtype=torch.float64)[:, :2], impl="native")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_default_device_does_not_reach_the_kernels():
+    weight = randn(20, 33, dtype=torch.float32)
+    expected = principal_directions(weight, impl="native")
+    with torch.device("meta"):
+        actual = principal_directions(weight, impl="native")
+    assert torch.equal(actual.basis, expected.basis)
+
+
+def test_a_tensor_without_memory_is_refused():
+    with FakeTensorMode(), pytest.raises(ValueError, match="tensors with memory, got a FakeTensor"):
+        principal_directions(torch.randn(4, 8), impl="native")
+
+
+def test_a_bad_variable_is_named(monkeypatch):
+    monkeypatch.setenv("SPHERE_KERNELS_IMPL", "fast")
+    with pytest.raises(ValueError, match="SPHERE_KERNELS_IMPL must be one of .*, got 'fast'"):
+        hyperspherical_energy(torch.ones(2, 2))

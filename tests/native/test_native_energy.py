@@ -106,6 +106,23 @@ def test_lack_of_length_in_fp32_is_not_rounded_away(tier, length):
     assert abs(energy(weight).sum().item() / expected - 1) < 1e-9
 
 
+@pytest.mark.parametrize(("s", "n", "d", "length"), ((1.0, 576, 64, 8.0), (2.0, 576, 64, 8.0), (1.0, 400, 16, 0.3)))
+def test_mean_error_in_fp32_is_not_a_bias(tier, s, n, d, length):
+    """Over eight draws the mean error stays within what their scatter explains."""
+    errors = []
+    for seed in range(8):
+        weight = randn(n, d, seed=seed).float() * length / d**0.5
+        errors.append(energy(weight, s).sum().item() / energy(weight.double(), s).sum().item() - 1)
+    errors = torch.tensor(errors, dtype=torch.float64)
+    assert abs(errors.mean()) < 5 * errors.std() / 8**0.5 + 1e-12
+
+
+def test_values_far_below_that_of_a_right_angle_are_kept(tier):
+    # 2^-110 each: beside 2^-55 it would be lost.
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    assert energy(weight, 110.0).tolist() == pytest.approx([2.0**-110] * 2, rel=1e-5)
+
+
 @functools.cache
 def oracle_of_gram(length):
     weight = (length * RANDOM.float()).double()

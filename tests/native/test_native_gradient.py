@@ -101,6 +101,15 @@ def test_many_coincident_rows_in_fp32_lose_nothing_to_each_other(tier):
         assert_rows_close(gradient(weight, upstream, *options), expected, 2e-7)
 
 
+def test_tiny_upstream_of_huge_energies(tier):
+    # The gradient of log E: upstream 1 / E is far below the smallest fp32, the slopes are as far above 1.
+    weight = torch.nn.functional.normalize(randn(64, 3), dim=-1).float()
+    upstream = 1 / oracle.per_neuron(weight, 40.0).sum().expand(64)
+    expected = oracle.gradient(weight, upstream, 40.0)
+    assert upstream[0] < 1e-46 and expected.norm() > 1
+    assert (gradient(weight, upstream, 40.0) - expected).norm() <= 1e-3 * expected.norm()
+
+
 def test_exact_duplicates_are_clamped_and_do_not_pull(tier):
     for dtype in DTYPES:
         for n in (2, 5, 40):
