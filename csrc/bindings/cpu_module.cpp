@@ -129,8 +129,7 @@ PYBIND11_MODULE(_cpu, m) {
             });
         },
         "out = (accumulate ? out : 0) + left (update - alpha (update basis) basis^T), left None: the identity; in fp64 "
-        "or "
-        "fp32, rounded once to the type of out.");
+        "or fp32, rounded once to the type of out.");
     m.def(
         "product",
         [](const py::tuple& left, const py::tuple& right, const py::tuple& out, bool wide, int tier, int threads) {

@@ -15,6 +15,8 @@ constexpr int64_t PANEL_BYTES = 20 << 20;  // packed rows at a time: what an ope
 constexpr int64_t GROUP_ROWS = 6144;       // bounds the sums that a group of tiles keeps
 constexpr int64_t SMALL_WORK = 1 << 18;    // multiplications below which waking a thread costs more than it saves
 
+inline int threads_for(int64_t work, int threads) { return work < SMALL_WORK ? 1 : threads; }
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

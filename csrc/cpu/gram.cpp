@@ -15,7 +15,7 @@ template <class T>
 void gram(const Matrix& weight, bool normalize, int tier, int threads, T* out) {
     const Kernels<T>& kernel = kernels<T>(tier);
     const int64_t n = weight.rows;
-    threads = n * n * weight.cols < SMALL_WORK ? 1 : usable_threads(threads);
+    threads = threads_for(n * n * weight.cols, threads);
     const auto data = normalize ? RowData<T>::of(kernel, weight, threads) : RowData<T>(0);
     symmetric_product(
         kernel, weight, weight, normalize ? data.scale.data() : nullptr, blocking<T>(n, weight.cols, GROUP_ROWS, true),
@@ -34,7 +34,7 @@ void gram_update_energy(const Matrix& gram, const Matrix& left, const Matrix& cr
                         const Matrix* weight, const Riesz& riesz, int tier, int threads, double* energies) {
     const Kernels<T>& kernel = kernels<T>(tier);
     const int64_t n = gram.rows, b = left.cols, ld = gram.row_stride;
-    threads = n * n < SMALL_WORK / 16 ? 1 : usable_threads(threads);
+    threads = threads_for(16 * n * n, threads);
     T* const elements = static_cast<T*>(gram.data);
 
     // Z R^T + R Z^T + R (X X^T) R^T = [C, R] [R, C]^T with C = Z + R (X X^T) / 2. The error of the diagonal enters

@@ -66,8 +66,8 @@ struct Kernels {
     // out[i, j] = (accumulate ? out[i, j] : 0) + addend[i, j] + factor c[i, j], rounded once to the type of out.
     void (*store)(const T* c, T factor, const Matrix& out, const Matrix* addend, bool accumulate);
 
-    // Sums over each row and each column of the tile of the energies of the pairs, less that of a pair at a right
-    // angle: what is left is small, and so is its rounding.
+    // Sums over each row and each column of the tile of the energies of the pairs, each less `baseline` (riesz.h): what
+    // is left is small, and so is its rounding.
     void (*energy)(const PairTile<T>& tile, const UnitRows<T>& rows, const Riesz& riesz, double* row_sums,
                    double* col_sums);
 

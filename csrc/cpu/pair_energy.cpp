@@ -12,10 +12,6 @@ namespace sphere {
 
 namespace {
 
-int threads_for(const Matrix& weight, int asked) {
-    return weight.rows * weight.rows * weight.cols < SMALL_WORK ? 1 : usable_threads(asked);
-}
-
 // pull <- (x - u (unit . x)) / (|w| + eps) for x = pull + radial unit and u = w / |w|; zero for a zero row. All but
 // 1e-8 of the radial part is lost in it, so that part stays a number per row and never rounds into the other.
 template <class T>
@@ -46,7 +42,7 @@ void through_normalisation(const Kernels<T>& kernels, const Matrix& weight, cons
 template <class T>
 void pair_energy(const Matrix& weight, const Riesz& riesz, int tier, int threads, double* energies) {
     const Kernels<T>& kernel = kernels<T>(tier);
-    threads = threads_for(weight, threads);
+    threads = threads_for(weight.rows * weight.rows * weight.cols, threads);
     const auto data = RowData<T>::of(kernel, weight, threads);
     const UnitRows<T> rows = data.view(&weight);
     const Blocking cut = blocking<T>(weight.rows, weight.cols, GROUP_ROWS, true);
@@ -64,8 +60,8 @@ template <class T>
 void pair_energy_backward(const double* upstream, const Matrix& weight, const Riesz& riesz, int tier, int threads,
                           T* gradient) {
     const Kernels<T>& kernel = kernels<T>(tier);
-    threads = threads_for(weight, threads);
     const int64_t n = weight.rows, d = weight.cols;
+    threads = threads_for(n * n * d, threads);
     auto data = RowData<T>::of(kernel, weight, threads);
     data.upstream.assign(upstream, upstream + n);
     data.narrow_upstream.assign(upstream, upstream + n);

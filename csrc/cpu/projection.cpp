@@ -10,7 +10,7 @@ template <class T>
 void project(const Matrix& update, const Matrix& basis, double alpha, const Matrix* left, const Matrix& out,
              bool accumulate, int tier, int threads) {
     const Kernels<T>& kernel = kernels<T>(tier);
-    threads = out.rows * out.cols * (basis.cols + update.rows) < SMALL_WORK ? 1 : usable_threads(threads);
+    threads = threads_for(out.rows * out.cols * (basis.cols + update.rows), threads);
     const int64_t rank = basis.cols;
     Buffer<T> coefficients(update.rows * rank);
     const Matrix part{coefficients.get(), type_of<T>, update.rows, rank, rank, 1};

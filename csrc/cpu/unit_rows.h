@@ -48,9 +48,10 @@ struct RowData {
 // What the energies are before `Kernels::energy`: the baseline of every pair, and a row with its own negative.
 template <class T>
 void start_energies(const RowData<T>& data, const Riesz& riesz, double* energies) {
+    const double others = double(data.norm.size() - 1) * baseline(riesz);
     for (size_t i = 0; i < data.norm.size(); ++i) {
         const double own = data.norm[i] * 0;  // a lone NaN row has no pairs to poison
-        energies[i] = own + double(data.norm.size() - 1) * baseline(riesz);
+        energies[i] = own + others;
         if (riesz.half_space) energies[i] += riesz_value(antipode_square(data.norm[i], riesz.angular), riesz.s);
     }
 }

@@ -29,3 +29,20 @@ def crowded(d=9):
     weight[18] *= 1e3
     weight[19] *= 1e-3
     return weight
+
+
+def update_inputs(weight, b, dtype=torch.float64, seed=7):
+    """The Gram matrix of a weight, the factors of an update ``R X`` and the updated weight, fp64 but for ``dtype``."""
+    *leading, n, d = weight.shape
+    left, right = 0.3 * randn(*leading, n, b, seed=seed), 0.3 * randn(*leading, b, d, seed=seed + 1)
+    tensors = (weight @ weight.mT, left, weight @ right.mT, right @ right.mT)
+    return [tensor.to(dtype) for tensor in tensors], weight + left @ right
+
+
+def update_to_crowded(dtype):
+    """A weight, the factors of an update in ``dtype``, and the `crowded` weight that it leads to."""
+    after = crowded().to(dtype).double()
+    left = 0.3 * randn(24, 2, seed=7) * after.norm(dim=-1, keepdim=True)  # nothing for the zero row
+    right = 0.3 * randn(2, 9, seed=8)
+    before = after - left @ right
+    return before, (left.to(dtype), (before @ right.mT).to(dtype), (right @ right.mT).to(dtype)), after

@@ -7,7 +7,7 @@ import itertools
 import oracle
 import pytest
 import torch
-from cases import DTYPES, EXPONENTS, VARIANTS, crowded, randn
+from cases import DTYPES, EXPONENTS, VARIANTS, randn, update_inputs, update_to_crowded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,14 +16,6 @@ from sphere_kernels import gram, gram_update_energy_, hyperspherical_energy
 pytestmark = pytest.mark.usefixtures("each_impl")
 
 WIDE = (torch.float64, torch.float32)
-
-
-def step(weight, b, dtype=torch.float64, seed=7):
-    """The Gram matrix of a weight, the factors of an update ``R X`` and the updated weight, fp64 but for ``dtype``."""
-    *leading, n, d = weight.shape
-    left, right = 0.3 * randn(*leading, n, b, seed=seed), 0.3 * randn(*leading, b, d, seed=seed + 1)
-    tensors = (weight @ weight.mT, left, weight @ right.mT, right @ right.mT)
-    return [tensor.to(dtype) for tensor in tensors], weight + left @ right
 
 
 def rounding(impl, dtype):
@@ -42,7 +34,7 @@ def dense(matrix, left, cross, inner):
 @pytest.mark.parametrize("s", EXPONENTS)
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 def test_within_budget(dtype, s, distance, half_space, small_tiles, each_impl):
-    (matrix, *factors), weight = step(randn(29, 33), 5, dtype)
+    (matrix, *factors), weight = update_inputs(randn(29, 33), 5, dtype)
     expected, eps = dense(matrix, *factors), torch.finfo(dtype).eps
     left, cross, inner = factors
     plain = matrix + cross @ left.mT + left @ cross.mT + left @ inner @ left.mT
@@ -62,7 +54,7 @@ def test_within_budget(dtype, s, distance, half_space, small_tiles, each_impl):
 @pytest.mark.parametrize("b", (0, 1, 3, 20))
 def test_sizes_around_the_tile(n, b, small_tiles):
     for distance, half_space in VARIANTS:
-        (matrix, *factors), _ = step(randn(3, n, 40), b)
+        (matrix, *factors), _ = update_inputs(randn(3, n, 40), b)
         expected = dense(matrix, *factors)
         energy = gram_update_energy_(matrix, *factors, distance=distance, half_space=half_space)
         torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-12)
@@ -71,7 +63,7 @@ def test_sizes_around_the_tile(n, b, small_tiles):
 
 
 def test_across_real_tiles():
-    (matrix, *factors), weight = step(randn(300, 50), 4, torch.float32)
+    (matrix, *factors), weight = update_inputs(randn(300, 50), 4, torch.float32)
     energy = gram_update_energy_(matrix, *factors)
     assert torch.equal(matrix, matrix.mT)
     torch.testing.assert_close(energy, oracle.per_neuron(weight), rtol=1e-7, atol=0)
@@ -80,7 +72,7 @@ def test_across_real_tiles():
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=2), st.integers(0, 9), st.integers(0, 3), st.sampled_from(VARIANTS))
 def test_any_shape(leading, n, b, variant):
-    (matrix, *factors), weight = step(randn(*leading, n, 6), b)
+    (matrix, *factors), weight = update_inputs(randn(*leading, n, 6), b)
     expected = dense(matrix, *factors)
     energy = gram_update_energy_(matrix, *factors, 1.0, weight=weight, distance=variant[0], half_space=variant[1])
     assert energy.shape == (*leading, n)
@@ -99,7 +91,7 @@ def test_an_empty_update_leaves_the_matrix(each_impl):
 
 
 def test_only_the_upper_triangle_is_read(small_tiles):
-    (matrix, *factors), _ = step(randn(2, 20, 9), 3)
+    (matrix, *factors), _ = update_inputs(randn(2, 20, 9), 3)
     spoilt = torch.where(torch.ones(20, 20, dtype=torch.bool).tril(-1), float("nan"), matrix)
     energy = gram_update_energy_(matrix, *factors)
     assert torch.equal(gram_update_energy_(spoilt, *factors), energy)
@@ -107,7 +99,7 @@ def test_only_the_upper_triangle_is_read(small_tiles):
 
 
 def test_diagonal_is_rounded_once():
-    (matrix, *factors), _ = step(randn(40, 60), 64, torch.float32)
+    (matrix, *factors), _ = update_inputs(randn(40, 60), 64, torch.float32)
     expected = dense(matrix, *factors).diagonal()
     gram_update_energy_(matrix, *factors)
     error = (matrix.diagonal() - expected).abs() / expected
@@ -115,7 +107,7 @@ def test_diagonal_is_rounded_once():
 
 
 def test_strided_matrix(small_tiles):
-    (start, *factors), _ = step(randn(2, 3, 10, 12), 3)
+    (start, *factors), _ = update_inputs(randn(2, 3, 10, 12), 3)
     expected = dense(start, *factors)
     storage = torch.full((3, 2, 20, 30), float("nan"), dtype=torch.float64)
     layouts = {
@@ -136,7 +128,7 @@ def test_strided_matrix(small_tiles):
 
 
 def test_strided_factors():
-    (start, left, cross, inner), weight = step(randn(10, 12), 3)
+    (start, left, cross, inner), weight = update_inputs(randn(10, 12), 3)
     expected = dense(start, left, cross, inner).expand(4, 10, 10)
     views = [tensor.expand(4, *tensor.shape) for tensor in (left.T.contiguous().T, cross, inner.T)]
     matrix = start.repeat(4, 1, 1)
@@ -149,11 +141,7 @@ def test_strided_factors():
 @pytest.mark.parametrize("s", EXPONENTS)
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 def test_coincident_rows_come_from_the_weight(dtype, s, distance, half_space, small_tiles):
-    after = crowded().to(dtype).double()
-    left = 0.3 * randn(24, 2, seed=7) * after.norm(dim=-1, keepdim=True)  # nothing for the zero row
-    right = 0.3 * randn(2, 9, seed=8)
-    before = after - left @ right
-    factors = (left.to(dtype), (before @ right.mT).to(dtype), (right @ right.mT).to(dtype))
+    before, factors, after = update_to_crowded(dtype)
     matrix = gram(before).to(dtype)
     options = {"distance": distance, "half_space": half_space}
     energy = gram_update_energy_(matrix, *factors, s, weight=after.to(dtype), **options)
@@ -176,7 +164,7 @@ def test_near_rows_without_the_weight():
     weight = randn(6, 5)
     for t, tolerance in ((1e-2, 1e-10), (1e-4, 1e-6)):
         weight[1] = weight[0] + t * weight[0].norm() * torch.nn.functional.normalize(weight[2], dim=0)
-        (matrix, *factors), after = step(weight, 2)
+        (matrix, *factors), after = update_inputs(weight, 2)
         energy = gram_update_energy_(matrix, *factors)
         torch.testing.assert_close(energy, oracle.per_neuron(after), rtol=tolerance, atol=0)
     weight[1] = weight[0]
@@ -196,7 +184,7 @@ def test_inner_products_above_one_are_clamped(distance, half_space):
 def test_zero_rows():
     weight = randn(7, 5)
     weight[2] = 0
-    (matrix, left, cross, inner), _ = step(weight, 3)
+    (matrix, left, cross, inner), _ = update_inputs(weight, 3)
     left[2] = 0
     energy = gram_update_energy_(matrix, left, cross, inner)
     assert matrix[2].abs().max() == 0
@@ -220,12 +208,12 @@ def test_not_finite_gives_nan(bad, dtype, small_tiles):
     for (distance, half_space), s in itertools.product(VARIANTS, (0.0, 1.0)):
         options = {"distance": distance, "half_space": half_space}
         for i, j in ((3, 15), (4, 5), (6, 6)):  # across tiles, within one, a norm
-            (matrix, *factors), weight = step(randn(2, 20, 9), 2, dtype)
+            (matrix, *factors), weight = update_inputs(randn(2, 20, 9), 2, dtype)
             matrix[1, i, j] = matrix[1, j, i] = bad
             energy = gram_update_energy_(matrix, *factors, s, weight=weight, **options)
             assert energy[0].isfinite().all()
             assert energy[1].isnan().nonzero().flatten().tolist() == ([i, j] if i < j else list(range(20)))
-        (matrix, *factors), _ = step(randn(2, 20, 9), 2, dtype)
+        (matrix, *factors), _ = update_inputs(randn(2, 20, 9), 2, dtype)
         factors[0][1, 4] = bad
         assert gram_update_energy_(matrix, *factors, s, **options)[1].isnan().all()
         lone = torch.full((1, 1), abs(bad), dtype=dtype)
@@ -247,7 +235,7 @@ def test_fifty_updates_in_fp32():
 
 
 def test_in_place_counts_as_a_change_for_autograd():
-    (matrix, *factors), _ = step(randn(4, 5), 2)
+    (matrix, *factors), _ = update_inputs(randn(4, 5), 2)
     leaf = torch.nn.Parameter(matrix)
     loss = leaf.square().sum()
     assert not gram_update_energy_(leaf, *[factor.requires_grad_() for factor in factors]).requires_grad

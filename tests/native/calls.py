@@ -50,14 +50,6 @@ def all_figures(leading=(), n=300, d=33, dtype=torch.float32, impl="native", **o
     return figures
 
 
-def update_inputs(weight, b, dtype, seed=7):
-    """A Gram matrix, the factors of an update ``R X`` of its weight, and the updated weight in fp64."""
-    *leading, n, d = weight.shape
-    left, right = 0.3 * randn(*leading, n, b, seed=seed), 0.3 * randn(*leading, b, d, seed=seed + 1)
-    tensors = (weight @ weight.mT, left, weight @ right.mT, right @ right.mT)
-    return [tensor.to(dtype) for tensor in tensors], weight + left @ right
-
-
 def updated(matrix, left, cross, inner):
     """The updated Gram matrix written out in fp64."""
     matrix, left, cross, inner = (tensor.double() for tensor in (matrix, left, cross, inner))

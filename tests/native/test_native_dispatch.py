@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from calls import all_figures, energy, gradient, update_inputs
-from cases import DTYPES, VARIANTS, crowded, randn
+from calls import all_figures, energy, gradient
+from cases import DTYPES, VARIANTS, crowded, randn, update_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 

@@ -57,7 +57,7 @@ def test_few_dimensions_where_rows_coincide(tier, d):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
 
 
-# Groups of rows: more than 6144 of them, or more than 20 MB. Their tiles are 192; 96; 48.
+# Groups of rows: more than 6144 of them, or more than 20 MB, which are cut along the depth.
 @pytest.mark.parametrize(("n", "d"), [(6145, 3), (400, 14000), (100, 60000)])
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 def test_groups(tier, dtype, n, d):

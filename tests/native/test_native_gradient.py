@@ -56,7 +56,7 @@ def test_rows(tier, dtype, n):
         assert_within_budget(n, 17, dtype, s, distance, half_space)
 
 
-# Groups of 1536 rows (1152 in fp64), and of 20 MB in tiles of 96 and of 48.
+# Groups of 1536 rows (1152 in fp64), and of 20 MB, which are cut along the depth.
 @pytest.mark.parametrize(("n", "d"), [(1153, 70), (1537, 70), (3100, 20), (400, 14000), (100, 60000)])
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 def test_groups(tier, dtype, n, d):

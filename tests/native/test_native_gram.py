@@ -8,8 +8,8 @@ import itertools
 import oracle
 import pytest
 import torch
-from calls import DIMS, ROWS, around, budget, layouts, update_inputs, updated
-from cases import DTYPES, EXPONENTS, VARIANTS, crowded, randn
+from calls import DIMS, ROWS, around, budget, layouts, updated
+from cases import DTYPES, EXPONENTS, VARIANTS, crowded, randn, update_inputs, update_to_crowded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -192,11 +192,7 @@ def test_update_where_leading_dimensions_do_not_merge(tier):
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 def test_coincident_rows_come_from_the_weight(tier, dtype, distance, half_space):
     for s in (0.0, 1.0, 3.0):
-        after = crowded().to(dtype).double()
-        left = 0.3 * randn(24, 2, seed=7) * after.norm(dim=-1, keepdim=True)  # nothing for the zero row
-        right = 0.3 * randn(2, 9, seed=8)
-        before = after - left @ right
-        factors = (left.to(dtype), (before @ right.mT).to(dtype), (right @ right.mT).to(dtype))
+        before, factors, after = update_to_crowded(dtype)
         matrix = native_gram(before).to(dtype)
         energies = native_update_(matrix, *factors, s, weight=after.to(dtype), distance=distance, half_space=half_space)
         tolerance = {torch.float64: 1e-9, torch.float32: 2e-4}[dtype]  # as the reference's
