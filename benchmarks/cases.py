@@ -33,6 +33,8 @@ class Way:
         compiled: the first call on a shape compiles, so that its peak is measured on the second.
         once: too slow to call again: the timed call's own result is checked.
         skip: why it cannot run here.
+        prepare: makes of the case's arguments what ``run`` takes; not timed.
+        batches: how many a call computes; tables state the time of one.
     """
 
     name: str
@@ -43,6 +45,13 @@ class Way:
     compiled: bool = False
     once: bool = False
     skip: str | None = None
+    prepare: Callable[..., tuple[Any, ...]] | None = None
+    batches: int = 1
+
+    def arguments(self, case: Case, shape: Shape) -> tuple[Any, ...]:
+        """Fresh arguments for ``run``."""
+        found = case.arguments(shape)
+        return self.prepare(*found) if self.prepare else found
 
 
 @dataclass(frozen=True)
@@ -121,9 +130,9 @@ def measure(
             _, seconds = _call(case, row)
         rounds = max(1, min(most, int(SECONDS / seconds)))
     if calls:
-        result = benchmark.pedantic(way.run, args=case.arguments(row.shape), rounds=most, iterations=calls)
+        result = benchmark.pedantic(way.run, args=way.arguments(case, row.shape), rounds=most, iterations=calls)
     else:
-        result = benchmark.pedantic(way.run, setup=lambda: (case.arguments(row.shape), {}), rounds=rounds)
+        result = benchmark.pedantic(way.run, setup=lambda: (way.arguments(case, row.shape), {}), rounds=rounds)
     if way.once:
         error = _checked(case, row, result)
     if benchmark.enabled and not calls and way.memory and row.turn == 0:
@@ -137,6 +146,7 @@ def measure(
         error=error,
         flops=case.flops(row.shape),
         bytes=case.bytes(row.shape),
+        batches=way.batches,
         threads=torch.get_num_threads(),
         load=round(os.getloadavg()[0], 2),
         torch=str(torch.__version__),
@@ -145,7 +155,7 @@ def measure(
 
 
 def _call(case: Case, row: Row) -> tuple[Any, float]:
-    arguments = case.arguments(row.shape)
+    arguments = row.way.arguments(case, row.shape)
     start = perf_counter()
     result = row.way.run(*arguments)
     return result, perf_counter() - start

@@ -32,8 +32,8 @@ def _processes() -> Pool:
 def _peak(module: str, name: str, way: str, shape: tuple[int, ...]) -> float:
     case: Any = importlib.import_module(module).CASES[name]
     found = next(w for w in case.ways(shape) if w.name == way)
-    found.run(*case.arguments(shape if found.compiled else case.tiny))
-    arguments = case.arguments(shape)
+    found.run(*found.arguments(case, shape if found.compiled else case.tiny))
+    arguments = found.arguments(case, shape)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     found.run(*arguments)

@@ -14,7 +14,7 @@ class Timing:
     """One way on one shape, its turns together.
 
     Attributes:
-        seconds: median over turns of the medians over rounds.
+        seconds: median over turns of the medians over rounds; of one batch, where a call computes several.
         limit: seconds that the useful flops and bytes take at the rates of ``torch.mm`` (2048³) and of a copy.
         memory: extra MB, where measured.
     """
@@ -76,7 +76,7 @@ def _timing(turns: list[dict[str, Any]]) -> Timing:
     return Timing(
         way=infos[0]["way"],
         kind=infos[0]["kind"],
-        seconds=median(turn["stats"]["median"] for turn in turns),
+        seconds=median(turn["stats"]["median"] for turn in turns) / infos[0].get("batches", 1),
         limit=limits[0],
         flops=infos[0]["flops"],
         error=infos[0]["error"],

@@ -81,3 +81,35 @@ def gram(weight: Tensor, normalize: bool) -> Tensor:
     rows = merged(weight)
     cpu.gram(view(rows), normalize, *tier_and_threads(), out.data_ptr())
     return out
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``left right`` for ``[..., n, k]`` and ``[..., k, m]``, in the dtype of ``left``, fp32 or fp64; contiguous."""
+    out = left.new_empty(*left.shape[:-1], right.shape[-1])
+    cpu.product(
+        view(merged(left)), view(merged(right)), view(merged(out)), left.dtype == torch.float64, *tier_and_threads()
+    )
+    return out
+
+
+def add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out += left right`` for ``[..., n, d]``, ``[..., n, b]`` and ``[..., b, d]``."""
+    update = merged(right)
+    nothing = update.new_empty(len(update), out.shape[-1], 0)  # no directions to project away
+    with written(out) as matrices:
+        cpu.project(
+            view(update),
+            view(nothing),
+            0.0,
+            view(merged(left)),
+            view(matrices),
+            True,
+            out.dtype == torch.float64,
+            *tier_and_threads(),
+        )
+
+
+def subtract_gram_(out: Tensor, factor: Tensor) -> None:
+    """``out -= factor factor^T`` for symmetric ``[..., n, n]`` and ``[..., n, b]`` of one dtype, fp32 or fp64."""
+    with written(out, contiguous=out.stride(-1) != 1) as matrices:
+        cpu.subtract_gram(view(matrices), view(merged(factor)), *tier_and_threads())

@@ -96,6 +96,17 @@ PYBIND11_MODULE(_cpu, m) {
         },
         "Inner products of all rows, to fp64 or fp32 out[count, rows, rows], contiguous.");
     m.def(
+        "subtract_gram",
+        [](const py::tuple& from, const py::tuple& factor, int tier, int threads) {
+            const Batch totals = as_batch(from), factors = as_batch(factor);
+            in_precision(totals.first.type == Type::float64, [&](auto t) {
+                for_each_matrix(totals.count, totals.first.rows, threads, [&](int64_t i, int each) {
+                    subtract_gram<decltype(t)>(totals[i], factors[i], tier, each);
+                });
+            });
+        },
+        "from -= factor factor^T, both of one type; columns of the symmetric `from` are neighbours.");
+    m.def(
         "gram_update_energy",
         [](const py::tuple& gram, const py::tuple& left, const py::tuple& cross, const py::tuple& inner,
            const py::object& weight, double s, bool angular, bool half_space, int tier, int threads,

@@ -30,6 +30,22 @@ void gram(const Matrix& weight, bool normalize, int tier, int threads, T* out) {
 }
 
 template <class T>
+void subtract_gram(const Matrix& from, const Matrix& factor, int tier, int threads) {
+    const int64_t n = from.rows, ld = from.row_stride;
+    threads = threads_for(n * n * factor.cols, threads);
+    T* const elements = static_cast<T*>(from.data);
+    symmetric_product(
+        kernels<T>(tier), factor, factor, nullptr, blocking<T>(n, factor.cols, GROUP_ROWS, true), threads,
+        [&](const TileIndex& at, const T* c, int64_t) {
+            for (int64_t i = 0; i < at.rows; ++i)
+                for (int64_t j = at.row == at.col ? i : 0; j < at.cols; ++j)
+                    elements[(at.row + i) * ld + at.col + j] -= c[i * TILE + j];
+            mirror(elements, at, ld);
+        },
+        [](const std::vector<TileIndex>&) {});
+}
+
+template <class T>
 void gram_update_energy(const Matrix& gram, const Matrix& left, const Matrix& cross, const Matrix& inner,
                         const Matrix* weight, const Riesz& riesz, int tier, int threads, double* energies) {
     const Kernels<T>& kernel = kernels<T>(tier);
@@ -83,6 +99,8 @@ void gram_update_energy(const Matrix& gram, const Matrix& left, const Matrix& cr
 
 template void gram<float>(const Matrix&, bool, int, int, float*);
 template void gram<double>(const Matrix&, bool, int, int, double*);
+template void subtract_gram<float>(const Matrix&, const Matrix&, int, int);
+template void subtract_gram<double>(const Matrix&, const Matrix&, int, int);
 template void gram_update_energy<float>(const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix*,
                                         const Riesz&, int, int, double*);
 template void gram_update_energy<double>(const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix*,

@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from sphere_kernels.directions import subspace
-from sphere_kernels.directions.small_side import Products, SmallSide, unit_rows
+from sphere_kernels.directions.small_side import SmallSide, spread, unit_rows
 from sphere_kernels.directions.spectrum import choose_rank, noise_floor, trace
 from sphere_kernels.directions.types import PrincipalDirections
+from sphere_kernels.products import Products
+
+
+@dataclass(frozen=True)
+class Leading:
+    """Leading eigenvectors of a small side, not yet brought to features.
+
+    Attributes:
+        side: what they belong to.
+        vectors: ``[..., m, r]``, r the largest rank.
+        values: ``[..., k]``, descending eigenvalues, at least r of them.
+        ranks: int64 ``[...]``.
+        total: ``[...]`` fp64, the trace.
+        method: what computed them.
+    """
+
+    side: SmallSide
+    vectors: Tensor
+    values: Tensor
+    ranks: Tensor
+    total: Tensor
+    method: str
+
+    @property
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        leading = self.values[..., : self.vectors.shape[-1]]
+        return self.vectors, leading, _own(self.ranks, leading)
+
+    def directions(self) -> PrincipalDirections:
+        """The same as directions of the weight."""
+        _, leading, own = self._parts
+        held = (leading * own).sum(-1, dtype=torch.float64) / self.total
+        return PrincipalDirections(self.side.to_features(*self._parts), self.values, self.ranks, held, self.method)
+
+    def coefficients(self) -> Tensor:
+        """``[..., n, r]``: with them the directions are ``W^T coefficients``, as orthonormal as `spread` allows."""
+        return self.side.coefficients(*self._parts)
+
+    def spread(self) -> float:
+        """Largest eigenvalue over the smallest that counts, in the worst of the matrices."""
+        return spread(*self._parts[1:])
 
 
 def leading_directions(
@@ -25,27 +68,23 @@ def leading_directions(
     if method == "svd":
         return _from_svd(unit_rows(weight), energy_ratio, rank)
     side = SmallSide.of(weight, products)
-    total, longest = trace(side.gram), max(weight.shape[-2:])
     if method == "subspace" or (method == "auto" and subspace.pays(side.gram.shape[-1], start, rank)):
         first = None if start is None else side.from_features(normalize(start, dim=-2).to(side.gram.dtype))
-        found = subspace.leading_eigenpairs(side.gram, longest, energy_ratio, rank, first, tolerance)
+        found = subspace.leading_eigenpairs(side.gram, side.longest, energy_ratio, rank, first, tolerance)
         if found is not None:
             values, vectors, ranks = found
-            return _result(side, vectors, values, ranks, total, "subspace")
+            return Leading(side, vectors, values, ranks, trace(side.gram), "subspace").directions()
+    return by_eigh(side, energy_ratio, rank).directions()
+
+
+def by_eigh(side: SmallSide, energy_ratio: float, rank: int | None) -> Leading:
+    """By LAPACK's whole decomposition of the small side."""
+    total = trace(side.gram)
     ascending, vectors = torch.linalg.eigh(side.gram)
     values = ascending.flip(-1).clamp_(min=0)
-    ranks = choose_rank(values, total, noise_floor(values, longest), energy_ratio, rank)
+    ranks = choose_rank(values, total, noise_floor(values, side.longest), energy_ratio, rank)
     leading = vectors[..., vectors.shape[-1] - int(ranks.max()) :].flip(-1)
-    return _result(side, leading, values, ranks, total, "eigh")
-
-
-def _result(
-    side: SmallSide, vectors: Tensor, values: Tensor, ranks: Tensor, total: Tensor, method: str
-) -> PrincipalDirections:
-    leading = values[..., : vectors.shape[-1]]
-    own = _own(ranks, leading)
-    held = (leading * own).sum(-1, dtype=torch.float64) / total
-    return PrincipalDirections(side.to_features(vectors, leading, own), values, ranks, held, method)
+    return Leading(side, leading, values, ranks, total, "eigh")
 
 
 def _from_svd(unit: Tensor, energy_ratio: float, rank: int | None) -> PrincipalDirections:

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sphere_kernels.directions.validation import check_norms
+from sphere_kernels.products import Products
 from sphere_kernels.rows import EPSILON, UnitRows, compute_dtype
 
 POLISHED_PAST = 8  # largest over smallest eigenvalue; up to there U^T V L^-1/2 is about as orthonormal as QR leaves it
-
-
-@dataclass(frozen=True)
-class Products:
-    """The two products with the weight that a backend brings.
-
-    Attributes:
-        gram: ``A -> A A^T`` for ``[..., m, k]``, a fresh tensor.
-        matmul: ``A, B -> A B``, a fresh contiguous tensor.
-    """
-
-    gram: Callable[[Tensor], Tensor]
-    matmul: Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,22 +35,36 @@ class SmallSide:
         """Form the Gram matrix; raises for a weight that is not finite or has a zero matrix."""
         n, d = weight.shape[-2:]
         if n <= d:
-            # Rows of ordinary length: their norms stand on the diagonal, and the unit rows are never formed.
             rows = weight.to(compute_dtype(weight))
-            gram = products.gram(rows)
-            square = gram.diagonal(dim1=-2, dim2=-1).double()
-            longest = square.amax(-1)
-            if bool(((longest > EPSILON**2) & (longest < torch.inf)).all()):  # NaN fails the comparison
-                scale = (square.sqrt().add_(EPSILON).mul_(n**0.5)).reciprocal_().to(rows.dtype).unsqueeze(-1)
-                return cls(gram.mul_(scale).mul_(scale.mT), rows, scale, products)
+            side = cls.from_gram(products.gram(rows), rows, products)
+            if side is not None:
+                return side
         rows = unit_rows(weight)
         gram = products.gram(rows if n <= d else rows.mT).div_(n)
         return cls(gram, rows, rows.new_full((n, 1), n**-0.5), products)
+
+    @classmethod
+    def from_gram(cls, gram: Tensor, rows: Tensor, products: Products) -> SmallSide | None:
+        """From the Gram matrix ``[..., n, n]`` of rows of ordinary length, ``n <= d``, which is overwritten.
+
+        The norms stand on its diagonal, and the unit rows are never formed. None if not all rows are of such a length.
+        """
+        square = gram.diagonal(dim1=-2, dim2=-1).double()
+        longest = square.amax(-1)
+        if not bool(((longest > EPSILON**2) & (longest < torch.inf)).all()):  # NaN fails the comparison
+            return None
+        scale = (square.sqrt().add_(EPSILON).mul_(rows.shape[-2] ** 0.5)).reciprocal_().to(rows.dtype).unsqueeze(-1)
+        return cls(gram.mul_(scale).mul_(scale.mT), rows, scale, products)
 
     @property
     def wide(self) -> bool:
         """Whether the Gram matrix is that of the rows, not of the columns."""
         return self.rows.shape[-2] <= self.rows.shape[-1]
+
+    @property
+    def longest(self) -> int:
+        """The longer side of the matrices, which the rounding of eigenvalues grows with."""
+        return max(self.rows.shape[-2:])
 
     def from_features(self, basis: Tensor) -> Tensor:
         """``[..., d, k]`` to the ``[..., m, k]`` that `to_features` brings near it, up to the lengths of columns."""
@@ -73,11 +74,21 @@ class SmallSide:
         """Orthonormal ``U^T V L^-1/2`` of eigenvectors ``[..., m, r]``; zero where ``own [..., r]`` is False."""
         if not self.wide:
             return (vectors * own.unsqueeze(-2)).contiguous()
-        factor = torch.where(own, values.rsqrt(), 0).unsqueeze(-2)
-        basis = self.products.matmul(self.rows.mT, (vectors * factor).mul_(self.scale))
-        if bool((own & (values[..., :1] > POLISHED_PAST * values)).any()):
+        basis = self.products.matmul(self.rows.mT, self.coefficients(vectors, values, own))
+        if spread(values, own) > POLISHED_PAST:
             basis = torch.linalg.qr(basis).Q.mul_(own.unsqueeze(-2))
         return basis
+
+    def coefficients(self, vectors: Tensor, values: Tensor, own: Tensor) -> Tensor:
+        """``[..., n, r]``, the basis as combinations of ``rows``: what `to_features` multiplies ``rows^T`` with."""
+        factor = torch.where(own, values.rsqrt(), 0).unsqueeze(-2)
+        return (vectors * factor).mul_(self.scale)
+
+
+def spread(values: Tensor, own: Tensor) -> float:
+    """Largest eigenvalue over the smallest of those that count, in the worst of the matrices."""
+    ratio = values[..., :1] / values
+    return float(torch.where(own, ratio, 1).amax()) if ratio.numel() else 1.0
 
 
 def unit_rows(weight: Tensor) -> Tensor:

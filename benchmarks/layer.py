@@ -1,0 +1,62 @@
+"""A made-up layer under a stream of edits, and our engine on it, for the benchmarks of the streaming engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sphere_kernels.streaming import HypersphereState, NullSpace, RecursiveLeastSquares
+
+EDITS, RIDGE, RATIO, ALPHA = 100, 10.0, 0.5, 0.5
+REMOVED = 0.15  # of the dimensions; 0.15 to 0.25 in SmolLM2
+KEPT_ENERGY, REMOVED_ENERGY = 32.0, 22.0  # of a key, within the null space and outside, as of CounterFact in SmolLM2
+MOVE = 0.003  # of the weight's norm, about, by a batch
+
+
+class Layer:
+    """A weight ``[n, d]``, a subspace ``removed [d, p]`` outside the null space, and batches of keys and residuals.
+
+    Everything is fp32 and seeded; keys have a decaying spectrum within the null space and are large outside.
+    """
+
+    def __init__(self, n: int, d: int) -> None:
+        self.weight = _noise((n, d), 0)
+        self.removed = torch.linalg.qr(_noise((d, max(1, int(REMOVED * d))), 1))[0]
+        decay = 1 / (1 + 20 * torch.arange(d) / d)
+        self._scale = (decay * KEPT_ENERGY / decay.sum()).sqrt()
+
+    @property
+    def null_space(self) -> NullSpace:
+        """Of the kept part only the shape: it is not looked at where the removed one is the smaller."""
+        d, p = self.removed.shape
+        return NullSpace(self.removed.new_empty(1, 1).expand(d, d - p), self.removed)
+
+    def keys(self, number: int) -> Tensor:
+        """``[b, d]``, fresh for each batch."""
+        d, p = self.removed.shape
+        outside = _noise((EDITS, p), 3 * number + 2) * (REMOVED_ENERGY / p) ** 0.5
+        return (_noise((EDITS, d), 3 * number + 3) * self._scale).addmm_(outside, self.removed.T)
+
+    def left(self, number: int) -> Tensor:
+        """Residuals ``[n, b]``; a row of the right factor has a norm of about 0.13 in the first batch."""
+        n, d = self.weight.shape
+        return _noise((n, EDITS), 3 * number + 4) * (MOVE * (d / EDITS) ** 0.5 / 0.13)
+
+
+class Engine:
+    """Ours: a weight, changed in place, and its solver."""
+
+    def __init__(self, weight: Tensor, solver: RecursiveLeastSquares, refresh_every: int) -> None:
+        self.state = HypersphereState(weight, energy_ratio=RATIO, alpha=ALPHA, refresh_every=refresh_every)
+        self.weight, self.solver = weight, solver
+
+    def batch(self, keys: Tensor, left: Tensor, again: Tensor | None = None) -> float:
+        """The energy after the batch; ``again`` are the keys for the history, where they are others."""
+        right = self.state.project(self.solver.solve(keys))
+        self.state.update_(left, right)
+        self.solver.commit(again)
+        return float(self.state.energy)
+
+
+def _noise(size: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,172 @@
+"""A batch of 100 edits of one layer: solve, directions, projection, write, energy, history; against the published way.
+
+The layer is in the middle of a long run: the history is full, and our solver keeps the whole inverse, its dearest form.
+The directions are those of the current weight, anew with every batch, or with every tenth (the published way knows the
+first only). The time is of a batch; over ten batches the mean.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.baselines import gram, streaming
+from benchmarks.baselines.energy import exact as exact_energy
+from benchmarks.cases import Case, Shape, Way, measure, plan
+from benchmarks.layer import ALPHA, EDITS, RATIO, RIDGE, Engine, Layer
+from sphere_kernels.streaming import RecursiveLeastSquares
+
+SHAPES = [(576, 1536), (1024, 3584)]
+LARGE = [(2048, 7168)]  # the published way takes most of a minute
+HISTORY, SELDOM = 20, 10
+Batches = list[tuple[Tensor, ...]]  # keys, residuals, and keys for the history where they are others
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a way has reached."""
+
+    weight: Tensor
+    energy: float
+    batches: int
+
+
+class Setting:
+    """A layer after `HISTORY` batches; what each way needs of them is made when it is first asked for."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.layer = Layer(*shape)
+        self.past = [self.layer.keys(i) for i in range(HISTORY)]
+        later = range(HISTORY, HISTORY + SELDOM)
+        self.batches: Batches = [(self.layer.keys(i), self.layer.left(i)) for i in later]
+        self.twice: Batches = [(*batch, 1.01 * batch[0]) for batch in self.batches]
+
+
+@lru_cache(maxsize=1)
+def setting(shape: Shape) -> Setting:
+    return Setting(shape)
+
+
+@lru_cache(maxsize=1)
+def solver(shape: Shape) -> RecursiveLeastSquares:
+    made = RecursiveLeastSquares(RIDGE, shape[1], setting(shape).layer.null_space, form="full")
+    for keys in setting(shape).past:
+        made.commit(keys)
+    return made
+
+
+@lru_cache(maxsize=1)
+def exact_inverse(shape: Shape) -> Tensor:
+    """``(ridge I + P C P)^-1`` in fp64."""
+    removed = setting(shape).layer.removed.double()
+    keys = torch.cat(setting(shape).past).double()
+    keys -= keys @ removed @ removed.T
+    system = keys.T @ keys
+    system.diagonal().add_(RIDGE)
+    return torch.cholesky_inverse(torch.linalg.cholesky(system))
+
+
+@lru_cache(maxsize=1)
+def dense(shape: Shape) -> tuple[Tensor, Tensor]:
+    """The published projector and history, ``[d, d]`` each."""
+    removed, keys = setting(shape).layer.removed, torch.cat(setting(shape).past)
+    return torch.eye(shape[1]) - removed @ removed.T, keys.T @ keys
+
+
+@lru_cache(maxsize=1)
+def exact(shape: Shape) -> dict[int, Outcome]:
+    """After one batch and after `SELDOM`, in fp64, with the directions of the first."""
+    layer, found = setting(shape).layer, {}
+    inverse = exact_inverse(shape).clone()
+    way = streaming.Streamed(
+        layer.weight.double(), layer.removed.double(), inverse, RATIO, ALPHA, SELDOM, update=gram.exact
+    )
+    for number, batch in enumerate(setting(shape).batches, 1):
+        way.batch(*(t.double() for t in batch))
+        if number in (1, SELDOM):
+            found[number] = Outcome(way.weight.clone(), float(exact_energy(way.weight)), number)
+    return found
+
+
+def edit(way: Engine | streaming.Published | streaming.Streamed, batches: Batches) -> Outcome:
+    for batch in batches:
+        energy = way.batch(*batch)
+    return Outcome(way.weight, energy, len(batches))
+
+
+def ours(shape: Shape, batches: int, twice: bool = False) -> tuple[Engine, Batches]:
+    stream = setting(shape).twice if twice else setting(shape).batches
+    return Engine(setting(shape).layer.weight.clone(), deepcopy(solver(shape)), batches), stream[:batches]
+
+
+def published(shape: Shape) -> tuple[streaming.Published, Batches]:
+    projector, history = dense(shape)
+    solves = streaming.AlphaEdit(projector, history.clone(), RIDGE)
+    way = streaming.Published(setting(shape).layer.weight.clone(), solves, RATIO, ALPHA)
+    return way, setting(shape).batches[:1]
+
+
+def streamed(shape: Shape, batches: int, basis: bool) -> tuple[streaming.Streamed, Batches]:
+    layer, inverse = setting(shape).layer, exact_inverse(shape).float()
+    way = streaming.Streamed(layer.weight.clone(), layer.removed, inverse, RATIO, ALPHA, batches, basis)
+    return way, setting(shape).batches[:batches]
+
+
+def ways(shape: Shape, batches: int) -> list[Way]:
+    slow = shape[1] > SHAPES[0][1]
+    made = partial(Way, run=edit, tolerance=1e-4, batches=batches)
+    found = [
+        made("ours", "ours", prepare=partial(ours, batches=batches)),
+        made("plain streaming", "plain", prepare=partial(streamed, batches=batches, basis=True)),
+        made("plain streaming without U", "plain", prepare=partial(streamed, batches=batches, basis=False)),
+        Way(
+            "published", "published", edit, tolerance=1e-2, memory=shape not in LARGE, once=slow, prepare=published
+        ),
+    ]
+    if batches == 1:
+        found.append(made(SECOND_KEYS, "backend", prepare=partial(ours, batches=batches, twice=True)))
+    return found
+
+
+SECOND_KEYS = "other keys for the history"
+
+
+def error(outcome: Outcome, shape: Shape) -> float:
+    """The larger of the errors of the weight, relative to how far the batches moved it, and of its energy."""
+    wanted = exact(shape)[outcome.batches]
+    moved = wanted.weight - setting(shape).layer.weight
+    off = float((outcome.weight - wanted.weight).norm() / moved.norm())
+    return max(off, abs(outcome.energy / wanted.energy - 1))
+
+
+def case(name: str, batches: int) -> Case:
+    return Case(
+        module=__name__,
+        name=name,
+        arguments=lambda shape: (shape,),
+        ways=partial(ways, batches=batches),
+        error=error,
+        flops=lambda shape: 2 * EDITS * (3 * shape[0] * shape[1] + shape[0] ** 2 + 2 * shape[1] ** 2),
+        bytes=lambda shape: 4 * (3 * shape[0] * shape[1] + 2 * shape[0] ** 2 + 2 * shape[1] ** 2),
+        tiny=(64, 128),
+    )
+
+
+ALWAYS = case("streaming, refreshed every batch", 1)
+TENTH = case("streaming, refreshed every 10 batches", SELDOM)
+CASES = {c.name: c for c in (ALWAYS, TENTH)}
+
+
+@pytest.mark.parametrize("row", plan(ALWAYS, SHAPES) + plan(ALWAYS, LARGE, 1))
+def test_every_batch(benchmark, row, machine):
+    measure(benchmark, ALWAYS, row, machine)
+
+
+@pytest.mark.parametrize("row", plan(TENTH, SHAPES, 2) + plan(TENTH, LARGE, 1))
+def test_every_tenth(benchmark, row, machine):
+    measure(benchmark, TENTH, row, machine)

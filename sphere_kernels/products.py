@@ -1,0 +1,47 @@
+"""The matrix products that several operations build on, as each backend brings them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sphere_kernels import dispatch, native
+
+
+@dataclass(frozen=True)
+class Products:
+    """Products of matrices ``[..., rows, columns]`` of one dtype, fp32 or fp64; results are in it.
+
+    Attributes:
+        gram: ``A -> A A^T``, a fresh tensor.
+        matmul: ``A, B -> A B``, a fresh contiguous tensor.
+        add_: ``C, A, B``: ``C += A B`` in place.
+        subtract_gram_: ``H, A``: ``H -= A A^T`` in place; ``H`` is symmetric and stays exactly so.
+    """
+
+    gram: Callable[[Tensor], Tensor]
+    matmul: Callable[[Tensor, Tensor], Tensor]
+    add_: Callable[[Tensor, Tensor, Tensor], object]
+    subtract_gram_: Callable[[Tensor, Tensor], object]
+
+
+TORCH = Products(
+    gram=lambda a: a @ a.mT,
+    matmul=torch.matmul,
+    add_=lambda c, a, b: c.add_(a @ b),
+    subtract_gram_=lambda h, a: h.sub_(a @ a.mT),
+)
+NATIVE = Products(partial(native.gram, normalize=False), native.matmul, native.add_product_, native.subtract_gram_)
+
+dispatch.register("products", "reference")(lambda: TORCH)
+dispatch.register("products", "native", native.supports)(lambda: NATIVE)
+
+
+def products_for(tensor: Tensor, impl: str = "auto") -> Products:
+    """The products that ``impl`` gives for tensors like this one, see `sphere_kernels.dispatch.select`."""
+    found: Products = dispatch.implementation("products", impl, tensor)()
+    return found
