@@ -3,9 +3,10 @@
 try:
     from sphere_edit.config import PRESETS, EditConfig, preset
     from sphere_edit.data import load_requests
-    from sphere_edit.editor import EditResult, SphereEditor
+    from sphere_edit.editor import SphereEditor
     from sphere_edit.metrics import evaluate, perplexity
     from sphere_edit.models import load_model
+    from sphere_edit.records import BatchRecord, EditResult
     from sphere_edit.requests import EditRequest
     from sphere_edit.structure import find_structure
     from sphere_kernels import __version__
@@ -16,6 +17,7 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "PRESETS",
+    "BatchRecord",
     "EditConfig",
     "EditRequest",
     "EditResult",

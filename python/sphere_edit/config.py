@@ -20,7 +20,7 @@ class EditConfig:
     Args:
         layers: decoder blocks whose MLP down-projection is edited, ascending; empty chooses five of them at an eighth
             of the depth, where the published presets have theirs.
-        method: the editor that solves for the update; see `sphere_edit.methods`.
+        method: the editor that solves for the update, ``alphaedit`` or ``memit``; see `sphere_edit.methods`.
         null_space: AlphaEdit's projection onto the null space of the key covariance. Off leaves a ridge least-squares.
         sphere: SPHERE's projection of each update away from the weight's principal directions.
         energy_ratio: η, the share of the spectrum's energy that the principal directions hold.
@@ -33,7 +33,8 @@ class EditConfig:
         value_stop: a fact is done when its loss falls below this.
         value_stop_on: which loss: ``loss`` (NLL + KL + decay, published) or ``nll`` alone.
         null_space_threshold: eigenvalues of the key covariance below this span the null space.
-        ridge: λ of the solve.
+        ridge: λ of AlphaEdit's solve.
+        covariance_weight: weight of the key covariance in MEMIT's.
         contexts, context_length: generated prefixes per fact besides the bare prompt, and their length in tokens.
         covariance_text: ``builtin`` or the path of a text file (``.txt``, ``.gz``).
         covariance_tokens: how many tokens of it are read at most.
@@ -59,6 +60,7 @@ class EditConfig:
     value_stop_on: str = "loss"
     null_space_threshold: float = 2e-2
     ridge: float = 10.0
+    covariance_weight: float = 15000.0
     contexts: int = 5
     context_length: int = 10
     covariance_text: str = "builtin"
@@ -90,7 +92,7 @@ class EditConfig:
 _CHOICES = {"subspace": ("current", "pretrained"), "value_stop_on": ("loss", "nll")}
 _POSITIVE_INT = {"refresh_every", "batch_size", "value_steps", "context_length", "covariance_tokens"}
 _COUNT = {"contexts", "seed"}
-_POSITIVE = {"value_lr", "value_clamp", "null_space_threshold", "ridge"}
+_POSITIVE = {"value_lr", "value_clamp", "null_space_threshold", "ridge", "covariance_weight"}
 _NOT_NEGATIVE = {"value_weight_decay", "value_kl", "value_stop", "energy_s"}
 _SHARE = {"energy_ratio", "alpha"}
 _FLAGS = {"null_space", "sphere"}

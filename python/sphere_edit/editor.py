@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +15,19 @@ from torch import Tensor
 from sphere_edit.config import EditConfig, auto_layers, preset
 from sphere_edit.contexts import generate_contexts
 from sphere_edit.covariance import key_covariances
+from sphere_edit.engine import Clock, Engine
+from sphere_edit.files import tensor_sha256
 from sphere_edit.keys import LayerPass
-from sphere_edit.methods import Method, check_method, make_method
+from sphere_edit.methods import check_method
 from sphere_edit.models import cache_dir
+from sphere_edit.records import BatchRecord, EditResult, Event, ReplayError, over, under
 from sphere_edit.replay import check_replay, frozen
 from sphere_edit.requests import EditRequest, as_requests, batches, check_batches
-from sphere_edit.structure import ModelStructure, check_weights_finite, find_structure
+from sphere_edit.structure import ModelStructure, check_weights_finite, find_structure, model_sha256
 from sphere_edit.text import text_path
 from sphere_edit.tokens import check_fits, check_tokenizer, encode
 from sphere_edit.values import optimise_values
-from sphere_kernels import (
-    LowRankUpdate,
-    PrincipalDirections,
-    apply_projected_update_,
-    hyperspherical_energy,
-    orthogonal_energy,
-    principal_directions,
-    sparse_projection,
-)
-
-Event = dict[str, Any]
-
-
-@dataclass
-class EditResult:
-    """What a call of `SphereEditor.edit` did.
-
-    Args:
-        requests: the facts edited, in order.
-        updates: per edited layer the projected updates in the order they were added, one a batch, fp32 on the CPU.
-        events: what happened, as written to ``metrics.jsonl``.
-    """
-
-    requests: list[EditRequest]
-    updates: dict[int, list[LowRankUpdate]] = field(default_factory=dict)
-    events: list[Event] = field(default_factory=list)
+from sphere_kernels import hyperspherical_energy, orthogonal_energy
 
 
 class SphereEditor:
@@ -64,6 +43,8 @@ class SphereEditor:
         cache: folder for the key covariances; by default inside ``SPHERE_EDIT_CACHE``.
         on_event: called with every event as it happens.
         on_progress: called with (what, done, total) during the long steps.
+        on_batch: called with the record of every batch once it is in the weights and before it is final, to put it in a
+            safe place: if it raises, the batch is undone, and the error goes on. Events of the batch come afterwards.
 
     Raises:
         StructureError, ConfigError, ValueError: the model, the layers or a setting does not fit.
@@ -81,6 +62,7 @@ class SphereEditor:
         cache: Path | None = None,
         on_event: Callable[[Event], None] | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
+        on_batch: Callable[[BatchRecord], None] | None = None,
     ) -> None:
         config = preset(config) if isinstance(config, str) else config
         self.structure: ModelStructure = find_structure(model)
@@ -95,11 +77,22 @@ class SphereEditor:
         self.on_event = on_event or (lambda event: None)
         self._on_progress = on_progress or (lambda what, done, total: None)
         self._original = {layer: weight.clone() for layer, weight in self.weights().items()}
-        self._method: Method | None = None
+        self._on_batch = on_batch
+        self._engine: Engine | None = None
         self._contexts: list[str] = []
         self._events: list[Event] = []
-        self._directions: dict[int, PrincipalDirections] = {}
-        self._batches = self._edits = 0
+        self._fingerprints: dict[str, str] = {}
+        self._edits = 0
+
+    @property
+    def batches(self) -> int:
+        """How many batches are in the weights."""
+        return self._engine.batches if self._engine else 0
+
+    @property
+    def edits(self) -> int:
+        """How many facts they held."""
+        return self._edits
 
     def edit(self, requests: Iterable[EditRequest | Mapping[str, Any]]) -> EditResult:
         """Edit the facts in batches of ``batch_size``, after all earlier ones.
@@ -108,7 +101,7 @@ class SphereEditor:
             RequestError, ValueError: a request that cannot be edited; nothing has been touched then.
         """
         todo = self.check(requests)
-        result = EditResult(todo, {layer: [] for layer in self.config.layers}, self._events)
+        result = EditResult(todo, events=self._events)
         if not todo:
             return result
         self.prepare()
@@ -123,8 +116,8 @@ class SphereEditor:
 
     def prepare(self) -> None:
         """What is needed once before the first edit: a check of the model's parts, context prefixes, key covariances,
-        the method's state, and the energies as they are. `edit` calls it; call it to meet its errors early."""
-        if self._method is None:
+        the engine, and the energies as they are. `edit` calls it; call it to meet its errors early."""
+        if self._engine is None:
             with frozen(self.model):
                 self._prepare()
 
@@ -133,6 +126,8 @@ class SphereEditor:
         if torch.is_inference_mode_enabled():
             raise ValueError("editing needs gradients; expected to be called outside torch.inference_mode()")
         self._check_unmoved()
+        if self._engine is not None:
+            self._engine.check_whole()
         todo = as_requests(requests)
         check_batches(todo, self.config.batch_size)
         text_path(self.config.covariance_text)
@@ -148,11 +143,61 @@ class SphereEditor:
         self._check_unmoved()
         for layer, weight in self.weights().items():
             weight.copy_(self._original[layer])
-        self._method, self._batches, self._edits = None, 0, 0
-        self._directions, self._events = {}, []
+        self._engine, self._edits, self._events = None, 0, []
+
+    def replay(self, record: BatchRecord) -> None:
+        """Put a batch of an earlier run into the model, without optimising: the state is then as it was there.
+
+        Raises:
+            ReplayError: it is not the next batch, edits other layers, or does not give the recorded weights, as on
+                another machine; nothing has been changed then.
+        """
+        self.prepare()
+        assert self._engine is not None
+        if record.number != self.batches + 1 or set(record.layers) != set(self.config.layers):
+            raise ReplayError(
+                f"batch {record.number} of layers {sorted(record.layers)} cannot follow batch {self.batches} of layers "
+                f"{sorted(self.config.layers)}"
+            )
+        self._check_unmoved()
+        with self._engine.batch():
+            for layer in self.config.layers:
+                self._engine.replay(layer, record.layers[layer])
+        self._edits += len(record.requests)
+        torch.set_rng_state(record.random_state)
+
+    def rewind(self, records: Iterable[BatchRecord]) -> None:
+        """Back to the weights as found, and through the batches given: exactly as if no other had ever been edited."""
+        self.revert()
+        for record in records:
+            self.replay(record)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that the next batch depends on besides model, settings and requests, by reference."""
+        self.prepare()
+        assert self._engine is not None
+        counts = {"edits": torch.tensor(self._edits), "random_state": torch.get_rng_state()}
+        return counts | over("engine", self._engine.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state_dict` of an editor of the same model and settings; the weights are written too."""
+        self.prepare()
+        assert self._engine is not None
+        self._check_unmoved()
+        self._engine.load_state_dict(under("engine", state))
+        self._edits = int(state["edits"])
+        torch.set_rng_state(state["random_state"])
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of what the edits rest on: the model as found, its context prefixes, each layer's key covariance."""
+        self.prepare()
+        return dict(self._fingerprints)
 
     def energy(self, layer: int) -> dict[str, float]:
-        """Hyperspherical energy of an edited weight now, and its excess over orthogonal rows."""
+        """Hyperspherical energy of an edited weight now (of its fp32 master where the model has 16 bits), and its
+        excess over orthogonal rows."""
+        if self._engine is not None:
+            return self._engine.energy(layer)
         weight, s = self.structure.down[layer].weight, self.config.energy_s
         energy = float(hyperspherical_energy(weight, s))
         return {"energy": energy, "excess": energy - orthogonal_energy(weight.shape[0], s)}
@@ -175,9 +220,11 @@ class SphereEditor:
                 )
 
     def _emit(self, event: str, **values: Any) -> None:
-        record = {"event": event, **values}
-        self._events.append(record)
-        self.on_event(record)
+        self._say({"event": event, **values})
+
+    def _say(self, event: Event) -> None:
+        self._events.append(event)
+        self.on_event(event)
 
     def _prepare(self) -> None:
         config, start = self.config, time.perf_counter()
@@ -194,8 +241,10 @@ class SphereEditor:
             self._cache,
             lambda done, total: self._on_progress("covariance of keys", done, total),
         )
-        self._method = make_method(config, covariances)
-        ranks = getattr(self._method, "null_space_rank", {})
+        self._engine = Engine(self.weights(), covariances, config)
+        ranks = getattr(self._engine.method, "null_space_rank", {})
+        self._fingerprints = {"model": model_sha256(self.model), "contexts": _sha256(self._contexts)}
+        self._fingerprints |= {f"covariance.{layer}": tensor_sha256(value) for layer, value in covariances.items()}
         self._emit(
             "prepared",
             contexts=self._contexts,
@@ -206,25 +255,21 @@ class SphereEditor:
             self._emit("energy", batch=0, edits=0, layer=layer, **self.energy(layer))
 
     def _edit_batch(self, batch: Sequence[EditRequest], result: EditResult) -> None:
-        assert self._method is not None
-        found = {layer: weight.clone() for layer, weight in self.weights().items()}
-        try:
-            updates = self._write_batch(batch)
-        except BaseException:
-            for layer, weight in self.weights().items():
-                weight.copy_(found[layer])
-            self._method.rollback()
-            raise
-        self._method.commit()
-        self._batches += 1
+        assert self._engine is not None
+        with self._engine.batch():
+            record = self._write_batch(batch)
+            if self._on_batch is not None:
+                self._on_batch(record)
         self._edits += len(batch)
-        for layer, update in updates.items():
-            result.updates[layer].append(update)
+        if self._on_batch is None:
+            result.records.append(record)
+        for event in record.events:
+            self._say(event)
 
-    def _write_batch(self, batch: Sequence[EditRequest]) -> dict[int, LowRankUpdate]:
-        config, layers = self.config, self.config.layers
-        assert self._method is not None
-        start = time.perf_counter()
+    def _write_batch(self, batch: Sequence[EditRequest]) -> BatchRecord:
+        config, layers, engine = self.config, self.config.layers, self._engine
+        assert engine is not None
+        clock = Clock()
         values = optimise_values(
             self.model,
             self.tokenizer,
@@ -235,81 +280,31 @@ class SphereEditor:
             layers[-1],
             lambda done, total: self._on_progress("values", done, total),
         )
-        clock = {"values": time.perf_counter() - start, "keys": 0.0, "solve": 0.0, "energy": 0.0}
-        number, edits = self._batches + 1, self._edits + len(batch)
-        updates, start = {}, time.perf_counter()
+        clock.lap("values")
+        place = {"batch": engine.batches + 1, "edits": self._edits + len(batch)}
+        done, events = {}, []
         walk = LayerPass(self.model, self.tokenizer, self.structure, batch, self._contexts, layers)
         for i, layer in enumerate(layers):
             walk.advance(layer)
             keys = walk.keys()
             residuals = (values.target - walk.values()) / (len(layers) - i)
-            start = _lap(clock, "keys", start)
-            solved = self._method.solve(layer, keys, residuals)
-            directions = self._layer_directions(layer)
-            update = solved if directions is None else sparse_projection(solved, directions, config.alpha)
-            weight = self.structure.down[layer].weight
-            _add(weight, update)
-            updates[layer] = LowRankUpdate(update.left.cpu(), update.right.cpu())
-            start = _lap(clock, "solve", start)
-            self._emit(
-                "energy",
-                batch=number,
-                edits=edits,
-                layer=layer,
-                **self.energy(layer),
-                **_movement(solved, update, directions),
-                residual=float(residuals.norm(dim=1).mean()),
-                weight_norm=float(weight.float().norm()),
-            )
-            start = _lap(clock, "energy", start)
-        self._emit(
-            "batch",
-            batch=number,
-            edits=edits,
-            size=len(batch),
-            loss=float(values.loss.mean()),
-            nll=float(values.nll.mean()),
-            steps=float(values.steps.float().mean()),
-            seconds=clock,
+            clock.lap("keys")
+            done[layer], event = engine.write(layer, keys, residuals, clock)
+            events.append({"event": "energy", **place, "layer": layer, **event})
+        events.append(
+            {
+                "event": "batch",
+                **place,
+                "size": len(batch),
+                "loss": float(values.loss.mean()),
+                "nll": float(values.nll.mean()),
+                "steps": float(values.steps.float().mean()),
+                "seconds": dict(clock),
+            }
         )
-        return updates
-
-    def _layer_directions(self, layer: int) -> PrincipalDirections | None:
-        """The principal directions to keep out of, renewed as the settings say; None without SPHERE."""
-        config = self.config
-        if not config.sphere:
-            return None
-        if config.subspace == "pretrained":
-            if layer not in self._directions:
-                self._directions[layer] = principal_directions(self._original[layer], config.energy_ratio)
-        elif layer not in self._directions or self._batches % config.refresh_every == 0:
-            self._directions[layer] = principal_directions(self.structure.down[layer].weight, config.energy_ratio)
-        return self._directions[layer]
+        ids = [request.id for request in batch]
+        return BatchRecord(engine.batches + 1, ids, done, events, torch.get_rng_state())
 
 
-def _add(weight: Tensor, update: LowRankUpdate) -> None:
-    """Add a finished update; nothing is left to project."""
-    if not (torch.isfinite(update.left).all() and torch.isfinite(update.right).all()):
-        raise FloatingPointError("the solved update holds NaN or Inf; the weights are left as they were")
-    apply_projected_update_(weight, update, update.right.new_zeros(weight.shape[1], 0), 0.0)
-
-
-def _movement(solved: LowRankUpdate, update: LowRankUpdate, directions: PrincipalDirections | None) -> Event:
-    """Size of the update, how much of it the projection took away, and the directions' rank."""
-    before, after = _norm(solved), _norm(update)
-    event: Event = {"update_norm": after, "suppressed": 1 - (after / before) ** 2 if before else 0.0}
-    if directions is not None:
-        event |= {"rank": int(directions.rank), "energy_ratio": float(directions.energy_ratio)}
-    return event
-
-
-def _norm(update: LowRankUpdate) -> float:
-    """Frobenius norm of ``left @ right`` from the small Gram matrices."""
-    left, right = update.left.double(), update.right.double()
-    return float(((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt())
-
-
-def _lap(clock: dict[str, float], name: str, start: float) -> float:
-    now = time.perf_counter()
-    clock[name] += now - start
-    return now
+def _sha256(texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from sphere_edit.files import tensor_bytes
 
 
 class StructureError(ValueError):
@@ -104,6 +107,15 @@ def check_weights_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise StructureError(f"parameter {name} {list(parameter.shape)} holds NaN or Inf; expected finite weights")
+
+
+def model_sha256(model: Any) -> str:
+    """SHA-256 of a model's settings and all of its parameters."""
+    digest = hashlib.sha256(model.config.to_json_string(use_diff=True).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{parameter.dtype}{list(parameter.shape)}".encode())
+        digest.update(tensor_bytes(parameter))
+    return digest.hexdigest()
 
 
 def _check_storage(model: Any) -> None:

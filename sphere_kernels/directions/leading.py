@@ -42,9 +42,13 @@ class Leading:
 
     def directions(self) -> PrincipalDirections:
         """The same as directions of the weight."""
+        basis = self.side.to_features(*self._parts)
+        return PrincipalDirections(basis, self.values, self.ranks, self.held_ratio(), self.method)
+
+    def held_ratio(self) -> Tensor:
+        """Share of the trace that they hold, fp64 ``[...]``."""
         _, leading, own = self._parts
-        held = (leading * own).sum(-1, dtype=torch.float64) / self.total
-        return PrincipalDirections(self.side.to_features(*self._parts), self.values, self.ranks, held, self.method)
+        return (leading * own).sum(-1, dtype=torch.float64) / self.total
 
     def coefficients(self) -> Tensor:
         """``[..., n, r]``: with them the directions are ``W^T coefficients``, as orthonormal as `spread` allows."""

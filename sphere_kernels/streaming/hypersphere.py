@@ -107,6 +107,13 @@ class HypersphereState:
         return self.directions.rank if self._leading is None else self._leading.ranks
 
     @property
+    def held_ratio(self) -> Tensor:
+        """Share of the energy (the trace of C) that the directions in use hold, fp64 ``[...]``."""
+        if not self.alpha:
+            return torch.zeros(self.master.shape[:-2], dtype=torch.float64, device=self.master.device)
+        return self.directions.energy_ratio if self._leading is None else self._leading.held_ratio()
+
+    @property
     def directions(self) -> PrincipalDirections:
         """The directions that `project` keeps out of at present."""
         self._refresh()

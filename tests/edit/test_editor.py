@@ -10,9 +10,11 @@ import torch
 from sphere_edit import editor as module
 from sphere_edit.config import EditConfig
 from sphere_edit.editor import SphereEditor
+from sphere_edit.engine import Engine
 from sphere_edit.metrics import score_targets
 from sphere_edit.replay import frozen
 from sphere_edit.values import optimise_values
+from sphere_kernels.streaming import HypersphereState
 
 _LAYERS = (1, 2, 3)
 families = pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -72,20 +74,23 @@ def test_native_kernels_edit_as_the_reference_does(family, make, monkeypatch):
 
 
 @families
-def test_one_batch_follows_the_published_order(family, make, tokenizer):
+def test_one_batch_follows_the_published_order(family, make, tokenizer, monkeypatch):
     """Layer by layer in fp64: keys and values under the weights so far, share of the residual, dense solve, project."""
     editor, twin = make(family, ridge=1.0), make(family, ridge=1.0)
     batches = [tiny.facts(4)[:2], tiny.facts(4)[2:]]
     history = {layer: 0 for layer in _LAYERS}
+    covariances = {}
+    monkeypatch.setattr(module, "Engine", lambda *args: covariances.update(args[1]) or Engine(*args))
     for batch in batches:
         result = editor.edit(batch)
         contexts = editor._contexts
-        basis = editor._method._basis
         with frozen(twin.model):
             z = optimise_values(twin.model, tokenizer, twin.structure, batch, contexts, editor.config, 3).target
         for i, layer in enumerate(_LAYERS):
             keys, now = plain.keys_and_values(twin.model, tokenizer, twin.structure, batch, contexts, layer, 3)
-            residuals, null = (z - now) / (3 - i), basis[layer] @ basis[layer].T
+            values, vectors = torch.linalg.eigh(covariances[layer])
+            basis = vectors[:, values < editor.config.null_space_threshold]
+            residuals, null = (z - now) / (3 - i), basis @ basis.T
             delta = plain.alphaedit(null, history[layer], 1.0, keys, residuals)
             inside = plain.principal_projector(twin.weights()[layer], 0.5)
             delta = delta - 0.5 * delta @ inside
@@ -200,14 +205,15 @@ def test_which_weight_the_directions_are_of(subspace, refresh, expected, make, m
     """``expected[b]``: the batch before which batch ``b``'s directions were taken."""
     editor = make(subspace=subspace, refresh_every=refresh, ridge=0.01, alpha=0.3, null_space=False)
     used: list[torch.Tensor] = []
-    original = module.sparse_projection
+    original = HypersphereState.project
 
-    def spy(update, directions, alpha):
-        basis = directions.basis.double()
-        used.append(basis @ basis.T)
-        return original(update, directions, alpha)
+    def spy(state, right):
+        projected = original(state, right)
+        unit = torch.eye(state.master.shape[1])  # what the projection takes from every feature
+        used.append((unit - original(state, unit)).double() / 0.3)
+        return projected
 
-    monkeypatch.setattr(module, "sparse_projection", spy)
+    monkeypatch.setattr(HypersphereState, "project", spy)
     weights = []
     for batch in range(4):
         weights.append(_snapshot(editor))

@@ -11,6 +11,7 @@ from sphere_edit.config import ConfigError, EditConfig
 from sphere_edit.editor import SphereEditor
 from sphere_edit.requests import EditRequest, RequestError
 from sphere_edit.structure import StructureError
+from sphere_kernels.streaming import HypersphereState
 
 families = pytest.mark.parametrize("family", ["llama", "gpt2"])
 _GOOD = {"prompt": "The capital of {} is", "subject": "Peru", "target_new": "Rome"}
@@ -65,17 +66,18 @@ def test_interrupted_batch_is_undone(family, call, error, make, monkeypatch):
     """The second batch is cut short after ``call - 1`` of its layers were written, the third layer's even half."""
     editor, undisturbed = make(family), make(family)
     editor.edit(tiny.facts(2))
-    before, calls, add = tiny.state(editor.model), [], module._add
+    before, calls, update = tiny.state(editor.model), [], HypersphereState.update_
 
-    def failing(weight, update):
+    def failing(state, left, right):
         calls.append(1)
         if len(calls) == call:
-            weight[0] += 1.0
+            state.weight[0] += 1.0
+            state.gram[0] += 1.0
             raise error("cut")
-        add(weight, update)
+        update(state, left, right)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_add", failing)
+        patch.setattr(HypersphereState, "update_", failing)
         with pytest.raises(error):
             editor.edit(tiny.facts(4)[2:])
     assert len(calls) == call
@@ -86,23 +88,43 @@ def test_interrupted_batch_is_undone(family, call, error, make, monkeypatch):
     assert tiny.same(editor.model, tiny.state(undisturbed.model))
 
 
-@pytest.mark.parametrize("where", ["energy", "batch"])
-def test_failing_listener_undoes_the_batch(where, make):
+def test_batch_that_cannot_be_recorded_is_undone(make):
     editor, undisturbed = make(), make()
     editor.edit(tiny.facts(2))
     before = tiny.state(editor.model)
 
-    def listen(event):
-        if event["event"] == where and event.get("layer", 3) == 3:
-            raise OSError("disk full")
+    def refuse(record):
+        assert not tiny.same(editor.model, before)
+        raise OSError("disk full")
 
-    editor.on_event = listen
+    editor._on_batch, heard = refuse, []
+    editor.on_event = heard.append
     with pytest.raises(OSError, match="disk full"):
         editor.edit(tiny.facts(4)[2:])
-    assert tiny.same(editor.model, before)
-    editor.on_event = lambda event: None
+    assert tiny.same(editor.model, before) and not heard
+    editor._on_batch = None
     editor.edit(tiny.facts(4)[2:])
     undisturbed.edit(tiny.facts(4))
+    assert tiny.same(editor.model, tiny.state(undisturbed.model))
+
+
+@pytest.mark.parametrize("where", ["energy", "batch"])
+def test_batch_outlives_a_failing_listener(where, make):
+    """What is heard of a batch is heard once it is final."""
+    editor, undisturbed = make(), make()
+    editor.edit(tiny.facts(2))
+
+    def listen(event):
+        if event["event"] == where and event.get("layer", 3) == 3:
+            raise OSError("no one there")
+
+    editor.on_event = listen
+    with pytest.raises(OSError, match="no one there"):
+        editor.edit(tiny.facts(4)[2:])
+    editor.on_event = lambda event: None
+    assert editor.batches == 2 and editor.edits == 4
+    editor.edit(tiny.facts(6)[4:])
+    undisturbed.edit(tiny.facts(6))
     assert tiny.same(editor.model, tiny.state(undisturbed.model))
 
 
@@ -138,7 +160,7 @@ def test_update_that_is_not_finite_is_not_written(make, monkeypatch):
     editor = make()
     editor.edit(tiny.facts(2))
     before = tiny.state(editor.model)
-    solve = editor._method.solve
+    solve = editor._engine.method.solve
 
     def broken(layer, keys, residuals):
         update = solve(layer, keys, residuals)
@@ -146,7 +168,7 @@ def test_update_that_is_not_finite_is_not_written(make, monkeypatch):
             update.right[0, 0] = float("inf")
         return update
 
-    monkeypatch.setattr(editor._method, "solve", broken)
+    monkeypatch.setattr(editor._engine.method, "solve", broken)
     with pytest.raises((FloatingPointError, ValueError), match="NaN|Inf|finite"):
         editor.edit(tiny.facts(4)[2:])
     assert tiny.same(editor.model, before)
@@ -213,7 +235,7 @@ def test_nothing_to_edit(make):
     before = tiny.state(editor.model)
     result = editor.edit([])
     assert tiny.same(editor.model, before)
-    assert result.requests == [] and result.events == [] and result.updates == {1: [], 2: [], 3: []}
+    assert result.requests == [] and result.events == [] and result.updates == {}
 
 
 def test_missing_text_is_found_before_editing(make):

@@ -8,60 +8,66 @@ import torch
 from torch import Tensor
 
 from sphere_edit.config import EditConfig
+from sphere_edit.records import over, under
 from sphere_kernels import LowRankUpdate
+from sphere_kernels.streaming import NullSpace, RecursiveLeastSquares
 
 
 class AlphaEdit:
     """Solve ``(P(KKᵀ + C) + λI) Δᵀ = P K Rᵀ`` for every layer, ``P`` the null-space projector, ``C`` the history.
 
-    With ``P = B Bᵀ`` the solution lies in the span of ``B`` ``[d, m]``. In its coordinates the system is symmetric, and
-    by the push-through identity a batch of ``b`` facts costs O(m²b) through ``H = (λI + Bᵀ C B)⁻¹`` ``[m, m]``, kept in
-    fp64 and updated by recursive least squares; the update comes out as factors. Published code solves with d×d.
+    See `sphere_kernels.streaming.RecursiveLeastSquares`, which never forms or factors a d×d system as published code
+    does. The published order adds to the history the keys computed anew after all layers. A layer's keys depend on the
+    layers below it only, which are final when it is solved for: they are the same keys, and the solve is reused.
 
     Args:
-        config: ``ridge`` λ, ``null_space_threshold``, and ``null_space``: off, ``B`` is the identity.
+        config: ``ridge`` λ, ``null_space_threshold``, and ``null_space``: off, P is the identity.
         covariances: ``{layer: E[k kᵀ]}`` ``[d, d]`` fp64.
 
     Raises:
         ValueError: the threshold leaves a layer no null space.
 
-    Source: Fang et al., AlphaEdit (ICLR 2025), equation 14; DESIGN: streaming.
+    Source: Fang et al., AlphaEdit (ICLR 2025), equation 14.
     """
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
         self.null_space_rank: dict[int, int] = {}
-        self._basis: dict[int, Tensor | None] = {}
-        self._inverse: dict[int, Tensor] = {}
-        self._pending: dict[int, tuple[Tensor, Tensor]] = {}
+        self._solvers: dict[int, RecursiveLeastSquares] = {}
+        self._solved: set[int] = set()
         for layer, covariance in covariances.items():
-            basis = null_space(covariance, config.null_space_threshold, layer) if config.null_space else None
-            m = covariance.shape[0] if basis is None else basis.shape[1]
-            self._basis[layer] = basis
-            self._inverse[layer] = torch.eye(m, dtype=torch.float64, device=covariance.device) / config.ridge
-            self.null_space_rank[layer] = m
+            space = null_space(covariance, config.null_space_threshold, layer) if config.null_space else None
+            d = len(covariance)
+            self.null_space_rank[layer] = d if space is None else space.kept.shape[1]
+            self._solvers[layer] = RecursiveLeastSquares(config.ridge, d, space, device=covariance.device)
 
     def solve(self, layer: int, keys: Tensor, residuals: Tensor) -> LowRankUpdate:
-        """See `Method.solve`; the factors are fp32: ``left = Rᵀ`` ``[n, b]``, ``right`` ``[b, d]``."""
-        basis = self._basis[layer]
-        k = keys.double() if basis is None else keys.double() @ basis  # [b, m]
-        hk = k @ self._inverse[layer]  # [b, m]
-        system = torch.eye(len(k), dtype=k.dtype, device=k.device) + hk @ k.T
-        right = torch.linalg.solve((system + system.T) / 2, hk)  # [b, m]
-        self._pending[layer] = (hk, right)
-        right = right if basis is None else right @ basis.T
-        return LowRankUpdate(residuals.T.float().contiguous(), right.float())
+        """See `Method.solve`."""
+        right = self._solvers[layer].solve(keys)
+        self._solved.add(layer)
+        return LowRankUpdate(residuals.T.contiguous(), right)
 
     def commit(self) -> None:
-        for layer, (hk, right) in self._pending.items():
-            self._inverse[layer] -= hk.T @ right
-        self._pending.clear()
+        for layer in sorted(self._solved):
+            self._solvers[layer].commit()
+        self._solved.clear()
 
     def rollback(self) -> None:
-        self._pending.clear()
+        self._solved.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for layer, solver in self._solvers.items():
+            found |= over(layer, solver.state_dict())
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._solved.clear()
+        for layer, solver in self._solvers.items():
+            solver.load_state_dict(under(layer, state))
 
 
-def null_space(covariance: Tensor, threshold: float, layer: int) -> Tensor:
-    """Eigenvectors ``[d, m]`` of the covariance whose eigenvalues are below ``threshold``."""
+def null_space(covariance: Tensor, threshold: float, layer: int) -> NullSpace:
+    """Eigenvectors of the covariance ``[d, d]``, kept where their eigenvalues are below ``threshold``."""
     values, vectors = torch.linalg.eigh(covariance)
     small = values < threshold
     if not small.any():
@@ -69,4 +75,4 @@ def null_space(covariance: Tensor, threshold: float, layer: int) -> Tensor:
             f"layer {layer}: no eigenvalue of the key covariance is below null_space_threshold = {threshold:g} "
             f"(smallest {values[0].item():.3g}, largest {values[-1].item():.3g}); expected a larger threshold"
         )
-    return vectors[:, small].contiguous()
+    return NullSpace(vectors[:, small].contiguous(), vectors[:, ~small].contiguous())

@@ -1,0 +1,166 @@
+"""The edited weights and what follows them from batch to batch: energies, directions, the method's history."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sphere_edit.config import EditConfig
+from sphere_edit.files import tensor_sha256
+from sphere_edit.methods import make_method
+from sphere_edit.records import Event, LayerRecord, ReplayError, over, under
+from sphere_kernels import LowRankUpdate
+from sphere_kernels.streaming import HypersphereState
+
+
+class Clock(dict[str, float]):
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self._at = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """The time since the last lap went to ``stage``."""
+        now = time.perf_counter()
+        self[stage] = self.get(stage, 0.0) + now - self._at
+        self._at = now
+
+
+class Engine:
+    """Solve, project, write; a batch is kept whole or undone.
+
+    Args:
+        weights: ``{layer: [n, d]}``, the model's own; written in place.
+        covariances: ``{layer: [d, d]}`` fp64, of the keys.
+        config: the method's settings and SPHERE's.
+
+    Raises:
+        ValueError: as `make_method` and `HypersphereState` raise it.
+    """
+
+    def __init__(self, weights: Mapping[int, Tensor], covariances: Mapping[int, Tensor], config: EditConfig) -> None:
+        self.method = make_method(config, covariances)
+        self.states = {
+            layer: HypersphereState(
+                weight,
+                config.energy_s,
+                config.energy_ratio,
+                config.alpha if config.sphere else 0.0,
+                config.refresh_every,
+                config.subspace,
+            )
+            for layer, weight in weights.items()
+        }
+        self.batches = 0
+        self._whole = True
+        self._undo: dict[int, dict[str, Tensor]] = {}
+
+    def check_whole(self) -> None:
+        """Refuse to go on from half a batch."""
+        if not self._whole:
+            raise RuntimeError(
+                "an interrupt came while a batch was being added to the history: revert() or load_state_dict() first"
+            )
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """What is written within becomes the next batch; on an error or interrupt it is undone bit for bit."""
+        self.check_whole()
+        try:
+            yield
+        except BaseException:
+            for layer, state in self._undo.items():
+                self.states[layer].load_state_dict(state)
+            self.method.rollback()
+            raise
+        finally:
+            self._undo = {}
+        self._whole = False
+        self.method.commit()
+        self.batches += 1
+        self._whole = True
+
+    def write(self, layer: int, keys: Tensor, residuals: Tensor, clock: Clock) -> tuple[LayerRecord, Event]:
+        """Solve one layer for keys ``[b, d]`` and residuals ``[b, n]``, project and add; within `batch`.
+
+        Returns:
+            What was done, and what is said about it.
+
+        Raises:
+            FloatingPointError: keys, residuals or update are not finite.
+        """
+        state = self.states[layer]
+        solved = self.method.solve(layer, keys, residuals)
+        clock.lap("solve")
+        update = LowRankUpdate(solved.left.float(), state.project(solved.right).float())
+        event = _movement(solved, update)
+        if state.alpha:
+            event |= {"rank": int(state.rank), "energy_ratio": float(state.held_ratio)}
+        clock.lap("project")
+        self._add(layer, update.left, update.right)
+        event = self.energy(layer) | event
+        event["residual"] = float(residuals.norm(dim=1).mean())
+        event["weight_norm"] = float(state.gram.diagonal().double().sum().sqrt())
+        clock.lap("update")
+        record = LayerRecord(keys.float().cpu(), update.left.cpu(), update.right.cpu(), tensor_sha256(state.master))
+        clock.lap("record")
+        return record, event
+
+    def replay(self, layer: int, record: LayerRecord) -> None:
+        """Add what an earlier run added, and remember its keys; within `batch`.
+
+        Raises:
+            ReplayError: the weight is then not what it was there.
+        """
+        state = self.states[layer]
+        device = state.master.device
+        keys, left, right = (part.to(device) for part in (record.keys, record.left, record.right))
+        self.method.solve(layer, keys, left.T)
+        self._add(layer, left, right)
+        found = tensor_sha256(state.master)
+        if found != record.sha256:
+            raise ReplayError(
+                f"layer {layer}: the weight after this batch has SHA-256 {found[:16]}…, not {record.sha256[:16]}…; "
+                "only the same machine, thread count and versions give the same bits"
+            )
+
+    def energy(self, layer: int) -> dict[str, float]:
+        state = self.states[layer]
+        return {"energy": float(state.energy), "excess": float(state.excess)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that decides what comes next, by reference."""
+        found = over("method", self.method.state_dict())
+        for layer, state in self.states.items():
+            found |= over(f"weight.{layer}", state.state_dict())
+        return found | {"batches": torch.tensor(self.batches)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state_dict`, possibly of another process."""
+        self._whole = False
+        self.method.load_state_dict(under("method", state))
+        for layer, own in self.states.items():
+            own.load_state_dict(under(f"weight.{layer}", state))
+        self.batches = int(state["batches"])
+        self._whole = True
+
+    def _add(self, layer: int, left: Tensor, right: Tensor) -> None:
+        state = self.states[layer]
+        self._undo[layer] = {name: value.clone() for name, value in state.state_dict().items()}
+        state.update_(left, right)
+
+
+def _movement(solved: LowRankUpdate, update: LowRankUpdate) -> Event:
+    """Size of the update, and how much of it the projection took away."""
+    before, after = _norm(solved), _norm(update)
+    return {"update_norm": after, "suppressed": 1 - (after / before) ** 2 if before else 0.0}
+
+
+def _norm(update: LowRankUpdate) -> float:
+    """Frobenius norm of ``left @ right`` from the small Gram matrices."""
+    left, right = update.left.double(), update.right.double()
+    return float(((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt())

@@ -1,0 +1,88 @@
+"""What a batch of edits did: enough to do it again without optimising, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sphere_edit.requests import EditRequest
+from sphere_kernels import LowRankUpdate
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRecord:
+    """What a batch did to one weight.
+
+    Attributes:
+        keys: ``[b, d]``, what was solved with.
+        left: ``[n, b]``, residuals.
+        right: ``[b, d]``, projected: the weight took ``left @ right``.
+        sha256: of the weight afterwards; of its fp32 master where the model has 16 bits. All tensors fp32 on the CPU.
+    """
+
+    keys: Tensor
+    left: Tensor
+    right: Tensor
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class BatchRecord:
+    """A batch.
+
+    Attributes:
+        number: from 1.
+        requests: ids of the facts, in order.
+        layers: what each edited weight took.
+        events: what was said about it, in order.
+        random_state: uint8, torch's random state on the CPU afterwards.
+    """
+
+    number: int
+    requests: Sequence[str]
+    layers: dict[int, LayerRecord]
+    events: list[Event]
+    random_state: Tensor
+
+
+@dataclass
+class EditResult:
+    """What a call of `SphereEditor.edit` did.
+
+    Attributes:
+        requests: the facts edited, in order.
+        records: the batches, unless ``on_batch`` has taken them.
+        events: what happened, as written to ``metrics.jsonl``.
+    """
+
+    requests: list[EditRequest]
+    records: list[BatchRecord] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def updates(self) -> dict[int, list[LowRankUpdate]]:
+        """Per edited layer the updates in the order they were added, one a batch."""
+        found: dict[int, list[LowRankUpdate]] = {}
+        for record in self.records:
+            for layer, done in record.layers.items():
+                found.setdefault(layer, []).append(LowRankUpdate(done.left, done.right))
+        return found
+
+
+class ReplayError(ValueError):
+    """A recorded batch that does not give the recorded weights here; the message names the layer."""
+
+
+def over(prefix: object, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state within a larger one: entries ``prefix.name``."""
+    return {f"{prefix}.{name}": value for name, value in state.items()}
+
+
+def under(prefix: object, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `over` put into a larger state."""
+    return {name.removeprefix(f"{prefix}."): value for name, value in state.items() if name.startswith(f"{prefix}.")}
