@@ -243,10 +243,11 @@ class FactoredCovariance:
             raise ValueError(f"covariance must be [d, d], got shape {list(covariance.shape)}")
         checks.number("weight", weight, low=0)
         lower, info = torch.linalg.cholesky_ex(covariance.detach().double() * weight)
-        if int(info):
+        pivots = lower.diagonal().square()
+        if int(info) or not float(pivots.min()) > len(pivots) * torch.finfo(lower.dtype).eps * float(pivots.max()):
             raise ValueError(
-                f"covariance {list(covariance.shape)} times {weight:g} must be positive definite, but its leading "
-                f"{int(info)} rows are not; expected the covariance of more keys than features"
+                f"covariance {list(covariance.shape)} times {weight:g} must be positive definite beyond rounding; "
+                "expected the covariance of more keys than features"
             )
         self._lower = lower
 
