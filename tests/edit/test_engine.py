@@ -77,8 +77,8 @@ def test_records_lead_to_the_same_bits(changes, make):
 
 
 def test_records_can_be_handed_over(make):
-    taken, editor, other = [], None, make()
-    editor = make(on_batch=lambda record: taken.append(record))
+    taken, other = [], make()
+    editor = make(on_batch=taken.append)
     result = editor.edit(tiny.facts(6))
     assert len(taken) == 3 and result.records == [] and result.updates == {}
     for record, own in zip(taken, other.edit(tiny.facts(6)).records, strict=True):
@@ -189,7 +189,9 @@ def test_memit_keeps_no_history(make):
     assert not any(name.startswith("engine.method") for name in editor.state_dict())
 
 
-def test_memit_needs_a_whole_covariance(make, monkeypatch):
-    editor = make(method="memit", covariance_tokens=64)
+def test_memit_needs_a_whole_covariance(make, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("Too short a text for eighty features.", encoding="utf-8")
+    editor = make(method="memit", covariance_text=str(text))
     with pytest.raises(ValueError, match=r"layer 1: covariance .* positive definite .* covariance_tokens"):
         editor.edit(tiny.facts(2))
