@@ -90,6 +90,11 @@ class HypersphereState:
             self._refresh()
 
     @property
+    def norms(self) -> Tensor:
+        """Lengths of the rows, fp64 ``[..., n]``."""
+        return self.gram.diagonal(dim1=-2, dim2=-1).double().clamp_min(0).sqrt()
+
+    @property
     def energy(self) -> Tensor:
         """Hyperspherical energy of ``master``, fp64 ``[...]``."""
         return self.neuron_energy.sum(-1)
