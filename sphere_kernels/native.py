@@ -86,22 +86,21 @@ def gram(weight: Tensor, normalize: bool) -> Tensor:
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """``left right`` for ``[..., n, k]`` and ``[..., k, m]``, in the dtype of ``left``, fp32 or fp64; contiguous."""
     out = left.new_empty(*left.shape[:-1], right.shape[-1])
-    cpu.product(
-        view(merged(left)), view(merged(right)), view(merged(out)), left.dtype == torch.float64, *tier_and_threads()
-    )
+    a, b, c = map(merged, (left, right, out))  # kept until the kernel is through: some may be copies
+    cpu.product(view(a), view(b), view(c), left.dtype == torch.float64, *tier_and_threads())
     return out
 
 
 def add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
     """``out += left right`` for ``[..., n, d]``, ``[..., n, b]`` and ``[..., b, d]``."""
-    update = merged(right)
+    factor, update = merged(left), merged(right)
     nothing = update.new_empty(len(update), out.shape[-1], 0)  # no directions to project away
     with written(out) as matrices:
         cpu.project(
             view(update),
             view(nothing),
             0.0,
-            view(merged(left)),
+            view(factor),
             view(matrices),
             True,
             out.dtype == torch.float64,
@@ -111,5 +110,6 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 def subtract_gram_(out: Tensor, factor: Tensor) -> None:
     """``out -= factor factor^T`` for symmetric ``[..., n, n]`` and ``[..., n, b]`` of one dtype, fp32 or fp64."""
+    factor = merged(factor)
     with written(out, contiguous=out.stride(-1) != 1) as matrices:
-        cpu.subtract_gram(view(matrices), view(merged(factor)), *tier_and_threads())
+        cpu.subtract_gram(view(matrices), view(factor), *tier_and_threads())

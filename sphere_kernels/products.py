@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,21 @@ class Products:
     subtract_gram_: Callable[[Tensor, Tensor], object]
 
 
+def _exact(product: Callable[..., Any]) -> Callable[..., Any]:
+    """Whatever autocast is in force."""
+    return lambda *tensors: dispatch.outside_autocast(product, tensors[0].device.type)(*tensors)
+
+
+def _subtract_gram_(h: Tensor, a: Tensor) -> None:
+    gram = a @ a.mT  # symmetric up to rounding only
+    h.sub_(gram.add_(gram.mT.clone()).div_(2))
+
+
 TORCH = Products(
-    gram=lambda a: a @ a.mT,
-    matmul=torch.matmul,
-    add_=lambda c, a, b: c.add_(a @ b),
-    subtract_gram_=lambda h, a: h.sub_(a @ a.mT),
+    gram=_exact(lambda a: a @ a.mT),
+    matmul=_exact(torch.matmul),
+    add_=_exact(lambda c, a, b: c.add_(a @ b)),
+    subtract_gram_=_exact(_subtract_gram_),
 )
 NATIVE = Products(partial(native.gram, normalize=False), native.matmul, native.add_product_, native.subtract_gram_)
 

@@ -23,7 +23,7 @@ class Leading:
         side: what they belong to.
         vectors: ``[..., m, r]``, r the largest rank.
         values: ``[..., k]``, descending eigenvalues, at least r of them.
-        ranks: int64 ``[...]``.
+        rank: int64 ``[...]``.
         total: ``[...]`` fp64, the trace.
         method: what computed them.
     """
@@ -31,21 +31,22 @@ class Leading:
     side: SmallSide
     vectors: Tensor
     values: Tensor
-    ranks: Tensor
+    rank: Tensor
     total: Tensor
     method: str
 
     @property
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         leading = self.values[..., : self.vectors.shape[-1]]
-        return self.vectors, leading, _own(self.ranks, leading)
+        return self.vectors, leading, _own(self.rank, leading)
 
     def directions(self) -> PrincipalDirections:
         """The same as directions of the weight."""
         basis = self.side.to_features(*self._parts)
-        return PrincipalDirections(basis, self.values, self.ranks, self.held_ratio(), self.method)
+        return PrincipalDirections(basis, self.values, self.rank, self.energy_ratio, self.method)
 
-    def held_ratio(self) -> Tensor:
+    @property
+    def energy_ratio(self) -> Tensor:
         """Share of the trace that they hold, fp64 ``[...]``."""
         _, leading, own = self._parts
         return (leading * own).sum(-1, dtype=torch.float64) / self.total

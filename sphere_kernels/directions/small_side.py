@@ -53,7 +53,8 @@ class SmallSide:
         longest = square.amax(-1)
         if not bool(((longest > EPSILON**2) & (longest < torch.inf)).all()):  # NaN fails the comparison
             return None
-        scale = (square.sqrt().add_(EPSILON).mul_(rows.shape[-2] ** 0.5)).reciprocal_().to(rows.dtype).unsqueeze(-1)
+        scale = square.clamp(min=0).sqrt_().add_(EPSILON).mul_(rows.shape[-2] ** 0.5).reciprocal_()
+        scale = scale.masked_fill_(square < 0, 0).to(rows.dtype).unsqueeze(-1)  # a zero row, but for rounding
         return cls(gram.mul_(scale).mul_(scale.mT), rows, scale, products)
 
     @property

@@ -14,12 +14,21 @@ from sphere_kernels.energy import orthogonal_energy
 from sphere_kernels.gram import gram_update_energy_
 from sphere_kernels.products import products_for
 from sphere_kernels.rows import compute_dtype, row_chunks
-from sphere_kernels.streaming.validation import check_factors, check_loaded, check_right, check_state
+from sphere_kernels.streaming.validation import (
+    check_factors,
+    check_finite,
+    check_loaded,
+    check_reach,
+    check_right,
+    check_state,
+)
 
 CHECK_EVERY = 10  # updates between two looks at the drift
 SAMPLE = 16  # rows of M that a look recomputes
 DRIFT = {torch.float32: 1e-5, torch.float64: 1e-13}  # of a cosine; past it everything is recomputed
+SHRUNK = 0.1  # a row that an update leaves shorter than this share of what it was has too much of its rounding
 SPREAD = 100.0  # of the eigenvalues: up to there W^T coefficients are orthonormal to 1e-4 in fp32
+_BASIS = ("basis", "eigenvalues", "rank", "energy_ratio")
 
 
 class HypersphereState:
@@ -54,11 +63,12 @@ class HypersphereState:
             the first directions, has a zero matrix.
 
     Numerics:
-        Energies as `gram_update_energy_` states. Every `CHECK_EVERY` updates `check` looks for drift. Memory: M; in a
-        call about three matrices ``[n, n]`` more where directions are computed; the basis ``[d, r]`` where it outlives
-        its weight (``refresh_every > 1`` or ``"pretrained"``). Results depend on the number of threads only through
-        torch's ``eigh`` and ``qr``. An interrupt within `update_` leaves the state between two updates: load a copy of
-        an earlier `state_dict`, or call `recompute`.
+        Energies as `gram_update_energy_` states. Every `CHECK_EVERY` updates `check` looks for drift; an update that
+        nearly cancels a row has everything recomputed. Memory: M; the basis ``[d, r]`` where it outlives its weight
+        (``refresh_every > 1`` or ``"pretrained"``); in a call about four matrices ``[n, n]`` where directions are
+        computed, a few factors, and 20 MB of packed panels where native. Results depend on the number of threads only
+        through torch's ``eigh`` and ``qr``. An interrupt within `update_` leaves the state between two updates: load a
+        copy of an earlier `state_dict`, or call `recompute`.
 
     Source:
         SPHERE, arXiv 2510.01172; ``M' = M + Z R^T + R Z^T + R (X X^T) R^T``, ``Z = W X^T``.
@@ -82,12 +92,14 @@ class HypersphereState:
         self.master = self.weight.to(compute_dtype(weight))
         self._products = products_for(self.master, impl)
         self.updates = 0
-        self._leading: Leading | None = None  # directions of the weight as it is, as combinations of its rows
-        self._held: PrincipalDirections | None = None  # or as a basis, which may be an earlier weight's
-        self._known_at: int | None = None  # how many updates there had been
+        # Directions as combinations of the rows of the weight as it is, or as a basis, which may be an earlier
+        # weight's; and how many updates that had had.
+        self._known: Leading | PrincipalDirections | None = None
+        self._known_at = 0
         self.recompute()
+        check_reach(self.norms, self.weight, self.master.dtype)
         if alpha and subspace == "pretrained":
-            self._refresh()
+            self._directions()
 
     @property
     def norms(self) -> Tensor:
@@ -109,23 +121,22 @@ class HypersphereState:
         """Number of the directions in use, int64 ``[...]``; 0 with ``alpha = 0``."""
         if not self.alpha:
             return torch.zeros(self.master.shape[:-2], dtype=torch.int64, device=self.master.device)
-        return self.directions.rank if self._leading is None else self._leading.ranks
+        return self._directions().rank
 
     @property
     def held_ratio(self) -> Tensor:
-        """Share of the energy (the trace of C) that the directions in use hold, fp64 ``[...]``."""
+        """Share of the trace of C that the directions in use hold, fp64 ``[...]``; 0 with ``alpha = 0``."""
         if not self.alpha:
             return torch.zeros(self.master.shape[:-2], dtype=torch.float64, device=self.master.device)
-        return self.directions.energy_ratio if self._leading is None else self._leading.held_ratio()
+        return self._directions().energy_ratio
 
     @property
     def directions(self) -> PrincipalDirections:
-        """The directions that `project` keeps out of at present."""
-        self._refresh()
-        if self._held is not None:
-            return self._held
-        assert self._leading is not None
-        return self._leading.directions()
+        """The directions that `project` keeps out of at present; raises ValueError with ``alpha = 0``."""
+        if not self.alpha:
+            raise ValueError("with alpha = 0 no directions are in use; see principal_directions")
+        known = self._directions()
+        return known.directions() if isinstance(known, Leading) else known
 
     @torch.no_grad()
     def project(self, right: Tensor) -> Tensor:
@@ -144,17 +155,15 @@ class HypersphereState:
         right = right.to(self.master.dtype)
         if not self.alpha:
             return right
-        self._refresh()
-        products, out = self._products, right.clone(memory_format=torch.contiguous_format)
-        if self._held is not None:
-            basis = self._held.basis
-            products.add_(out, products.matmul(right, basis).mul_(-self.alpha), basis.mT)
-            return out
-        # U = W^T C is not formed: b rows pass through W more cheaply than r directions would.
-        assert self._leading is not None
-        coefficients = self._leading.coefficients()
-        inside = products.matmul(products.matmul(right, self.master.mT), coefficients)
-        products.add_(out, products.matmul(inside, coefficients.mT).mul_(-self.alpha), self.master)
+        known, products = self._directions(), self._products
+        out = right.clone(memory_format=torch.contiguous_format)
+        if isinstance(known, Leading):
+            # U = W^T C is not formed: b rows pass through W more cheaply than r directions would.
+            rows, coefficients = known.side.rows, known.coefficients()
+            inside = products.matmul(products.matmul(right, rows.mT), coefficients)
+            products.add_(out, products.matmul(inside, coefficients.mT).mul_(-self.alpha), rows)
+        else:
+            products.add_(out, products.matmul(right, known.basis).mul_(-self.alpha), known.basis.mT)
         return out
 
     @torch.no_grad()
@@ -166,26 +175,31 @@ class HypersphereState:
             right: ``[..., b, d]``, already projected.
 
         Raises:
-            TypeError, ValueError: a factor that does not fit; FloatingPointError: one that is not finite. Nothing has
-            been changed then.
+            TypeError, ValueError: a factor that does not fit; FloatingPointError: one that is not finite, or that could
+            make a row too long for the weight's dtype, or its square for M's. Nothing has been changed then.
         """
         check_factors(left, right, self.weight)
-        if self.alpha and self.subspace == "current" and self.refresh_every > 1:
-            self._refresh()  # they serve later updates too, whether or not this one was projected
         left, right = left.to(self.master.dtype), right.to(self.master.dtype)
+        check_finite(left, right)
+        before = self.norms
+        step = left.double().norm(dim=-1) * right.double().norm(dim=(-2, -1)).unsqueeze(-1)
+        check_reach(before + step, self.weight, self.master.dtype)
+        if self.alpha and self._outlive:
+            self._directions()  # they serve later updates too, whether or not this one was projected
+        else:
+            self._known = None
         products = self._products
         cross, inner = products.matmul(self.master, right.mT), products.gram(right)
         products.add_(self.master, left, right)
-        self._leading = None
-        if self.subspace == "current" and self.refresh_every == 1:
-            self._held = None
         self.neuron_energy = gram_update_energy_(
             self.gram, left, cross, inner, self.s, weight=self.master, impl=self._impl
         )
         if self.master is not self.weight:
             self.weight.copy_(self.master)
         self.updates += 1
-        if self.updates % CHECK_EVERY == 0:
+        if bool((self.norms < SHRUNK * before).any()):
+            self.recompute()
+        elif self.updates % CHECK_EVERY == 0:
             self.check()
 
     @torch.no_grad()
@@ -193,10 +207,12 @@ class HypersphereState:
         """Recompute a sample of M; past the bound `DRIFT`, recompute everything.
 
         Returns:
-            The largest error of ``m_ij / (|w_i| |w_j|)`` in `SAMPLE` rows, other ones at each update, against fp64.
+            The largest error of ``m_ij / (|w_i| |w_j|)`` in `SAMPLE` rows, the next ones every `CHECK_EVERY` updates,
+            against fp64.
         """
         n, d = self.master.shape[-2:]
-        picked = (torch.arange(min(SAMPLE, n), device=self.master.device) * n // min(SAMPLE, n) + self.updates) % n
+        first, count = self.updates // CHECK_EVERY, min(SAMPLE, n)
+        picked = (torch.arange(count, device=self.master.device) * n // count + first) % n
         sample = self.master[..., picked, :].double()
         exact, norm = [], []
         for chunk in row_chunks(n, d * max(1, self.master[..., 0, 0].numel())):
@@ -213,7 +229,9 @@ class HypersphereState:
 
     @torch.no_grad()
     def recompute(self) -> None:
-        """Gram matrix and energies anew from ``master``; the directions in use stay until they are due."""
+        """Gram matrix and energies anew from ``master``; directions in use that an earlier weight had stay."""
+        if not self._needs_basis(self.updates):
+            self._known = None
         self.gram = self._products.gram(self.master)
         *leading, n, _ = self.master.shape
         nothing = self.master.new_zeros(*leading, n, 0)
@@ -230,10 +248,9 @@ class HypersphereState:
             "neuron_energy": self.neuron_energy,
             "updates": torch.tensor(self.updates),
         }
-        if self._held is not None:
-            held = self._held
-            state |= {"basis": held.basis, "eigenvalues": held.eigenvalues, "rank": held.rank}
-            state |= {"energy_ratio": held.energy_ratio}
+        if self._needs_basis(self.updates):
+            assert isinstance(self._known, PrincipalDirections)
+            state |= {name: getattr(self._known, name) for name in _BASIS}
         return state
 
     @torch.no_grad()
@@ -241,16 +258,22 @@ class HypersphereState:
         """Go on from a `state_dict` of a state with the same arguments; the weight is written too.
 
         Raises:
-            ValueError: other names, dtypes or shapes; nothing has been changed then.
+            TypeError, ValueError: other names, dtypes or shapes; nothing has been changed then.
         """
-        own = self.state_dict()
-        expected: dict[str, tuple[torch.dtype, list[int] | None]] = {
-            name: (own[name].dtype, list(own[name].shape)) for name in ("master", "gram", "neuron_energy", "updates")
+        *leading, n, d = self.master.shape
+        wide = self.master.dtype
+        expected: dict[str, tuple[torch.dtype, list[int | None]]] = {
+            "master": (wide, [*leading, n, d]),
+            "gram": (wide, [*leading, n, n]),
+            "neuron_energy": (torch.float64, [*leading, n]),
+            "updates": (torch.int64, []),
         }
-        if "basis" in state or (self.alpha and self.subspace == "pretrained"):
-            wide = self.master.dtype
-            expected |= {"basis": (wide, None), "eigenvalues": (wide, None)}
-            expected |= {"rank": (torch.int64, None), "energy_ratio": (torch.float64, None)}
+        check_loaded({k: v for k, v in state.items() if k == "updates"}, {"updates": expected["updates"]})
+        updates = int(state["updates"])
+        if self._needs_basis(updates):
+            check_loaded({k: v for k, v in state.items() if k == "rank"}, {"rank": (torch.int64, [*leading])})
+            expected |= {"basis": (wide, [*leading, d, int(state["rank"].amax())]), "rank": (torch.int64, [*leading])}
+            expected |= {"eigenvalues": (wide, [*leading, min(n, d)]), "energy_ratio": (torch.float64, [*leading])}
         check_loaded(state, expected)
         device = self.master.device
         self.master.copy_(state["master"])
@@ -258,30 +281,31 @@ class HypersphereState:
             self.weight.copy_(self.master)
         self.gram.copy_(state["gram"])
         self.neuron_energy = state["neuron_energy"].to(device, copy=True)
-        self.updates = int(state["updates"])
-        self._leading = self._held = self._known_at = None
-        if "basis" in state:
-            self._known_at = self.updates if self.updates % self.refresh_every else None
-            names = ("basis", "eigenvalues", "rank", "energy_ratio")
-            held = {name: state[name].to(device, copy=True) for name in names}
-            self._held = PrincipalDirections(**held, method="eigh")
+        self.updates = self._known_at = updates
+        self._known = None
+        if self._needs_basis(updates):
+            held = {name: state[name].to(device, copy=True) for name in _BASIS}
+            self._known = PrincipalDirections(**held, method="eigh")
 
-    def _refresh(self) -> None:
-        """Renew the directions if they are due, and hold a basis of them where that is cheaper or must be."""
-        if self.subspace == "pretrained":
-            due = self._held is None
-        else:
-            due = self._known_at is None or (self.updates % self.refresh_every == 0 and self._known_at != self.updates)
-        if not due:
-            return
-        side = None
-        wide = self.master.shape[-2] <= self.master.shape[-1]
-        if wide:
-            side = SmallSide.from_gram(self.gram.clone(), self.master, self._products)
-        leading = by_eigh(side or SmallSide.of(self.master, self._products), self.energy_ratio, None)
-        outlives = self.refresh_every > 1 or self.subspace == "pretrained"
-        if outlives or not wide or leading.spread() > SPREAD:
-            self._held, self._leading = leading.directions(), None
-        else:
-            self._held, self._leading = None, leading
-        self._known_at = self.updates
+    @property
+    def _outlive(self) -> bool:
+        """Whether directions are used beyond the weight that has them."""
+        return self.subspace == "pretrained" or self.refresh_every > 1
+
+    def _needs_basis(self, updates: int) -> bool:
+        """Whether the directions in use after so many updates are an earlier weight's."""
+        return bool(self.alpha) and (self.subspace == "pretrained" or updates % self.refresh_every != 0)
+
+    def _directions(self) -> Leading | PrincipalDirections:
+        """The directions in use, renewed if they are due; as a basis where that is cheaper or must be."""
+        due = not self._needs_basis(self.updates) and self._known_at != self.updates
+        if self._known is None or due:
+            side = None
+            if self.master.shape[-2] <= self.master.shape[-1]:
+                side = SmallSide.from_gram(self.gram.clone(), self.master, self._products)
+            side = side or SmallSide.of(self.master, self._products)
+            leading = by_eigh(side, self.energy_ratio, None)
+            combined = side.wide and not self._outlive and leading.spread() <= SPREAD
+            self._known = leading if combined else leading.directions()
+            self._known_at = self.updates
+        return self._known

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sphere_kernels import checks
 from sphere_kernels.products import products_for
-from sphere_kernels.streaming.validation import FORMS, check_keys, check_loaded
+from sphere_kernels.streaming.validation import FORMS, check_keys, check_loaded, check_null_space
 
 SLAB = 1024  # rows of the dual that are folded at a time
 
@@ -98,11 +98,7 @@ class RecursiveLeastSquares:
         self._removed: Tensor | None = None
         self._size = self.d
         if null_space is not None:
-            if len(null_space.kept) != d or len(null_space.removed) != d:
-                raise ValueError(
-                    f"null_space must have {d} rows, got {list(null_space.kept.shape)} and "
-                    f"{list(null_space.removed.shape)}"
-                )
+            check_null_space(null_space, self.d)
             if null_space.reduced:
                 self._kept = null_space.kept.to(device, dtype)
                 self._size = self._kept.shape[1]
@@ -128,6 +124,7 @@ class RecursiveLeastSquares:
             TypeError, ValueError: keys that do not fit, or too long for so small a ridge; FloatingPointError: keys
             that are not finite.
         """
+        self._pending = None
         unmix, whitened = self._whiten(keys)
         self._pending = whitened.to(self._dual.dtype)
         right = (unmix.mT @ whitened).to(self._dual.dtype)
@@ -169,13 +166,14 @@ class RecursiveLeastSquares:
         Raises:
             ValueError: other names, dtypes or shapes; nothing has been changed then.
         """
-        name = "inverse" if "inverse" in state else "dual"
-        edits = int(state["edits"]) if "edits" in state else 0
-        size = self._size
-        shape = [size, size] if name == "inverse" else [edits, size]
-        check_loaded(state, {"edits": (torch.int64, []), name: (self._dual.dtype, shape)})
+        full = self._choice == "full" or (self._choice == "auto" and "inverse" in state)
+        name, size, dtype = "inverse" if full else "dual", self._size, self._dual.dtype
+        check_loaded(state, {"edits": (torch.int64, []), name: (dtype, [size if full else None, size])})
+        edits = int(state["edits"])
+        if not full and len(state["dual"]) != edits:
+            raise ValueError(f"state['dual'] must be [{edits}, {size}], got {list(state['dual'].shape)}")
         value = state[name].to(self._dual.device, copy=True)
-        self._inverse, self._dual = (value, self._dual[:0]) if name == "inverse" else (None, value)
+        self._inverse, self._dual = (value, self._dual.new_empty(0, size)) if full else (None, value)
         self.edits, self._pending = edits, None
 
     def _whiten(self, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,12 +192,11 @@ class RecursiveLeastSquares:
             rows = self._dual[: self.edits]
             products.add_(hk, products.matmul(x, rows.mT).neg_(), rows)
         exact = hk.double()
-        system = torch.eye(len(x), dtype=torch.float64, device=x.device) + exact @ x.double().mT
-        lower, info = torch.linalg.cholesky_ex((system + system.mT) / 2)
-        if int(info):
+        lower = _factor(exact, x)
+        if lower is None:
             raise ValueError(
-                f"the ridge {self.ridge:g} is too small for keys of length {float(x.norm(dim=1).amax()):.3g} in "
-                f"{self._dual.dtype}; expected a larger one, or dtype=torch.float64"
+                f"the ridge {self.ridge:g} is too small for keys of length {_longest(keys):.3g} in {self._dual.dtype}; "
+                "expected a larger one, or dtype=torch.float64"
             )
         unmix = torch.linalg.solve_triangular(lower, torch.eye(len(x)).to(lower), upper=False)
         return unmix, unmix @ exact
@@ -218,6 +215,18 @@ class RecursiveLeastSquares:
         for start in range(0, self.edits, SLAB):
             self._products.subtract_gram_(inverse, self._dual[start : min(start + SLAB, self.edits)].mT)
         self._inverse, self._dual = inverse, self._dual[:0].clone()
+
+
+def _factor(applied: Tensor, keys: Tensor) -> Tensor | None:
+    """Cholesky factor of ``I + applied keys^T`` ``[b, b]`` fp64; None where rounding or overflow left it indefinite."""
+    system = applied.double() @ keys.double().mT
+    system.diagonal().add_(1)
+    lower, info = torch.linalg.cholesky_ex((system + system.mT) / 2)
+    return None if int(info) or not bool(torch.isfinite(lower).all()) else lower
+
+
+def _longest(keys: Tensor) -> float:
+    return float(keys.double().norm(dim=1).amax())
 
 
 class FactoredCovariance:
@@ -239,10 +248,14 @@ class FactoredCovariance:
 
     def __init__(self, covariance: Tensor, weight: float) -> None:
         checks.matrix("covariance", covariance)
-        if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+        if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1] or covariance.numel() == 0:
             raise ValueError(f"covariance must be [d, d], got shape {list(covariance.shape)}")
         checks.number("weight", weight, low=0)
-        lower, info = torch.linalg.cholesky_ex(covariance.detach().double() * weight)
+        covariance = covariance.detach()
+        largest = float(covariance.abs().amax())
+        if not bool((covariance - covariance.mT).abs().amax() <= 1e-3 * largest):  # NaN fails the comparison
+            raise ValueError("covariance must be finite and symmetric, but is not")
+        lower, info = torch.linalg.cholesky_ex(covariance.double() * weight)
         pivots = lower.diagonal().square()
         if int(info) or not float(pivots.min()) > len(pivots) * torch.finfo(lower.dtype).eps * float(pivots.max()):
             raise ValueError(
@@ -257,5 +270,7 @@ class FactoredCovariance:
         check_keys(keys, len(self._lower), self._lower.device)
         x = keys.double()
         applied = torch.cholesky_solve(x.mT, self._lower).mT
-        system = torch.eye(len(x), dtype=x.dtype, device=x.device) + x @ applied.mT
-        return torch.cholesky_solve(applied, torch.linalg.cholesky((system + system.mT) / 2))
+        lower = _factor(applied, x)
+        if lower is None:
+            raise ValueError(f"keys of length {_longest(keys):.3g} are too long for this covariance")
+        return torch.cholesky_solve(applied, lower)

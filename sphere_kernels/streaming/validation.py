@@ -43,7 +43,7 @@ def check_right(right: Any, weight: Tensor) -> None:
 
 
 def check_factors(left: Any, right: Any, weight: Tensor) -> None:
-    """Check an update for a weight ``[..., n, d]``, its values as well."""
+    """Check the factors of an update for a weight ``[..., n, d]``."""
     check_right(right, weight)
     checks.matrix("left", left)
     checks.same_device("left", left, "weight", weight)
@@ -51,9 +51,38 @@ def check_factors(left: Any, right: Any, weight: Tensor) -> None:
     b = right.shape[-2]
     if list(left.shape) != [*leading, n, b]:
         raise ValueError(f"left must be {_shape(leading, n, b)} to go with right {list(right.shape)}, {_got(left)}")
+
+
+def check_finite(left: Tensor, right: Tensor) -> None:
+    """Check the values of an update."""
     for name, factor in (("left", left), ("right", right)):
         if not bool(torch.isfinite(factor).all()):
-            raise FloatingPointError(f"{name} holds NaN or infinity; the weight is left as it was")
+            raise FloatingPointError(f"{name} holds NaN or infinity in {factor.dtype}; the weight is left as it was")
+
+
+def check_reach(reach: Tensor, weight: Tensor, computed: torch.dtype) -> None:
+    """Check that rows of length ``reach`` fit the weight's dtype, and their squares the dtype computed in."""
+    most = min(torch.finfo(weight.dtype).max, (torch.finfo(computed).max / 4) ** 0.5)
+    if not bool((reach < most).all()):
+        raise FloatingPointError(
+            f"rows of the weight must stay shorter than {most:.3g}, but may come to {float(reach.max()):.3g}; "
+            "the weight is left as it was"
+        )
+
+
+def check_null_space(value: Any, d: int) -> None:
+    """Check a split basis of ``d`` features."""
+    kept, removed = getattr(value, "kept", None), getattr(value, "removed", None)
+    if not isinstance(kept, Tensor) or not isinstance(removed, Tensor):
+        raise TypeError(f"null_space must be a NullSpace or None, got {type(value).__name__}")
+    shapes = list(kept.shape), list(removed.shape)
+    if [len(shape) for shape in shapes] != [2, 2] or shapes[1] != [d, d - shapes[0][1]] or shapes[0][0] != d:
+        raise ValueError(
+            f"null_space must split {d} features, kept [{d}, m] and removed [{d}, {d} - m], got {shapes[0]} and "
+            f"{shapes[1]}"
+        )
+    if not bool(torch.isfinite(removed).all() and torch.isfinite(kept).all()):
+        raise ValueError("null_space must be finite, got NaN or infinity")
 
 
 def check_keys(keys: Any, d: int, device: torch.device) -> None:
@@ -67,14 +96,23 @@ def check_keys(keys: Any, d: int, device: torch.device) -> None:
         raise FloatingPointError("keys hold NaN or infinity")
 
 
-def check_loaded(found: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.dtype, list[int] | None]]) -> None:
-    """Check the names, dtypes and shapes (None: any) of a state to load."""
+def check_loaded(found: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.dtype, list[int | None]]]) -> None:
+    """Check the names, dtypes and shapes (None: any size) of a state to load, and that its counts are none below 0."""
     if set(found) != set(expected):
         raise ValueError(f"state must hold {sorted(expected)}, got {sorted(found)}")
     for name, (dtype, shape) in expected.items():
         value = found[name]
-        if value.dtype != dtype or (shape is not None and list(value.shape) != shape):
-            raise ValueError(f"state[{name!r}] must be {dtype} {shape or ''}, got {value.dtype} {list(value.shape)}")
+        if not isinstance(value, Tensor):
+            raise TypeError(f"state[{name!r}] must be a tensor, got {type(value).__name__}")
+        if (
+            value.dtype != dtype
+            or len(value.shape) != len(shape)
+            or any(size not in (None, own) for size, own in zip(shape, value.shape, strict=True))
+        ):
+            sizes = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(f"state[{name!r}] must be {dtype} [{sizes}], got {value.dtype} {list(value.shape)}")
+        if value.ndim == 0 and not value >= 0:
+            raise ValueError(f"state[{name!r}] must be a count, got {value.item()}")
 
 
 def _shape(leading: list[int], rows: int | str, columns: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from cases import DTYPES, randn
 
 from sphere_kernels import principal_directions
-from sphere_kernels.directions import small_side, spectrum
+from sphere_kernels.directions import spectrum
 from sphere_kernels.directions.leading import leading_directions
 from sphere_kernels.products import TORCH
 

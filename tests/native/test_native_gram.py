@@ -13,7 +13,8 @@ from cases import DTYPES, EXPONENTS, VARIANTS, crowded, randn, update_inputs, up
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sphere_kernels import gram, gram_update_energy_
+from sphere_kernels import gram, gram_update_energy_, native
+from sphere_kernels.products import products_for
 
 WIDE = (torch.float64, torch.float32)
 native_gram = functools.partial(gram, impl="native")
@@ -266,3 +267,199 @@ def test_any_update(tier, leading, n, b, variant, dtype, with_weight):
     energies = native_update_(matrix, *factors, 1.0, **options)
     torch.testing.assert_close(matrix.double(), expected, rtol=0, atol=1000 * eps)
     torch.testing.assert_close(energies, oracle.per_neuron(weight, 1.0, *variant), rtol=3000 * eps, atol=3000 * eps)
+
+
+def factored(n, b, dtype, leading=(), seed=0):
+    """An exactly symmetric matrix, a factor, and what is left of the one without the other's products, in fp64."""
+    start = randn(*leading, n, n, dtype=dtype, seed=seed)
+    start, factor = start + start.mT, randn(*leading, n, b, dtype=dtype, seed=seed + 1)
+    return start, factor, start.double() - factor.double() @ factor.double().mT
+
+
+def assert_subtracted(actual, start, factor, expected):
+    allowed = budget(start - factor @ factor.mT, expected, start.dtype)
+    if start.dtype == torch.float64:  # the oracle is plain torch then, and the sums have another order
+        allowed = 4 * allowed + torch.finfo(torch.float64).eps * factor.square().sum(-1).amax() * 4
+    error = (actual.double() - expected).abs().max()
+    assert error <= allowed, f"{list(factor.shape)} error {error:.2e} budget {allowed:.2e}"
+    assert torch.equal(actual, actual.mT)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_subtract_sizes(tier, dtype):
+    for n, b in [*((n, 5) for n in ROWS), *((50, b) for b in DIMS), (97, 100), (193, 257)]:
+        start, factor, expected = factored(n, b, dtype)
+        actual = start.clone()
+        native.subtract_gram_(actual, factor)
+        assert_subtracted(actual, start, factor, expected)
+
+
+# Tiles of 192 from 1025 rows on; rows too long for a group, in whole and in parts.
+@pytest.mark.parametrize(("n", "b"), [(1024, 3), (1025, 3), (1153, 7), (400, 14000), (97, 60000)])
+def test_subtract_groups(tier, n, b):
+    start, factor, expected = factored(n, b, torch.float32)
+    actual = start.clone()
+    native.subtract_gram_(actual, factor)
+    assert_subtracted(actual, start, factor, expected)
+
+
+def test_subtract_groups_of_many_rows(tier):
+    n = 6145  # past the most rows of a group
+    line, factor = randn(n, dtype=torch.float32), randn(n, 2, dtype=torch.float32, seed=1)
+    actual = line + line[:, None]
+    native.subtract_gram_(actual, factor)
+    rows = torch.tensor([0, 1, 95, 96, 191, 192, 3071, 3072, 3073, 3264, 6142, 6143, 6144])
+    expected = line.double() + line[rows, None] - factor[rows].double() @ factor.double().mT
+    assert (actual[rows] - expected).abs().max() <= 4e-7 * expected.abs().max()
+    assert torch.equal(actual[:, rows].mT, actual[rows])
+    assert (actual.double().sum() - 2 * n * line.double().sum() + factor.double().sum(0).square().sum()).abs() <= 1
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_subtract_in_any_memory(tier, dtype):
+    for n in (37, 100):
+        start, factor, _ = factored(n, 19, dtype, (3,))
+        expected = start.clone()
+        native.subtract_gram_(expected, factor)
+        for name, storage, view in layouts(start):
+            native.subtract_gram_(view, factor)
+            assert torch.equal(view, expected), name
+            view.fill_(float("nan"))
+            assert storage.isnan().all(), f"{name}: written outside"
+        for name, _, view in [*layouts(factor), ("by columns", None, factor.mT.contiguous().mT)]:
+            actual = start.clone()
+            native.subtract_gram_(actual, view)
+            assert torch.equal(actual, expected), name
+            assert torch.equal(view, factor), name
+
+
+def test_subtract_where_leading_dimensions_do_not_merge(tier):
+    start, factor, expected = factored(10, 4, torch.float64, (2, 3))
+    for gaps in ((1, 1, 1, 1), (1, 1, 2, 1), (2, 1, 1, 3)):
+        storage, view = around(start.transpose(0, 1), *gaps)
+        view = view.transpose(0, 1)
+        view.copy_(start)
+        native.subtract_gram_(view, factor.transpose(0, 1).contiguous().transpose(0, 1))
+        torch.testing.assert_close(view, expected, rtol=0, atol=1e-13)
+        view.fill_(float("nan"))
+        assert storage.isnan().all()
+    shared = factor[0, 0].expand(2, 3, 10, 4)
+    actual = start.clone()
+    native.subtract_gram_(actual, shared)
+    torch.testing.assert_close(actual, start - factor[0, 0] @ factor[0, 0].mT, rtol=0, atol=1e-13)
+
+
+def test_subtract_reads_only_the_upper_triangle(tier):
+    for n in (20, 200):
+        start, factor, _ = factored(n, 3, torch.float32, (2,))
+        spoilt = torch.where(torch.ones(n, n, dtype=torch.bool).tril(-1), float("nan"), start)
+        native.subtract_gram_(start, factor)
+        native.subtract_gram_(spoilt, factor)
+        assert torch.equal(spoilt, start)
+
+
+@pytest.mark.parametrize(("leading", "n", "b"), [((), 61, 30), ((), 300, 100), ((), 1100, 20), ((5,), 70, 40)])
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_subtract_threads_change_no_bit(tier, dtype, leading, n, b, with_threads):
+    start, factor, _ = factored(n, b, dtype, leading)
+    results = []
+    for threads in (1, 2, 3, 1):
+        actual = start.clone()
+        with_threads(threads, native.subtract_gram_, actual, factor)
+        results.append(actual)
+    assert all(torch.equal(other, results[0]) for other in results[1:])
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_subtract_what_is_not_finite(tier, dtype, bad):
+    for n in (30, 130):
+        start, factor, _ = factored(n, 3, dtype)
+        factor[n - 2, 1] = bad
+        start[3, 5] = start[5, 3] = bad
+        expected = start - factor @ factor.mT
+        native.subtract_gram_(start, factor)
+        assert torch.equal(start.isnan(), expected.isnan())
+        assert torch.equal(start.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize(("leading", "n", "b"), [((), 0, 3), ((), 0, 0), ((), 5, 0), ((0,), 4, 2), ((2, 0), 4, 2)])
+def test_subtract_nothing(tier, leading, n, b):
+    for dtype in WIDE:
+        start, factor, _ = factored(n, b, dtype, leading)
+        actual = start.clone()
+        native.subtract_gram_(actual, factor)
+        assert torch.equal(actual, start)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.integers(0, 3), max_size=2),
+    st.integers(0, 130),
+    st.integers(0, 40),
+    st.sampled_from(WIDE),
+    st.booleans(),
+    st.booleans(),
+)
+def test_any_subtraction(tier, leading, n, b, dtype, turned, by_columns):
+    start, factor, expected = factored(n, b, dtype, tuple(leading))
+    actual = start.clone().mT if by_columns else start.clone()
+    native.subtract_gram_(actual, factor.mT.contiguous().mT if turned else factor)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=400 * torch.finfo(dtype).eps)
+    assert torch.equal(actual, actual.mT)
+
+
+IN_MEMORY = {
+    "contiguous": lambda tensor: tensor.clone(),
+    "by columns": lambda tensor: tensor.mT.clone(memory_format=torch.contiguous_format).mT,
+    "strided": lambda tensor: tensor.repeat_interleave(2, -1).repeat_interleave(3, -2)[..., ::3, ::2],
+    "leading dimensions that do not merge": lambda tensor: tensor.transpose(0, -3).contiguous().transpose(0, -3),
+    "negative bit": lambda tensor: torch._neg_view(-tensor),
+}
+
+
+PRODUCTS = [((), 50, 7, 130), ((), 1, 1, 1), ((), 97, 200, 33), ((3,), 20, 5, 17), ((2, 3), 9, 4, 12), ((), 6, 0, 8)]
+
+
+def assert_products(impl, leading, n, b, d, dtype, memory):
+    layout = IN_MEMORY[memory]
+    written = layout if memory != "negative bit" else torch.clone
+    left, right = (layout(randn(*leading, *shape, dtype=dtype, seed=k)) for k, shape in enumerate(((n, b), (b, d))))
+    start, symmetric = randn(*leading, n, d, dtype=dtype, seed=5), randn(*leading, n, n, dtype=dtype, seed=6)
+    symmetric = symmetric + symmetric.mT
+    added, subtracted = written(start), written(symmetric)
+    products = products_for(start, impl)
+    products.add_(added, left, right)
+    products.subtract_gram_(subtracted, left)
+    own, product = left.double() @ left.double().mT, left.double() @ right.double()
+    allowed = max(1, b) ** 0.5 * 16 * torch.finfo(dtype).eps
+    found = {
+        "gram": (products.gram(left), own),
+        "matmul": (products.matmul(left, right), product),
+        "add_": (added, start.double() + product),
+        "subtract_gram_": (subtracted, symmetric.double() - own),
+    }
+    for name, (value, exact) in found.items():
+        assert value.dtype == dtype
+        torch.testing.assert_close(value.double(), exact, rtol=allowed, atol=allowed, msg=f"{name}, {memory}")
+    assert torch.equal(subtracted, subtracted.mT), "not symmetric"
+    assert found["gram"][0].is_contiguous()
+    assert found["matmul"][0].is_contiguous()
+
+
+def memories(leading):
+    return [name for name in IN_MEMORY if len(leading) > 1 or "merge" not in name]
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize(("leading", "n", "b", "d"), PRODUCTS)
+def test_products(tier, leading, n, b, d, dtype):
+    for memory in memories(leading):
+        assert_products("native", leading, n, b, d, dtype, memory)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize(("leading", "n", "b", "d"), PRODUCTS)
+def test_products_of_the_reference(leading, n, b, d, dtype):
+    for memory in memories(leading):
+        assert_products("reference", leading, n, b, d, dtype, memory)

@@ -114,6 +114,43 @@ void check_update(const Exact& weight, int64_t b, Exact::Layout layout, int tier
 }
 
 template <class T>
+void check_subtraction(const Exact& factor, int tier, int threads) {
+    const int64_t n = factor.matrix.rows, b = factor.matrix.cols;
+    const Dense some = random_values(n * n);
+    Dense upper(some.size(), std::nan("")), expected(some.size());  // of what comes in, no more than that is read
+    const Dense products = multiply(factor.values(), turned(factor.values(), n, b), n, b, n);
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = i; j < n; ++j) {
+            upper[size_t(i * n + j)] = some[size_t(i * n + j)];
+            expected[size_t(i * n + j)] = expected[size_t(j * n + i)] =
+                some[size_t(i * n + j)] - products[size_t(i * n + j)];
+        }
+    const Exact from(type_of<T>, n, n, Exact::BY_ROWS, upper);
+    subtract_gram<T>(from.matrix, factor.matrix, tier, threads);
+    compare("difference", from.values(), expected, ROUNDING<T>);
+    // Every second row and the first third of the columns of something larger.
+    const Exact larger(type_of<T>, 2 * n, 3 * n, Exact::BY_ROWS, {});
+    Matrix inside = larger.matrix;
+    inside.rows = inside.cols = n, inside.row_stride *= 2;
+    T* const elements = static_cast<T*>(inside.data);
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = i; j < n; ++j) elements[i * inside.row_stride + j] = T(some[size_t(i * n + j)]);
+    subtract_gram<T>(inside, factor.matrix, tier, threads);
+    const Dense after = larger.values();
+    Dense found, outside;
+    for (int64_t i = 0; i < 2 * n; ++i)
+        for (int64_t j = 0; j < 3 * n; ++j) {
+            const double x = after[size_t(i * 3 * n + j)];
+            if (i % 2 == 0 && j < n)
+                found.push_back(x);
+            else
+                outside.push_back(x != x ? 0 : 1);
+        }
+    compare("difference within", found, expected, ROUNDING<T>);
+    compare("what is around it", outside, Dense(outside.size()), 0);
+}
+
+template <class T>
 void check_projection(Type type, int64_t n, int64_t b, int64_t d, int64_t r, Exact::Layout layout, int tier,
                       int threads) {
     const Exact update(type, n, d, layout, random_values(n * d)), basis(type, d, r, layout, random_values(d * r));
@@ -167,7 +204,10 @@ void check(Type type, int tier, int threads) {
             if (layouts[(n + d + int64_t(type)) % 3] != layout) continue;  // loops in fp64 take their time
             check_energy<T>(generic, tier, threads);
             check_gram<T>(coincident, tier, threads);
-            if (type == type_of<T>) check_update<T>(generic, 1 + n % 4, layout, tier, threads);
+            if (type == type_of<T>) {
+                check_update<T>(generic, 1 + n % 4, layout, tier, threads);
+                check_subtraction<T>(generic, tier, threads);
+            }
             check_projection<T>(type, n, 1 + n % 5, d, d / 2, layout, tier, threads);
             check_projection<T>(type, d, 0, n, 1, layout, tier, threads);
         }
@@ -185,7 +225,10 @@ void check_large(int tier, int threads) {
         pair_energy<T>(weight.matrix, {1, false, false}, tier, threads, static_cast<double*>(energies.matrix.data));
         pair_energy_backward<T>(static_cast<const double*>(energies.matrix.data), weight.matrix, {1, false, false},
                                 tier, threads, static_cast<T*>(gradient.matrix.data));
-        for (const Exact* result : {&energies, &gradient})
+        const Exact matrix(type_of<T>, n < 2000 ? n : 0, n < 2000 ? n : 0, Exact::BY_ROWS,
+                           Dense(size_t(n < 2000 ? n * n : 0)));
+        if (n < 2000) subtract_gram<T>(matrix.matrix, weight.matrix, tier, threads);
+        for (const Exact* result : {&energies, &gradient, &matrix})
             for (double x : result->values())
                 if (!(std::fabs(x) < 1e30)) {
                     std::fprintf(stderr, "%s: %g\n", where.c_str(), x);
