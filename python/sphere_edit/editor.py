@@ -82,7 +82,7 @@ class SphereEditor:
         self._contexts: list[str] = []
         self._events: list[Event] = []
         self._fingerprints: dict[str, str] = {}
-        self._edits = 0
+        self._edits, self._keeping = 0, 0.0
 
     @property
     def batches(self) -> int:
@@ -189,7 +189,7 @@ class SphereEditor:
         torch.set_rng_state(state["random_state"])
 
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of what the edits rest on: the model as found, its context prefixes, each layer's key covariance."""
+        """SHA-256 of what edits rest on: model as found, tokenizer, context prefixes, each layer's key covariance."""
         self.prepare()
         return dict(self._fingerprints)
 
@@ -243,7 +243,11 @@ class SphereEditor:
         )
         self._engine = Engine(self.weights(), covariances, config)
         ranks = getattr(self._engine.method, "null_space_rank", {})
-        self._fingerprints = {"model": model_sha256(self.model), "contexts": _sha256(self._contexts)}
+        self._fingerprints = {
+            "model": model_sha256(self.model),
+            "tokenizer": _sha256(self.tokenizer.backend_tokenizer.to_str()),
+            "contexts": _sha256(json.dumps(self._contexts)),
+        }
         self._fingerprints |= {f"covariance.{layer}": tensor_sha256(value) for layer, value in covariances.items()}
         self._emit(
             "prepared",
@@ -258,8 +262,10 @@ class SphereEditor:
         assert self._engine is not None
         with self._engine.batch():
             record = self._write_batch(batch)
+            start = time.perf_counter()
             if self._on_batch is not None:
                 self._on_batch(record)
+            self._keeping = time.perf_counter() - start
         self._edits += len(batch)
         if self._on_batch is None:
             result.records.append(record)
@@ -299,12 +305,12 @@ class SphereEditor:
                 "loss": float(values.loss.mean()),
                 "nll": float(values.nll.mean()),
                 "steps": float(values.steps.float().mean()),
-                "seconds": dict(clock),
+                "seconds": {**clock, "keep": self._keeping},  # that of the batch before
             }
         )
         ids = [request.id for request in batch]
         return BatchRecord(engine.batches + 1, ids, done, events, torch.get_rng_state())
 
 
-def _sha256(texts: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,30 +1,36 @@
-"""One whole run: evaluate, edit, evaluate again, and leave a folder behind."""
+"""One whole run: evaluate, edit, evaluate again, and leave a folder behind; stopped anywhere, it goes on."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from sphere_edit import runs
 from sphere_edit.config import EditConfig
-from sphere_edit.contexts import PLAIN_GENERATION
-from sphere_edit.editor import EditResult, Event, SphereEditor
-from sphere_edit.metrics import PERPLEXITY_TOKENS, Evaluation, evaluate, finite, perplexity
-from sphere_edit.replay import frozen
+from sphere_edit.deltas import switch, write_deltas
+from sphere_edit.editor import SphereEditor
+from sphere_edit.files import file_sha256
+from sphere_edit.journal import Journal, RunError
+from sphere_edit.looks import Look, compare, look
+from sphere_edit.metrics import PERPLEXITY_TOKENS
+from sphere_edit.records import EditResult, Event, ReplayError
 from sphere_edit.report import write_report
-from sphere_edit.requests import EditRequest
+from sphere_edit.requests import EditRequest, batches
 from sphere_edit.text import token_windows
-from sphere_edit.tokens import encode, pad_left
-from sphere_kernels import principal_directions
 
-_NEUTRAL = ("Water boils when", "Once upon a time, there was a", "The best way to learn a new language is")
-_SAMPLE_TOKENS = 14
+_RESULT = (runs.DELTAS, runs.REPORT, runs.MODEL)  # what holds for the last batch only
+
+OnEvent = Callable[[Event], None]
+OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,10 @@ class RunOptions:
         model_name, data_name: as the user gave them; for the record.
         out: the run folder.
         perplexity_text, perplexity_tokens: see `metrics.perplexity`.
+        checkpoint_every: batches between two copies of the whole state, from which a stopped run goes on.
         save_model: also write the edited model.
         overwrite: replace an earlier run at ``out`` once this one is complete.
+        given: how model and data were read, for those who go on with the run.
     """
 
     model_name: str
@@ -44,8 +52,10 @@ class RunOptions:
     out: Path
     perplexity_text: str = "heldout"
     perplexity_tokens: int = PERPLEXITY_TOKENS
+    checkpoint_every: int = 10
     save_model: bool = False
     overwrite: bool = False
+    given: dict[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -54,62 +64,296 @@ def run(
     requests: Sequence[EditRequest],
     config: EditConfig | str,
     options: RunOptions,
-    on_event: Callable[[Event], None] | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_event: OnEvent | None = None,
+    on_progress: OnProgress | None = None,
+    journal: Journal | None = None,
 ) -> EditResult:
     """Edit ``requests`` and write the run folder ``options.out`` (see `runs`); the model stays edited.
 
+    Args:
+        journal: of the folder, where the caller has opened it by `runs.new_run`.
+
     Raises:
-        ValueError and its kinds: anything that does not fit, before a weight or ``out`` is touched.
+        ValueError and its kinds: anything that does not fit, before a weight or ``out`` is touched; or later, what
+            could not be written. The batches done by then are safe, and `resume` goes on after them.
     """
-    progress = on_progress or (lambda what, done, total: None)
     if not requests:
         raise ValueError(f"{options.data_name}: no requests; expected at least one edit")
-    runs.check_new_run(options.out, options.overwrite)
-    if next(token_windows(tokenizer, options.perplexity_text, 2, 2), None) is None:
-        raise ValueError(f"perplexity_text {options.perplexity_text!r} has no text; expected at least two tokens")
-    editor = SphereEditor(model, tokenizer, config, on_progress=progress)
-    editor.check(requests)
-    with runs.new_run(options.out, options.overwrite) as folder:
-        with (folder / runs.METRICS).open("w", encoding="utf-8") as log:
-
-            def emit(event: Event) -> None:
-                log.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
-                log.flush()
-                if on_event is not None:
-                    on_event(event)
-
-            editor.on_event = emit
-            start = time.perf_counter()
-            runs.write_config(folder, _record(editor, options, len(requests)))
-            runs.write_jsonl(folder / runs.REQUESTS, [vars(request) for request in requests])
-            prompts = sample_prompts(requests)
-
-            def look(when: str) -> tuple[Evaluation, list[str]]:
-                scores = evaluate(model, tokenizer, requests, lambda done, n: progress(f"scores {when}", done, n))
-                value = perplexity(model, tokenizer, options.perplexity_text, options.perplexity_tokens)
-                emit({"event": "evaluation", "when": when, "scores": scores.to_dict(), "perplexity": finite(value)})
-                _emit_spectra(editor, when, emit)
-                return scores, complete(model, tokenizer, [prompt for _, prompt in prompts])
-
-            editor.prepare()
-            before, said_before = look("before")
-            result = editor.edit(requests)
-            runs.write_deltas(folder, editor, result, options.model_name)
-            after, said_after = look("after")
-            for request, was, now in zip(requests, before.per_request, after.per_request, strict=True):
-                emit({"event": "request", "id": request.id, "before": was, "after": now})
-            for (kind, prompt), was_said, now_said in zip(prompts, said_before, said_after, strict=True):
-                emit({"event": "sample", "kind": kind, "prompt": prompt, "before": was_said, "after": now_said})
-            if options.save_model:
-                model.save_pretrained(folder / runs.MODEL)
-                tokenizer.save_pretrained(folder / runs.MODEL)
-            emit({"event": "finished", "seconds": time.perf_counter() - start})
-        write_report(folder)
-    return result
+    if options.checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every: expected a whole number of at least 1, got {options.checkpoint_every}")
+    opened = nullcontext(journal) if journal else runs.new_run(options.out, options.overwrite)
+    with opened as journal:
+        work = _Work(model, tokenizer, requests, config, journal, on_event, on_progress)
+        work.check(options.perplexity_text)
+        runs.write_config(journal.folder, _record(work.editor, options, len(requests), journal.folder))
+        runs.write_jsonl(journal.folder / runs.REQUESTS, [vars(request) for request in requests])
+        journal.begin(inputs={name: file_sha256(journal.folder / name) for name in (runs.CONFIG, runs.REQUESTS)})
+        return work.go()
 
 
-def _record(editor: SphereEditor, options: RunOptions, edits: int) -> dict[str, Any]:
+def resume(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    on_event: OnEvent | None = None,
+    on_progress: OnProgress | None = None,
+    journal: Journal | None = None,
+) -> EditResult:
+    """Go on with the run in ``folder`` where it was stopped; it ends as it would have ended, bit for bit.
+
+    Args:
+        model, tokenizer: as they were before the run.
+        journal: of the folder, where the caller has opened it by `runs.existing_run`.
+
+    Raises:
+        RunError: another model, or another machine that does not give the same bits; nothing has been changed then.
+    """
+    with nullcontext(journal) if journal else runs.existing_run(folder) as journal:
+        work = _Work.of_run(model, tokenizer, journal, on_event, on_progress)
+        if not runs.is_finished(journal):
+            return work.go()
+        switch(journal.folder, work.editor.structure, "after")
+        events = runs.read_events(journal.folder)
+        runs.replace_earlier(journal.folder, runs.read_config(journal.folder)["replaces"])
+        return EditResult(list(work.requests), events=events)
+
+
+def rollback(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    to_batch: int,
+    on_progress: OnProgress | None = None,
+    journal: Journal | None = None,
+) -> Path | None:
+    """Take the newest batches of a run away, so that it is as if it had been stopped after batch ``to_batch``.
+
+    ``deltas.safetensors`` then holds for that batch, `resume` goes on from it, and the model is as it was then.
+
+    Args:
+        model, tokenizer, journal: as for `resume`.
+        to_batch: 0 is before the first.
+
+    Returns:
+        Where everything later has been put; None if there was nothing.
+
+    Raises:
+        RunError: there is no such batch, or the run cannot be restored (see `resume`); nothing has been changed then.
+    """
+    with nullcontext(journal) if journal else runs.existing_run(folder) as journal:
+        check_batch(journal, to_batch)
+        work = _Work.of_run(model, tokenizer, journal, None, on_progress)
+        if to_batch == journal.batches and runs.has_deltas(journal):
+            switch(journal.folder, work.editor.structure, "after")
+            return None
+        with work.as_recorded():
+            before = work.prepare()
+            work.restore(to_batch)
+            work.repair(before)
+            aside = journal.go_back(to_batch, _RESULT)
+            work.write_events(before)
+            work.write_deltas()
+        return aside
+
+
+def check_batch(journal: Journal, number: int) -> None:
+    if not 0 <= number <= journal.batches:
+        fault = f" ({journal.fault})" if journal.fault else ""
+        raise RunError(
+            f"{journal.folder} has batches 1 to {journal.batches}{fault}; cannot roll back to batch {number}"
+        )
+
+
+class _Work:
+    """One process at work on a run."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        requests: Sequence[EditRequest],
+        config: EditConfig | str,
+        journal: Journal,
+        on_event: OnEvent | None,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.requests, self.journal, self.folder = requests, journal, journal.folder
+        self.on_event = on_event or (lambda event: None)
+        self.progress = on_progress or (lambda what, done, total: None)
+        self.start = time.perf_counter()
+        self.editor = SphereEditor(
+            model,
+            tokenizer,
+            config,
+            on_progress=lambda what, *place: None if what == "batches" else self.progress(what, *place),
+            on_batch=lambda batch: runs.write_batch(journal, batch),
+        )
+        self.prepared: list[Event] = []
+        self.editor.on_event = self.prepared.append
+
+    @classmethod
+    def of_run(
+        cls, model: Any, tokenizer: Any, journal: Journal, on_event: OnEvent | None, on_progress: OnProgress | None
+    ) -> _Work:
+        record = runs.read_config(journal.folder)
+        requests, settings = runs.read_requests(journal.folder), EditConfig.from_dict(record["settings"])
+        work = cls(model, tokenizer, requests, settings, journal, on_event, on_progress)
+        work.check(record["perplexity_text"])
+        device = str(work.editor.structure.device)
+        if device != record["device"]:
+            raise RunError(f"{journal.folder} was begun on device {record['device']!r}, the model is on {device!r}")
+        return work
+
+    def check(self, perplexity_text: str) -> None:
+        if next(token_windows(self.editor.tokenizer, perplexity_text, 2, 2), None) is None:
+            raise ValueError(f"perplexity_text {perplexity_text!r} has no text; expected at least two tokens")
+        self.editor.check(self.requests)
+
+    def go(self) -> EditResult:
+        with self.as_recorded():
+            before = self.prepare()
+            self.restore(self.journal.batches)
+            self.repair(before)
+            known = self.write_events(before)
+            self.edit()
+            self.write_deltas()
+            after = self.look("after")
+            for event in (*after.events, *compare(self.requests, before, after)):
+                self.emit(event)
+            self.finish(known)
+        events = runs.read_events(self.folder)
+        runs.replace_earlier(self.folder, self.record["replaces"])
+        return EditResult(list(self.requests), events=events)
+
+    @contextmanager
+    def as_recorded(self) -> Iterator[None]:
+        """The threads and the random state that the run began with; the caller's own afterwards."""
+        self.record = runs.read_config(self.folder)
+        recorded, threads = self.record["environment"]["threads"], torch.get_num_threads()
+        device = self.editor.structure.device
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+            torch.manual_seed(self.editor.config.seed)
+            if recorded != threads:
+                self.journal.on_note(f"{recorded} threads, as the run began with, instead of {threads}")
+                torch.set_num_threads(recorded)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(threads)
+
+    def prepare(self) -> Look:
+        """See that all is as it was when the run began; the look from before the first edit, kept or taken now."""
+        for change in runs.environment_changes(self.record):
+            self.journal.on_note(f"since the run began, {change}")
+        self.editor.prepare()
+        record = self.journal.last("before")
+        if record is not None:
+            self.check_unchanged(record["fingerprints"])
+            fault = self.journal.fault_of(record)
+            if fault is None:
+                return Look.read(self.journal.path(record))
+            self.journal.on_note(f"{fault}; evaluating again")
+        found = self.look("before")
+        events = self.prepared + found.events
+        for event in events:
+            self.on_event(event)
+        return Look(events, found.per_request, found.said)
+
+    def check_unchanged(self, fingerprints: dict[str, str]) -> None:
+        changes, found = runs.environment_changes(self.record), self.editor.fingerprints()
+        for name, expected in fingerprints.items():
+            if found.get(name) != expected:
+                reason = f" ({'; '.join(changes)})" if changes else ""
+                raise RunError(
+                    f"the {name} is not as it was when {self.folder} began{reason}: expected SHA-256 "
+                    f"{expected[:16]}…, found {str(found.get(name))[:16]}…; it was made with model "
+                    f"{self.record['model']!r}"
+                )
+
+    def repair(self, before: Look) -> None:
+        """The first change to the folder, once nothing can be amiss with model and machine."""
+        self.journal.repair()
+        record = self.journal.last("before")
+        if record is not None and self.journal.fault_of(record) is None:
+            return
+        if (self.folder / runs.BEFORE).exists():
+            self.journal.set_aside(runs.BEFORE)
+        with self.journal.writing(runs.BEFORE):
+            before.write(self.folder / runs.BEFORE)
+        self.journal.add("before", runs.BEFORE, fingerprints=self.editor.fingerprints())
+
+    def look(self, when: str) -> Look:
+        text, tokens = self.record["perplexity_text"], self.record["perplexity_tokens_at_most"]
+        return look(self.editor, self.requests, when, text, tokens, self.progress)
+
+    def restore(self, to: int) -> None:
+        """The model and the editor's state as they were after batch ``to``."""
+        editor = self.editor
+        checkpoint = self.journal.checkpoint(to)
+        if checkpoint is not None:
+            editor.load_state_dict(load_file(self.journal.path(checkpoint)))
+        for record in self.journal.of_kind("batch")[editor.batches : to]:
+            self.progress("batches done before", editor.batches, to)
+            try:
+                editor.replay(runs.read_batch(self.journal, record))
+            except ReplayError as error:
+                changes = "; ".join(runs.environment_changes(self.record))
+                raise RunError(f"{self.journal.path(record)}: {error}{f' ({changes})' if changes else ''}") from error
+        if to:
+            self.progress("batches done before", to, to)
+
+    def edit(self) -> None:
+        parts, every = batches(self.requests, self.editor.config.batch_size), self.record["checkpoint_every"]
+        done = self.journal.batches
+        if done < len(parts):  # what a rollback made holds no longer
+            for name in (runs.DELTAS, runs.REPORT):
+                (self.folder / name).unlink(missing_ok=True)
+        self.editor.on_event = self.emit
+        for number, batch in enumerate(parts[done:], done + 1):
+            self.progress("batches", number - 1, len(parts))
+            self.editor.edit(batch)
+            if number % every == 0:
+                self.journal.add_checkpoint(self.editor.state_dict())
+        self.progress("batches", len(parts), len(parts))
+
+    def finish(self, known: Sequence[Event]) -> None:
+        model, tokenizer = self.editor.model, self.editor.tokenizer
+        if self.record["save_model"]:
+            with self.journal.writing(runs.MODEL):
+                for left in (self.folder / runs.MODEL, *self.folder.glob(f".{runs.MODEL}.partial-*")):
+                    shutil.rmtree(left, ignore_errors=True)
+                with runs.new_model_folder(self.folder / runs.MODEL) as path:
+                    model.save_pretrained(path)
+                    tokenizer.save_pretrained(path)
+        earlier = sum(sum(event["seconds"].values()) for event in known if event["event"] == "batch")
+        self.emit({"event": "finished", "seconds": earlier + time.perf_counter() - self.start})
+        with self.journal.writing(runs.REPORT):
+            write_report(self.folder)
+        self.journal.add("finished", runs.METRICS)
+
+    def emit(self, event: Event) -> None:
+        with self.journal.writing(runs.METRICS), (self.folder / runs.METRICS).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
+        self.on_event(event)
+
+    def write_events(self, before: Look) -> list[Event]:
+        """Make ``metrics.jsonl`` of what is kept: the events up to the last batch."""
+        batch_events = [event for batch in self.journal.of_kind("batch") for event in batch["events"]]
+        known = before.events + batch_events
+        with self.journal.writing(runs.METRICS):
+            runs.write_jsonl(self.folder / runs.METRICS, known)
+        return known
+
+    def write_deltas(self) -> None:
+        editor = self.editor
+        names = {layer: editor.structure.down[layer].name for layer in editor.config.layers}
+        with self.journal.writing(runs.DELTAS):
+            write_deltas(self.folder, names, editor.original_weights(), editor.weights(), self.record["model"])
+        self.journal.add("deltas", runs.DELTAS)
+
+
+def _record(editor: SphereEditor, options: RunOptions, edits: int, folder: Path) -> dict[str, Any]:
+    target = options.out.resolve().name
     return {
         "model": options.model_name,
         "data": options.data_name,
@@ -118,49 +362,10 @@ def _record(editor: SphereEditor, options: RunOptions, edits: int) -> dict[str, 
         "perplexity_tokens_at_most": options.perplexity_tokens,
         "dtype": str(editor.weights()[editor.config.layers[0]].dtype),
         "device": str(editor.structure.device),
+        "checkpoint_every": options.checkpoint_every,
+        "save_model": options.save_model,
+        "replaces": None if folder.name == target else target,
+        "given": options.given,
         "settings": editor.config.to_dict(),
         "environment": runs.environment(),
     }
-
-
-def _emit_spectra(editor: SphereEditor, when: str, emit: Callable[[Event], None]) -> None:
-    """Eigenvalues of ``ŴᵀŴ/n`` of each edited weight, and how many of them the principal directions are."""
-    for layer, weight in editor.weights().items():
-        directions = principal_directions(weight, editor.config.energy_ratio)
-        eigenvalues = [float(f"{value:.6g}") for value in directions.eigenvalues.tolist()]
-        emit(
-            {
-                "event": "spectrum",
-                "when": when,
-                "layer": layer,
-                "rank": int(directions.rank),
-                "energy_ratio": float(directions.energy_ratio),
-                "eigenvalues": eigenvalues,
-            }
-        )
-
-
-def sample_prompts(requests: Sequence[EditRequest]) -> list[tuple[str, str]]:
-    """(kind, prompt) of the completions shown: edited facts, paraphrases of them, neighbours, and neutral ones."""
-    chosen = requests[:: max(1, len(requests) // 4)][:4]
-    prompts = [("edited", r.text) for r in chosen]
-    prompts += [("paraphrase", r.paraphrases[0]) for r in chosen[:2] if r.paraphrases]
-    prompts += [("neighbor", r.neighborhood[0]) for r in chosen if r.neighborhood][:2]
-    return prompts + [("neutral", prompt) for prompt in _NEUTRAL]
-
-
-def complete(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = _SAMPLE_TOKENS) -> list[str]:
-    """Greedy continuations of ``prompts``, without the prompts."""
-    rows = [encode(tokenizer, prompt).ids for prompt in prompts]
-    inputs = pad_left(rows, next(model.parameters()).device)
-    with frozen(model), torch.no_grad():
-        out = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=tokens,
-            do_sample=False,
-            **PLAIN_GENERATION,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    width = inputs["input_ids"].shape[1]
-    return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in out]

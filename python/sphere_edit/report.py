@@ -31,7 +31,8 @@ from sphere_edit.requests import EditRequest
 Event = dict[str, Any]
 
 _SHOWN, _LONGEST = 50, 600
-_STAGES = {"values": "optimise values", "keys": "collect keys", "solve": "solve, project, write", "energy": "energy"}
+_STAGES = {"values": "optimise values", "keys": "collect keys", "project": "directions, project"}
+_STAGES |= {"update": "write, energy", "record": "record, hash", "keep": "write batch files"}
 _INK, _MUTED, _LINE = "#010101", "#010102", "#010103"
 _SERIES = ["#010111", "#010112", "#010113", "#010114", "#010115", "#010116"]
 _CSS = {_INK: "currentColor", _MUTED: "var(--muted)", _LINE: "var(--line)"}

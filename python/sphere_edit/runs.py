@@ -1,15 +1,16 @@
-"""The folder that a run leaves behind, and its exact undoing.
+"""The folder of a run.
 
     config.yaml          model, data, settings, versions
     requests.jsonl       the edits in order
-    metrics.jsonl        one event a line, as it happened
-    deltas.safetensors   per edited weight: the projected updates as factors, and the bits that the run changed
+    before.json          the evaluation and completions from before the first edit
+    batches/, checkpoints/, journal.jsonl, set-aside/, lock
+                         what each batch did, kept safe as it happens: see `journal`
+    metrics.jsonl        one event a line; made anew from the journal when a run goes on
+    deltas.safetensors   per edited weight the bits that the run changed; see `deltas`
     report.html          the page made from the above
     model/               the edited model, where asked for
 
-Adding low-rank factors again could round differently on another machine, and subtracting them never gives the old bits
-back. So the file also holds, per weight, the exclusive or of the bits before and after: applying it to either gives
-the other, everywhere, and SHA-256 sums say which of the two a model has.
+The last three are there when a run is complete.
 """
 
 from __future__ import annotations
@@ -17,80 +18,177 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 import sphere_kernels
-from sphere_edit.editor import EditResult, SphereEditor
-from sphere_edit.files import new_folder, replacing, tensor_sha256, umask
-from sphere_edit.structure import ModelStructure
+from sphere_edit.data.reading import read_records
+from sphere_edit.files import (
+    file_sha256,
+    flush,
+    make_folder,
+    new_folder,
+    read_facts,
+    replacing,
+    umask,
+)
+from sphere_edit.journal import (
+    BATCHES,
+    CHECKPOINTS,
+    FORMAT,
+    JOURNAL,
+    LOCK,
+    SET_ASIDE,
+    Journal,
+    Record,
+    RunError,
+    locked,
+    resume_command,
+)
+from sphere_edit.records import BatchRecord, LayerRecord
+from sphere_edit.requests import EditRequest
 
-FORMAT = 1
-CONFIG, REQUESTS, METRICS, DELTAS, REPORT, MODEL = (
+CONFIG, REQUESTS, BEFORE, METRICS, DELTAS, REPORT, MODEL = (
     "config.yaml",
     "requests.jsonl",
+    "before.json",
     "metrics.jsonl",
     "deltas.safetensors",
     "report.html",
     "model",
 )
-_NAMES = (CONFIG, REQUESTS, METRICS, DELTAS, REPORT, MODEL)
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class RunError(ValueError):
-    """A run folder that cannot be used; the message names the folder, what was expected and what was found."""
+_BEGINNING = (CONFIG, REQUESTS, LOCK)
+_NAMES = (*_BEGINNING, BEFORE, METRICS, DELTAS, REPORT, MODEL, JOURNAL, BATCHES, CHECKPOINTS, SET_ASIDE)
+_LEFT = re.compile(r"\..*\.tmp|\.model\.partial-.*")  # by a kill
 
 
 @contextmanager
-def new_run(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A fresh folder beside ``path``, moved there once everything in it is complete.
+def new_run(path: Path, overwrite: bool = False) -> Iterator[Journal]:
+    """The locked folder of a new run: ``path``, or where there is a run, a folder ``<path>.partial-…`` beside it.
 
-    An error or interrupt leaves ``path`` as it was, and what there is so far in a folder ``<path>.partial-…``.
+    An error before the journal begins takes the folder away again; later, what there is stays and can be resumed.
 
     Raises:
-        RunError: ``path`` exists and ``overwrite`` is not given, or it is something other than a run folder.
+        RunError: ``path`` exists and ``overwrite`` is not given, it is something other than a run folder, another
+            process is at work in it, or it cannot be written.
     """
     path = path.resolve()  # a link stays a link
     check_new_run(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.partial-"))
-    yield work
-    check_new_run(path, overwrite)  # another process may have been here meanwhile
-    work.chmod(0o777 & ~umask())
-    if path.exists():
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.old-"))
-        os.rename(path, old / path.name)
-        try:
-            os.rename(work, path)
-        except BaseException:
-            os.rename(old / path.name, path)
-            raise
-        shutil.rmtree(old)
-    else:
-        os.rename(work, path)
+    made: list[Path] = []
+    try:
+        if path.exists() and not _unbegun(path):
+            work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.partial-"))
+            made = [work]
+            work.chmod(0o777 & ~umask())
+            flush(path.parent)
+        else:
+            work, made = path, make_folder(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror})") from error
+    try:
+        with Journal.opened(work) as journal:
+            try:
+                if journal.records:
+                    raise RunError(f"run folder {path} was made by another process meanwhile; expected a new path")
+                yield journal
+            finally:
+                if not (work / JOURNAL).exists():
+                    for name in _BEGINNING:
+                        (work / name).unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):  # that it is not empty
+            for folder in reversed(made):
+                folder.rmdir()
 
 
 def check_new_run(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
-    strange = [entry.name for entry in path.iterdir() if entry.name not in _NAMES] if path.is_dir() else [path.name]
+    strange = [path.name]
+    if path.is_dir():
+        names = [entry.name for entry in path.iterdir()]
+        strange = [name for name in names if name not in _NAMES and not _LEFT.fullmatch(name)]
     if strange:
         raise RunError(f"{path} exists and is not a run folder (it has {strange[0]}); expected a new path")
-    if any(path.iterdir()):
+    if any(name != LOCK for name in names):
         read_config(path)
-    if not overwrite:
-        raise RunError(f"run folder {path} exists; expected a new path, or --overwrite to replace it when done")
+    if overwrite or _unbegun(path):
+        return
+    if (path / JOURNAL).exists() and not (path / REPORT).exists():
+        raise RunError(f"{path} holds an unfinished run; go on with: {resume_command(path)}")
+    raise RunError(f"run folder {path} exists; expected a new path, or --overwrite to replace it when done")
+
+
+def _unbegun(path: Path) -> bool:
+    """Whether a run was stopped there before its first step: nothing to lose, and nothing to resume."""
+    return (path / LOCK).exists() and all(entry.name in _BEGINNING for entry in path.iterdir())
+
+
+@contextmanager
+def existing_run(path: Path) -> Iterator[Journal]:
+    """The locked folder of an earlier run.
+
+    Raises:
+        RunError: no run began there, its config or requests are not those it was made with, another process is at
+            work in it, or it cannot be written.
+    """
+    path = path.resolve()
+    read_config(path)
+    if not (path / JOURNAL).exists() and not (path / BATCHES).exists():
+        raise RunError(f"{path} has no {JOURNAL}: the run was stopped before its first step; start it again")
+    with Journal.opened(path) as journal:
+        for file, expected in journal.records[0]["inputs"].items():
+            found = file_sha256(path / file) if (path / file).is_file() else "none"
+            if found != expected:
+                raise RunError(
+                    f"{path / file} is not the one that the run was made with: expected SHA-256 {expected[:16]}…, "
+                    f"found {found[:16]}; put back a copy of it, or begin a new run"
+                )
+        yield journal
+
+
+def is_finished(journal: Journal) -> bool:
+    """Whether the run is complete and its result is as it was written."""
+    end = journal.last("finished")
+    return end is not None and end["number"] == journal.batches and not journal.fault_of(end) and has_deltas(journal)
+
+
+def has_deltas(journal: Journal) -> bool:
+    """Whether ``deltas.safetensors`` is whole and holds for the last batch."""
+    found = journal.last("deltas")
+    return found is not None and found["number"] == journal.batches and not (journal.fault or journal.fault_of(found))
+
+
+def replace_earlier(folder: Path, name: str | None) -> Path:
+    """Put a complete run that was made beside an earlier one called ``name`` into its place; where the run is then."""
+    if name is None or name == folder.name:
+        return folder
+    path = folder.with_name(name)
+    check_new_run(path, overwrite=True)
+    if not path.exists():
+        os.rename(folder, path)
+        flush(path.parent)
+        return path
+    with locked(path):
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.old-"))
+        os.rename(path, old / path.name)
+        try:
+            os.rename(folder, path)
+        except BaseException:
+            os.rename(old / path.name, path)
+            raise
+        flush(path.parent)
+        shutil.rmtree(old)
+    return path
 
 
 def environment() -> dict[str, Any]:
@@ -102,9 +200,16 @@ def environment() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
+        "machine": f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
     }
+
+
+def environment_changes(config: Mapping[str, Any]) -> list[str]:
+    """What differs from where a run was made, but for the threads, which can be set."""
+    now = environment()
+    then = {name: config["environment"].get(name) for name in now if name != "threads"}
+    return [f"{name} was {value}, is {now[name]}" for name, value in then.items() if value != now[name]]
 
 
 def write_config(run: Path, config: Mapping[str, Any]) -> None:
@@ -150,96 +255,33 @@ def read_events(run: Path) -> list[dict[str, Any]]:
     return events
 
 
-def write_deltas(run: Path, editor: SphereEditor, result: EditResult, model_name: str) -> None:
-    """Write ``deltas.safetensors``: for weight ``W [n, d]`` the tensors ``W.left [n, edits]``, ``W.right [edits, d]``
-    (fp32, batches one after the other) and ``W.bits [n, d]`` (integers as wide as the weight)."""
-    tensors: dict[str, Tensor] = {}
-    weights = {}
-    original, now = editor.original_weights(), editor.weights()
-    for layer, updates in result.updates.items():
-        name = editor.structure.down[layer].name
-        tensors[f"{name}.left"] = torch.cat([u.left for u in updates], 1).contiguous()
-        tensors[f"{name}.right"] = torch.cat([u.right for u in updates], 0).contiguous()
-        tensors[f"{name}.bits"] = (_bits(original[layer]) ^ _bits(now[layer])).cpu()
-        weights[name] = {
-            "layer": layer,
-            "dtype": str(now[layer].dtype),
-            "before": tensor_sha256(original[layer]),
-            "after": tensor_sha256(now[layer]),
-        }
-    sizes = [u.left.shape[1] for u in next(iter(result.updates.values()))]
-    metadata = {
-        "format": str(FORMAT),
-        "model": model_name,
-        "batches": json.dumps(sizes),
-        "weights": json.dumps(weights),
+def read_requests(run: Path) -> list[EditRequest]:
+    return [EditRequest.from_dict(record.fields) for record in read_records(run / REQUESTS)]
+
+
+def write_batch(journal: Journal, batch: BatchRecord) -> None:
+    """Keep a batch: per layer ``4.keys [b, d]``, ``4.left [n, b]``, ``4.right [b, d]`` (fp32), and ``random_state``.
+
+    Its events, which hold times, go into the journal's line: the same batch gives the same file."""
+    tensors = {"random_state": batch.random_state}
+    for layer, done in batch.layers.items():
+        tensors |= {f"{layer}.keys": done.keys, f"{layer}.left": done.left, f"{layer}.right": done.right}
+    facts = {
+        "number": batch.number,
+        "requests": list(batch.requests),
+        "sha256": {str(layer): done.sha256 for layer, done in batch.layers.items()},
     }
-    with replacing(run / DELTAS) as path:
-        save_file(tensors, path, metadata)
+    journal.add_batch(batch.number, tensors, facts, events=batch.events)
 
 
-def weights_dtype(run: Path) -> torch.dtype:
-    """The dtype of the weights that a run edited, as ``deltas.safetensors`` says."""
-    path = run / DELTAS
-    try:
-        with safe_open(path, "pt") as file:
-            names = {facts["dtype"] for facts in json.loads(file.metadata()["weights"]).values()}
-        (name,) = names
-        dtype = getattr(torch, name.removeprefix("torch."))
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-@torch.no_grad()
-def switch(run: Path, structure: ModelStructure, to: Literal["after", "before"]) -> list[str]:
-    """Apply (``to="after"``) or revert (``to="before"``) a run on a model, bit for bit; returns the weights' names.
-
-    Every weight's SHA-256 is checked before any is written, and the result's before it is written.
-
-    Raises:
-        RunError: the model has no such weight, or its bits are neither expected ones; nothing has been written then.
-    """
-    path = run / DELTAS
-    here = "before" if to == "after" else "after"
-    done = "applied" if to == "after" else "reverted"
-    down = {d.name: d for d in structure.down}
-    changed: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != str(FORMAT):
-                raise RunError(f"{path}: expected format {FORMAT}, found {metadata.get('format')!r}")
-            for name, facts in json.loads(metadata["weights"]).items():
-                if name not in down:
-                    raise RunError(
-                        f"{path} edits {name}, which this model does not have; it was made for "
-                        f"{metadata.get('model')!r}"
-                    )
-                weight = down[name].weight
-                found = tensor_sha256(weight)
-                if found == facts[to] != facts[here]:
-                    raise RunError(f"{name}: the edits of {run} are already {done}")
-                if found != facts[here]:
-                    raise RunError(
-                        f"{name} ({list(weight.shape)}, {weight.dtype}) is not the weight that {run} expects: expected "
-                        f"SHA-256 {facts[here][:16]}… ({facts['dtype']}), found {found[:16]}…; it was made for "
-                        f"{metadata.get('model')!r}"
-                    )
-                bits = file.get_tensor(f"{name}.bits").to(weight.device)
-                changed[name] = (_bits(weight) ^ bits).view(weight.dtype)
-                if tensor_sha256(changed[name]) != facts[to]:
-                    raise RunError(f"{path}: the stored bits of {name} are damaged (SHA-256 does not match)")
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
-    for name, weight in changed.items():
-        down[name].weight.copy_(weight)
-    return list(changed)
-
-
-def _bits(weight: Tensor) -> Tensor:
-    return weight.contiguous().view(_BITS[weight.dtype.itemsize])
+def read_batch(journal: Journal, record: Record) -> BatchRecord:
+    path = journal.path(record)
+    tensors, facts = load_file(path), read_facts(path)
+    layers = {
+        int(layer): LayerRecord(tensors[f"{layer}.keys"], tensors[f"{layer}.left"], tensors[f"{layer}.right"], sha256)
+        for layer, sha256 in facts["sha256"].items()
+    }
+    return BatchRecord(facts["number"], facts["requests"], layers, record["events"], tensors["random_state"])
 
 
 @contextmanager

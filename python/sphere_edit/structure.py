@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -110,8 +111,11 @@ def check_weights_finite(model: nn.Module) -> None:
 
 
 def model_sha256(model: Any) -> str:
-    """SHA-256 of a model's settings and all of its parameters."""
-    digest = hashlib.sha256(model.config.to_json_string(use_diff=True).encode())
+    """SHA-256 of a model's settings and all of its parameters, whatever its name and the library's version."""
+    settings = json.loads(model.config.to_json_string(use_diff=True))
+    for name in ("_name_or_path", "transformers_version"):
+        settings.pop(name, None)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{parameter.dtype}{list(parameter.shape)}".encode())
         digest.update(tensor_bytes(parameter))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors import SafetensorError
+
+from sphere_edit.journal import Journal, resume_command
 
 console = Console()
 errors = Console(stderr=True)
@@ -43,21 +45,19 @@ def plain_errors() -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
+def note(text: str) -> None:
+    errors.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
-def partial_named(out: Path) -> Iterator[None]:
-    """Say where an unfinished run has left what it has."""
-
-    def unfinished() -> set[Path]:
-        if not out.parent.is_dir():
-            return set()
-        return {path for path in out.parent.iterdir() if path.name.startswith(f"{out.name}.partial-")}
-
-    earlier = unfinished()
+def way_on(journal: Journal) -> Iterator[None]:
+    """Where a run ends before its end, say what is safe and how to go on."""
     try:
         yield
-    except BaseException:
-        for path in unfinished() - earlier:
-            errors.print(f"unfinished: {path}", markup=False, highlight=False, soft_wrap=True)
+    except BaseException as error:
+        command = resume_command(journal.folder)
+        if journal.records and command not in str(error):
+            note(f"batches kept safe: {journal.batches}; go on with: {command}")
         raise
 
 
@@ -128,6 +128,23 @@ def _score_text(score: dict[str, Any]) -> str:
     if score["mean"] is None:
         return "-"
     return f"{score['mean']:.3f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.3f}")
+
+
+def spectrum_table(rows: list[dict[str, Any]], heading: str) -> Table:
+    """Energy and spectrum of every layer, from `layer_energies`."""
+    table = Table(title=escape(heading))
+    for name in ("layer", "n × d", "HE", "excess", "r", "spectrum"):
+        table.add_column(name, justify="right" if name != "spectrum" else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row["layer"]),
+            f"{row['n']} × {row['d']}",
+            f"{row['energy']:.2f}",
+            f"{row['excess']:+.2f}",
+            str(row["rank"]),
+            sparkline(row["eigenvalues"]),
+        )
+    return table
 
 
 def sparkline(values: list[float], width: int = 24) -> str:

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from sphere_edit import runs
-from sphere_edit.cli import _settings, app, sparkline
+from sphere_edit.cli import app
+from sphere_edit.options import settings
+from sphere_edit.terminal import sparkline
 
 _QUICK = [
     *("--set", "layers=[1,2,3]", "--batch-size", "2", "--set", "value_steps=3", "--set", "contexts=1"),
@@ -59,13 +61,13 @@ def folder(tmp_path_factory, tokenizer):
     return base
 
 
-@pytest.mark.parametrize("command", ["", "run", "evaluate", "energy", "report", "apply", "revert"])
+@pytest.mark.parametrize("command", ["", "run", "evaluate", "energy", "report", "apply", "revert", "rollback"])
 def test_help(command):
     result = _call(*([command] if command else []), "--help")
     assert result.exit_code == 0
     assert "Usage" in result.stdout and not result.stderr
     if not command:
-        for name in ("run", "evaluate", "energy", "report", "apply", "revert"):
+        for name in ("run", "evaluate", "energy", "report", "apply", "revert", "rollback"):
             assert re.search(rf"^\s+{name}\b", result.stdout, re.M)
 
 
@@ -200,12 +202,12 @@ def test_model_with_nan(folder, tmp_path, tokenizer):
 
 
 def test_interrupt_is_status_130(folder, tmp_path, monkeypatch):
-    from sphere_edit import procedure
+    from sphere_edit import looks
 
-    monkeypatch.setattr(procedure, "perplexity", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(looks, "perplexity", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     result = _call("run", "-m", folder / "model", "-d", folder / "facts.jsonl", "-o", tmp_path / "out", *_QUICK)
     assert result.exit_code == 130 and "interrupted" in result.stderr and "Traceback" not in result.output
-    assert not (tmp_path / "out").exists()
+    assert f"go on with: sphere-edit run --resume {tmp_path / 'out'}" in result.stderr
 
 
 def test_dtype_option(folder, tmp_path):
@@ -233,4 +235,4 @@ def test_a_run_in_another_dtype_is_applied_in_it(folder, tmp_path):
 
 
 def test_exponents_without_a_point_are_numbers():
-    assert _settings("auto", None, ["value_lr=1e-3"], {}).value_lr == 1e-3
+    assert settings("auto", None, ["value_lr=1e-3"], {}).value_lr == 1e-3

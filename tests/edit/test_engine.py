@@ -121,7 +121,14 @@ def test_state_of_another_editor_is_refused(make):
 def test_fingerprints_say_what_the_edits_rest_on(make, monkeypatch):
     one, same, other = make(), make(), make(contexts=0)
     assert one.fingerprints() == same.fingerprints()
-    assert set(one.fingerprints()) == {"model", "contexts", "covariance.1", "covariance.2", "covariance.3"}
+    assert set(one.fingerprints()) == {
+        "model",
+        "tokenizer",
+        "contexts",
+        "covariance.1",
+        "covariance.2",
+        "covariance.3",
+    }
     changed = {name for name, value in other.fingerprints().items() if value != one.fingerprints()[name]}
     assert changed == {"contexts"}
     one.edit(tiny.facts(2))

@@ -8,14 +8,16 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit import procedure, runs
+from sphere_edit import looks, procedure, runs
 from sphere_edit.config import EditConfig
+from sphere_edit.looks import complete, sample_prompts
 from sphere_edit.metrics import evaluate, perplexity
-from sphere_edit.procedure import RunOptions, complete, sample_prompts
+from sphere_edit.procedure import RunOptions
 from sphere_edit.requests import EditRequest, RequestError
 from sphere_edit.runs import RunError
 
-_FILES = {"config.yaml", "requests.jsonl", "metrics.jsonl", "deltas.safetensors", "report.html"}
+_FILES = {"config.yaml", "requests.jsonl", "before.json", "journal.jsonl", "batches", "lock"}
+_FILES |= {"metrics.jsonl", "deltas.safetensors", "report.html"}
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_failure_leaves_the_earlier_run(where, error, edit, quick_report, monkey
         raise error("cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(procedure, where, fail)
+        patch.setattr(looks if where == "complete" else procedure, where, fail)
         with pytest.raises(error):
             edit(requests=tiny.facts(1), overwrite=True)
     assert _contents(run) == before
@@ -98,23 +100,26 @@ def test_failure_leaves_the_earlier_run(where, error, edit, quick_report, monkey
     assert (unfinished / runs.DELTAS).is_file() == (where == "write_report")  # kept as soon as there are edits
 
 
-def test_failure_in_a_batch_leaves_no_run(edit, quick_report, monkeypatch, tmp_path):
-    from sphere_edit import editor
+def test_failure_in_a_batch_keeps_those_before(edit, quick_report, monkeypatch, tmp_path):
+    from sphere_edit.engine import Engine
 
-    calls, add = [], editor._add
+    calls, add = [], Engine._add
 
-    def failing(weight, update):
+    def failing(self, layer, left, right):
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        add(weight, update)
+        add(self, layer, left, right)
 
-    monkeypatch.setattr(editor, "_add", failing)
+    monkeypatch.setattr(Engine, "_add", failing)
     with pytest.raises(KeyboardInterrupt):
         edit()
-    assert not (tmp_path / "run").exists()
-    events = [json.loads(line) for line in next(tmp_path.glob("run.partial-*/metrics.jsonl")).read_text().splitlines()]
-    assert [e["batch"] for e in events if e["event"] == "batch"] == [1]
+    run = tmp_path / "run"
+    assert [e["batch"] for e in runs.read_events(run) if e["event"] == "batch"] == [1]
+    assert [p.name for p in (run / "batches").iterdir()] == ["000001.safetensors"]
+    assert not (run / runs.DELTAS).exists()
+    with pytest.raises(RunError, match="unfinished run; go on with: sphere-edit run --resume"):
+        edit()
 
 
 def test_overwrite(edit, quick_report, tmp_path):
@@ -210,14 +215,17 @@ def test_overwrite_spares_what_is_not_a_run(edit, quick_report, tmp_path):
 
 
 def test_a_folder_that_appears_meanwhile_is_spared(edit, quick_report, monkeypatch, tmp_path):
-    complete = procedure.complete
+    """It is not a run that --overwrite was to replace; the new one stays beside it, complete."""
+    edit()
+    complete = looks.complete
 
     def slow(*args):
-        (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "notes.txt").write_text("mine")
         return complete(*args)
 
-    monkeypatch.setattr(procedure, "complete", slow)
+    monkeypatch.setattr(looks, "complete", slow)
     with pytest.raises(RunError, match="notes.txt"):
-        edit()
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+        edit(overwrite=True, requests=tiny.facts(1))
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine" and runs.read_config(tmp_path / "run")["edits"] == 3
+    (beside,) = tmp_path.glob("run.partial-*")
+    assert runs.read_config(beside)["edits"] == 1 and (beside / runs.DELTAS).is_file()

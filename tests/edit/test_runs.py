@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import yaml
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sphere_edit import procedure, runs
+from sphere_edit.deltas import switch
+from sphere_edit.files import read_facts
 from sphere_edit.procedure import RunOptions
-from sphere_edit.runs import RunError, switch
+from sphere_edit.runs import RunError
 from sphere_edit.structure import find_structure
 
 
@@ -70,13 +72,18 @@ def test_apply_and_revert_bit_for_bit(family, dtype, edit):
 
 def test_factors_are_the_update(edit):
     edited, run = edit()
-    fresh, tensors = tiny.make_model("llama"), load_file(run / "deltas.safetensors")
-    for down, now in zip(find_structure(fresh).down[1:4], find_structure(edited).down[1:4], strict=True):
-        left, right = tensors[f"{down.name}.left"], tensors[f"{down.name}.right"]
-        assert left.shape == (tiny.HIDDEN, 3) and right.shape == (3, 80)
-        torch.testing.assert_close(down.weight + left @ right, now.weight, atol=1e-5, rtol=1e-4)
-    with safe_open(run / "deltas.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["batches"]) == [2, 1]
+    fresh, batches = tiny.make_model("llama"), sorted((run / "batches").iterdir())
+    assert [read_facts(path)["requests"] for path in batches] == [["capital", "book"], ["player"]]
+    found = [load_file(path) for path in batches]
+    for layer, (down, now) in enumerate(
+        zip(find_structure(fresh).down[1:4], find_structure(edited).down[1:4], strict=True), 1
+    ):
+        weight = down.weight
+        for tensors, size in zip(found, (2, 1), strict=True):
+            left, right = tensors[f"{layer}.left"], tensors[f"{layer}.right"]
+            assert left.shape == (tiny.HIDDEN, size) and right.shape == tensors[f"{layer}.keys"].shape == (size, 80)
+            weight = weight + left @ right
+        torch.testing.assert_close(weight, now.weight, atol=1e-5, rtol=1e-4)
 
 
 def _flip(path, where):
@@ -85,30 +92,27 @@ def _flip(path, where):
     path.write_bytes(bytes(blob))
 
 
-def _rewrite(run, **metadata):
+def _rewrite(run, text=None, **facts):
+    """Other facts, or a text in their place."""
     path = run / "deltas.safetensors"
-    with safe_open(path, "pt") as file:
-        old = file.metadata()
-    save_file(load_file(path), path, {k: v for k, v in {**old, **metadata}.items() if v is not None})
+    new = {k: v for k, v in {**read_facts(path), **facts}.items() if v is not None}
+    save_file(load_file(path), path, {"facts": json.dumps(new) if text is None else text})
 
 
-def _flip_bits(run):
+def _change_bits(run, change):
+    path = run / "deltas.safetensors"
+    tensors, facts = load_file(path), read_facts(path)
+    change(tensors)
+    save_file(tensors, path, {"facts": json.dumps(facts)})
+
+
+def _flip_bits(tensors):
     """One bit of the last weight's stored bits: the earlier weights' pass their check."""
-    path = run / "deltas.safetensors"
-    tensors = load_file(path)
-    name = sorted(n for n in tensors if n.endswith(".bits"))[-1]
-    tensors[name][3, 5] ^= 1
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    save_file(tensors, path, metadata)
+    tensors["model.layers.3.mlp.down_proj.bits"][3, 5] ^= 1
 
 
-def _drop_bits(run):
-    path = run / "deltas.safetensors"
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    save_file({n: t for n, t in tensors.items() if n != "model.layers.3.mlp.down_proj.bits"}, path, metadata)
+def _drop_bits(tensors):
+    del tensors["model.layers.3.mlp.down_proj.bits"]
 
 
 def _cut(run):
@@ -118,16 +122,17 @@ def _cut(run):
 
 _DAMAGE = {
     "flipped-header": (lambda run: _flip(run / "deltas.safetensors", 12), None),
-    "flipped-bits": (_flip_bits, "damaged"),
-    "missing-bits": (_drop_bits, "cannot be read"),
+    "flipped-bits": (lambda run: _change_bits(run, _flip_bits), "damaged"),
+    "missing-bits": (lambda run: _change_bits(run, _drop_bits), "cannot be read"),
     "cut": (_cut, "cannot be read"),
     "empty": (lambda run: (run / "deltas.safetensors").write_bytes(b""), "cannot be read"),
-    "absent": (lambda run: (run / "deltas.safetensors").unlink(), "cannot be read"),
-    "other-format": (lambda run: _rewrite(run, format="2"), "expected format 1, found '2'"),
+    "absent": (lambda run: (run / "deltas.safetensors").unlink(), "not finished .*go on with"),
+    "other-format": (lambda run: _rewrite(run, format=1), "expected format 2, found 1"),
     "no-weights": (lambda run: _rewrite(run, weights=None), "cannot be read"),
-    "weights-not-json": (lambda run: _rewrite(run, weights="{"), "cannot be read"),
-    "weights-a-list": (lambda run: _rewrite(run, weights="[]"), None),
-    "weights-without-sums": (lambda run: _rewrite(run, weights='{"model.layers.1.mlp.down_proj": {}}'), None),
+    "facts-not-json": (lambda run: _rewrite(run, "{"), "cannot be read"),
+    "facts-a-list": (lambda run: _rewrite(run, "[]"), "cannot be read"),
+    "weights-a-list": (lambda run: _rewrite(run, weights=[]), "cannot be read"),
+    "weights-without-sums": (lambda run: _rewrite(run, weights={"model.layers.1.mlp.down_proj": {}}), None),
 }
 
 
@@ -214,8 +219,8 @@ def test_one_differing_weight_keeps_all_from_being_written(edit):
         (None, "is not a run folder"),
         (b"\xff\xfe", "is not a run folder"),
         (b"a: [", "is not a run folder"),
-        (b"- 1", "expected format 1, found 'list'"),
-        (yaml.safe_dump({"format": 2}).encode(), "expected format 1, found 2"),
+        (b"- 1", "expected format 2, found 'list'"),
+        (yaml.safe_dump({"format": 1}).encode(), "expected format 2, found 1"),
     ],
 )
 def test_bad_config(content, message, tmp_path):
@@ -253,13 +258,27 @@ def test_overwrite_through_a_link(finished, tmp_path):
     _, run = finished("llama", torch.float32)
     shutil.copytree(run, tmp_path / "real")
     (tmp_path / "link").symlink_to("real")
-    with runs.new_run(tmp_path / "link", overwrite=True) as work:
-        (work / runs.CONFIG).write_text("new")
-    assert (tmp_path / "link").is_symlink()
-    assert [p.name for p in (tmp_path / "real").iterdir()] == [runs.CONFIG]
+    with runs.new_run(tmp_path / "link", overwrite=True) as journal:
+        work = journal.folder
+        assert work.parent == tmp_path and work.name.startswith("real.partial-")
+        runs.write_config(work, runs.read_config(run) | {"edits": 77})
+        journal.begin(inputs={})
+    assert runs.replace_earlier(work, "real") == tmp_path / "real"
+    assert (tmp_path / "link").is_symlink() and runs.read_config(tmp_path / "link")["edits"] == 77
+    assert sorted(p.name for p in tmp_path.iterdir() if "cache" not in p.name) == ["link", "real"]
 
 
-@pytest.mark.parametrize("content", ["format: 1", "format: 1\nmodel: m\nsettings: []\nenvironment: x"])
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_a_run_that_does_not_begin_leaves_nothing(error, tmp_path):
+    with pytest.raises(error) if error else nullcontext(), runs.new_run(tmp_path / "deep" / "er" / "run") as journal:
+        assert (journal.folder / "lock").exists()
+        (journal.folder / runs.CONFIG).write_text("format: 2")
+        if error:
+            raise error
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("content", ["format: 2", "format: 2\nmodel: m\nsettings: []\nenvironment: x"])
 def test_half_a_config_is_named(content, tmp_path):
     (tmp_path / runs.CONFIG).write_text(content)
     with pytest.raises(RunError, match="expected (model|settings) to be"):

@@ -1,0 +1,132 @@
+"""What the options of ``sphere-edit`` mean together, and against those of a run that goes on."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sphere_edit.config import ConfigError, EditConfig, preset
+from sphere_edit.requests import EditRequest
+
+
+def settings(preset_name: str, file: Path | None, pairs: list[str], named: dict[str, Any]) -> EditConfig:
+    """Preset, then file, then ``--set``, then the named options: the later wins."""
+    return EditConfig.from_dict(preset(preset_name).to_dict() | given_settings(file, pairs, named))
+
+
+def given_settings(file: Path | None, pairs: list[str], named: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the options name, without the preset's."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        loaded = _yaml(file.read_text(encoding="utf-8"), str(file))
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{file}: expected settings as 'name: value' lines, found {type(loaded).__name__}")
+        found = loaded.get("settings", loaded)
+        if not isinstance(found, dict):
+            raise ConfigError(f"{file}: expected settings as 'name: value' lines, found {found!r}")
+        values |= found
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair}: expected NAME=VALUE")
+        values[name] = _yaml(value, f"--set {pair}")
+    return values | {name: value for name, value in named.items() if value is not None}
+
+
+def _yaml(text: str, where: str) -> Any:
+    """YAML as its users write it: 1e-3, which YAML 1.1 takes for a text, is a number."""
+    try:
+        return _numeric(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
+
+
+def _numeric(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numeric(item) for key, item in value.items()}
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", value):
+        return float(value)
+    return value
+
+
+def numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"layers: expected block numbers such as 4,5,6, got {text!r}") from None
+
+
+def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run with options other than its own.
+
+    Args:
+        given: the options that were given, by parameter.
+        chosen: the settings that they name.
+        recorded: the run's ``config.yaml``.
+
+    Raises:
+        ConfigError: naming the option, what the run has, and what was given.
+    """
+    own = {name: recorded[name] for name in ("perplexity_text", "device", "save_model", "checkpoint_every")}
+    own |= {"overwrite": recorded["replaces"] is not None, "threads": recorded["environment"]["threads"]}
+    own |= {name: recorded["given"].get(name) for name in ("limit", "order", "preset", "dtype")}
+    named = {name.removesuffix("_name"): value for name, value in given.items()}
+    compared = {name: value for name, value in named.items() if name in own}
+    for name, value in {**compared, **chosen}.items():
+        expected = {**own, **recorded["settings"]}.get(name)
+        if value != expected:
+            raise ConfigError(
+                f"{name}: the run was begun with {expected!r}, got {value!r}; begin a new run to change it"
+            )
+
+
+def check_same_requests(given: Sequence[EditRequest], recorded: Sequence[EditRequest], name: str) -> None:
+    """Refuse to go on with a run with other data than its own.
+
+    Raises:
+        ConfigError: naming the first request that is not the same.
+    """
+    for number, (one, other) in enumerate(zip_longest(given, recorded), 1):
+        if one != other:
+            texts = [f"{r.text!r} → {r.target_new!r}" if r else "none" for r in (other, one)]
+            raise ConfigError(
+                f"the data has changed: request {number} of {name} is {texts[1]}, the run was begun with {texts[0]}"
+                if texts[0] != texts[1]
+                else f"the data has changed: request {number} of {name} ({texts[0]}) differs from the run's"
+            )
+
+
+def load(model: str, dtype: str, device: str, threads: int | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    import transformers
+
+    from sphere_edit.models import load_model
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
+        raise ConfigError(f"dtype: expected auto, float32, bfloat16, float16 or float64, got {dtype!r}")
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return load_model(
+        model,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def load_as(model: str, recorded: dict[str, Any], trust_remote_code: bool) -> tuple[Any, Any]:
+    """Load the model of a run as it was loaded for it."""
+    dtype = recorded["given"].get("dtype") or recorded["dtype"].removeprefix("torch.")
+    return load(model, dtype, recorded["device"], None, trust_remote_code)
