@@ -8,7 +8,7 @@ DEMO_EDITS ?= 40
 DEMO_OUT ?= runs/demo
 SPHERE_EDIT_DATA ?= $(wildcard ../shared/data)
 TEST_ARGS ?=
-BENCHES ?= energy gram directions projection overhead values
+BENCHES ?= energy gram directions projection streaming overhead values
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check

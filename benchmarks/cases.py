@@ -94,14 +94,14 @@ def ours(op: str, shape: Shape, run: Callable[..., Any], tolerance: float) -> li
 def plan(case: Case, shapes: Iterable[Shape], turns: int = 3) -> list[Any]:
     """Parameters of a test: each shape's ways take turns, so that a slow minute of the machine hits them all.
 
-    Backends that ``impl="auto"`` passes over and other libraries take the first turn only.
+    Backends that ``impl="auto"`` passes over, other libraries and what is too slow take the first turn only.
     """
     rows = [
         Row(shape, turn, way)
         for shape in shapes
         for turn in range(turns)
         for way in case.ways(shape)
-        if turn == 0 or way.kind not in ("backend", "peer")
+        if turn == 0 or not (way.once or way.kind in ("backend", "peer"))
     ]
     return [pytest.param(row, id=_label(row), marks=_marks(row.way)) for row in rows]
 

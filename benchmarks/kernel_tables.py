@@ -15,6 +15,8 @@ FLOORS: dict[str, dict[Shape, float]] = {
     "gram update with energy": {(4096, 100): 2},
     "directions": {(576, 1536): 12, (1024, 3584): 30, (2048, 7168): 40},
     "projection": {(1024, 3584): 20, (2048, 7168): 20},
+    "streaming, refreshed every batch": {(576, 1536): 12, (1024, 3584): 30, (2048, 7168): 45},
+    "streaming, refreshed every 10 batches": {(576, 1536): 20, (1024, 3584): 60, (2048, 7168): 100},
 }
 OVERHEAD = 30  # microseconds
 REST = ["plain, MB", "ours, MB", "our error"]
@@ -85,6 +87,24 @@ def projection(stored: Stored) -> str:
     for c in comparisons(stored, "projection"):
         cells = [*_published(c, "projection"), _share(c)]
         rows.append([*cells, _mb(c.best("published")), *_rest(c, "plain")])
+    return table([*head, "published, MB", *REST], rows)
+
+
+def streaming(stored: Stored) -> str:
+    """The last column of times is ours with second keys for the history."""
+    return _streaming(stored, "streaming, refreshed every batch", ["second keys, ms"])
+
+
+def streaming_seldom(stored: Stored) -> str:
+    return _streaming(stored, "streaming, refreshed every 10 batches", [])
+
+
+def _streaming(stored: Stored, case: str, more: list[str]) -> str:
+    head = ["n × d", "published, ms", "ours, ms", "ratio", "floor", "plain, ms", "ratio", *more]
+    rows = []
+    for c in comparisons(stored, case):
+        cells = [*_published(c, case), *(_ms(c.best("backend")) for _ in more), _mb(c.best("published"))]
+        rows.append([*cells, *_rest(c, "plain")])
     return table([*head, "published, MB", *REST], rows)
 
 

@@ -34,12 +34,12 @@ def _peak(module: str, name: str, way: str, shape: tuple[int, ...]) -> float:
     found = next(w for w in case.ways(shape) if w.name == way)
     found.run(*found.arguments(case, shape if found.compiled else case.tiny))
     arguments = found.arguments(case, shape)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     found.run(*arguments)
-    return (_status("VmHWM") - before) * 1024 / 1e6
+    return (status("VmHWM") - before) * 1024 / 1e6
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key))

@@ -21,8 +21,11 @@ CASES = {  # case: (file, kinds it is compared with)
     "gram update with energy": ("gram", PLAIN_WAYS),
     "directions": ("directions", ("published",)),
     "projection": ("projection", ("published",)),
+    "streaming, refreshed every batch": ("streaming", ("published",)),
+    "streaming, refreshed every 10 batches": ("streaming", ("published",)),
 }
-LIMITED = [case for case in CASES if case != "directions"]  # an eigenproblem has no such limit
+EIGENPROBLEMS = ("directions", "streaming")  # files of cases that have no such limit
+LIMITED = [case for case, (file, _) in CASES.items() if file not in EIGENPROBLEMS]
 OURS, PLAIN, PUBLISHED = "#0b6e4f", "#b5651d", "#8b1e3f"
 FEATURES, NEURONS = 1024, 2048  # what stays fixed while the other grows
 STYLE: dict[Any, Any] = {
@@ -71,6 +74,23 @@ def growth_d(axes: Axes) -> None:
     _lines(axes, 1, lambda timing: 1e3 * timing.seconds, f"features d (n = {NEURONS})", "time, ms")
 
 
+def growth(axes: Axes) -> None:
+    """Time of a batch as the edits go by."""
+    names = {(4096, 14336): "LLaMA3-8B: 4096 × 14336"}
+    for row in load("growth")["rows"]:
+        mine, shape = row["way"] == "ours", tuple(row["shape"])
+        line, colour = ("-" if shape in names else "--", OURS) if mine else ("o:", PUBLISHED)
+        label = f"{row['way']}, {names.get(shape, ' × '.join(map(str, shape)))}"
+        edits = [row["edits"] * number for number in row["numbers"]]
+        axes.plot(edits, row["seconds"], line, color=colour, label=label, markersize=3, linewidth=1)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.01)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xticks(range(0, 20001, 5000))
+    axes.set(xlabel="edits so far (100 a batch)", ylabel="time of a batch, s")
+    axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.62))
+
+
 def _all(cases: list[str]) -> list[tuple[str, Comparison]]:
     stored = {file: load(file) for file in {CASES[case][0] for case in cases}}
     return [(case, c) for case in cases for c in comparisons(stored[CASES[case][0]], case)]
@@ -108,14 +128,22 @@ def _lines(axes: Axes, along: int, value: Callable[[Timing], float], xlabel: str
     axes.legend(frameon=False)
 
 
-DRAWN = {"ratios": ratios, "shares": shares, "memory": memory, "growth_n": growth_n, "growth_d": growth_d}
+SMALL = (5, 3.2)
+DRAWN = {  # each with its size in inches
+    "ratios": (ratios, (7.5, 7.8)),
+    "shares": (shares, (7.5, 6.5)),
+    "memory": (memory, SMALL),
+    "growth_n": (growth_n, SMALL),
+    "growth_d": (growth_d, SMALL),
+    "growth": (growth, SMALL),
+}
 
 
 def main() -> None:
     PLOTS.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        for name, draw in DRAWN.items():
-            figure = Figure(figsize=(7.5, 6.5) if draw in (ratios, shares) else (5, 3.2))
+        for name, (draw, size) in DRAWN.items():
+            figure = Figure(figsize=size)
             draw(figure.subplots())
             figure.savefig(PLOTS / f"{name}.svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel_tables
+from benchmarks import kernel_tables, streaming_tables
 from benchmarks.kernel_tables import table
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +99,11 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "projection": ("projection", kernel_tables.projection),
     "projection-alone": ("projection", kernel_tables.projection_alone),
     "overhead": ("overhead", kernel_tables.overhead),
+    "streaming": ("streaming", kernel_tables.streaming),
+    "streaming-seldom": ("streaming", kernel_tables.streaming_seldom),
+    "precision": ("precision", streaming_tables.precision),
+    "growth": ("growth", streaming_tables.growth),
+    "share": ("demo", streaming_tables.share),
 }
 
 

@@ -1,7 +1,7 @@
 """One layer edited batch after batch, as published and by a plain first try at carrying everything along.
 
-Both hold a weight ``[n, d]``, changed in place, and take ``keys [b, d]`` and residuals ``left [n, b]``; every tensor has
-the dtype of the weight.
+Both hold a weight ``[n, d]``, changed in place, and take ``keys [b, d]`` and residuals ``left [n, b]``; every tensor
+has the dtype of the weight.
 """
 
 from __future__ import annotations
