@@ -27,9 +27,7 @@ class Layer:
 
     @property
     def null_space(self) -> NullSpace:
-        """Of the kept part only the shape: it is not looked at where the removed one is the smaller."""
-        d, p = self.removed.shape
-        return NullSpace(self.removed.new_empty(1, 1).expand(d, d - p), self.removed)
+        return NullSpace(removed=self.removed)
 
     def keys(self, number: int) -> Tensor:
         """``[b, d]``, fresh for each batch."""

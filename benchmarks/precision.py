@@ -1,6 +1,6 @@
 """Errors of the streaming engine over 200 batches (20,000 edits), beside the published dense algorithm in fp64.
 
-``python -m benchmarks.precision`` → ``results/precision.json``; about twenty minutes on two cores, ``--batches`` for
+``python -m benchmarks.precision`` → ``results/precision.json``; about ten minutes on two cores, ``--batches`` for
 less (only printed, not stored). The weight is that of SmolLM2's layer 6, the keys are those of the first 2,000 facts of
 MultiCounterFact (the file of ``SPHERE_EDIT_DATA``), the same twenty batches again and again; the residuals are noise.
 Side by side run the published algorithm in fp64, the yardstick, the engine, and the published algorithm in fp32.

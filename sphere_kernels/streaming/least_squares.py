@@ -20,25 +20,34 @@ SLAB = 1024  # rows of the dual that are folded at a time
 
 @dataclass(frozen=True, eq=False)
 class NullSpace:
-    """An orthonormal basis of the features, split in two.
+    """An orthonormal basis of the features, split in two; one of the parts is enough, but then it is the one used.
 
     Attributes:
         kept: ``[d, m]``, the null space of the key covariance: updates move in it only.
         removed: ``[d, d - m]``, the rest.
     """
 
-    kept: Tensor
-    removed: Tensor
+    kept: Tensor | None = None
+    removed: Tensor | None = None
 
     @property
     def reduced(self) -> bool:
-        """Whether coordinates in ``kept`` are cheaper than features, from which ``removed`` is taken away.
+        """Whether coordinates in ``kept`` serve, rather than features from which ``removed`` is taken away.
 
         Numbers stored are m^2 + d m against d^2 + d (d - m), and the flops of a batch are in the same proportion: both
         say m < 0.73 d.
         """
+        if self.kept is None or self.removed is None:
+            return self.removed is None
         d, m = self.kept.shape
         return m * m + d * m < d * d + d * (d - m)
+
+    @property
+    def part(self) -> Tensor:
+        """The part that is used."""
+        part = self.kept if self.reduced else self.removed
+        assert part is not None
+        return part
 
 
 class RecursiveLeastSquares:
@@ -99,11 +108,11 @@ class RecursiveLeastSquares:
         self._size = self.d
         if null_space is not None:
             check_null_space(null_space, self.d)
+            part = null_space.part.to(device, dtype)
             if null_space.reduced:
-                self._kept = null_space.kept.to(device, dtype)
-                self._size = self._kept.shape[1]
+                self._kept, self._size = part, part.shape[1]
             else:
-                self._removed = null_space.removed.to(device, dtype)
+                self._removed = part
         self._dual = torch.empty(0, self._size, dtype=dtype, device=device)  # room for more rows than there are
         self._inverse: Tensor | None = None
         self._pending: Tensor | None = None

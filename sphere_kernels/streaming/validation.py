@@ -72,16 +72,18 @@ def check_reach(reach: Tensor, weight: Tensor, computed: torch.dtype) -> None:
 
 def check_null_space(value: Any, d: int) -> None:
     """Check a split basis of ``d`` features."""
-    kept, removed = getattr(value, "kept", None), getattr(value, "removed", None)
-    if not isinstance(kept, Tensor) or not isinstance(removed, Tensor):
-        raise TypeError(f"null_space must be a NullSpace or None, got {type(value).__name__}")
-    shapes = list(kept.shape), list(removed.shape)
-    if [len(shape) for shape in shapes] != [2, 2] or shapes[1] != [d, d - shapes[0][1]] or shapes[0][0] != d:
+    parts = [getattr(value, "kept", None), getattr(value, "removed", None)]
+    given = [part for part in parts if isinstance(part, Tensor)]
+    if not given or any(part is not None and not isinstance(part, Tensor) for part in parts):
+        raise TypeError(f"null_space must be a NullSpace of tensors or None, got {type(value).__name__}")
+    shapes = [list(part.shape) for part in given]
+    columns = sum(shape[-1] for shape in shapes)
+    if any(shape != [d, shape[-1]] for shape in shapes) or columns > d or (len(given) == 2 and columns != d):
         raise ValueError(
-            f"null_space must split {d} features, kept [{d}, m] and removed [{d}, {d} - m], got {shapes[0]} and "
-            f"{shapes[1]}"
+            f"null_space must split {d} features, kept [{d}, m] and removed [{d}, {d} - m], got "
+            f"{' and '.join(map(str, shapes))}"
         )
-    if not bool(torch.isfinite(removed).all() and torch.isfinite(kept).all()):
+    if not bool(torch.isfinite(value.part).all()):
         raise ValueError("null_space must be finite, got NaN or infinity")
 
 

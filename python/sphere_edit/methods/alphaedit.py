@@ -37,7 +37,7 @@ class AlphaEdit:
         for layer, covariance in covariances.items():
             space = null_space(covariance, config.null_space_threshold, layer) if config.null_space else None
             d = len(covariance)
-            self.null_space_rank[layer] = d if space is None else space.kept.shape[1]
+            self.null_space_rank[layer] = d if space is None or space.removed is None else d - space.removed.shape[1]
             self._solvers[layer] = RecursiveLeastSquares(config.ridge, d, space, device=covariance.device)
 
     def solve(self, layer: int, keys: Tensor, residuals: Tensor) -> LowRankUpdate:
