@@ -182,7 +182,8 @@ class HypersphereState:
         left, right = left.to(self.master.dtype), right.to(self.master.dtype)
         check_finite(left, right)
         before = self.norms
-        step = left.double().norm(dim=-1) * right.double().norm(dim=(-2, -1)).unsqueeze(-1)
+        longest = torch.linalg.vector_norm(right, dim=(-2, -1), dtype=torch.float64)
+        step = torch.linalg.vector_norm(left, dim=-1, dtype=torch.float64) * longest.unsqueeze(-1)
         check_reach(before + step, self.weight, self.master.dtype)
         if self.alpha and self._outlive:
             self._directions()  # they serve later updates too, whether or not this one was projected

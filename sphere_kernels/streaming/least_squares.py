@@ -134,9 +134,9 @@ class RecursiveLeastSquares:
             that are not finite.
         """
         self._pending = None
-        unmix, whitened = self._whiten(keys)
-        self._pending = whitened.to(self._dual.dtype)
-        right = (unmix.mT @ whitened).to(self._dual.dtype)
+        unmix, hk = self._applied(keys)
+        self._pending = self._products.matmul(unmix.to(hk.dtype), hk)
+        right = self._products.matmul((unmix.mT @ unmix).to(hk.dtype), hk)
         return right if self._kept is None else self._products.matmul(right, self._kept.mT)
 
     @torch.no_grad()
@@ -146,7 +146,11 @@ class RecursiveLeastSquares:
         The published order solves with the keys before a layer's update and adds the keys computed anew after all
         layers: give those. Where both are the same, as in a loop that goes up the layers, None saves half of the work.
         """
-        rows = self._pending if keys is None else self._whiten(keys)[1].to(self._dual.dtype)
+        if keys is not None:
+            unmix, hk = self._applied(keys)
+            rows: Tensor | None = self._products.matmul(unmix.to(hk.dtype), hk)
+        else:
+            rows = self._pending
         if rows is None:
             raise ValueError("commit without keys must follow a solve")
         self._pending = None
@@ -185,30 +189,29 @@ class RecursiveLeastSquares:
         self._inverse, self._dual = (value, self._dual.new_empty(0, size)) if full else (None, value)
         self.edits, self._pending = edits, None
 
-    def _whiten(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """``L^-1`` ``[b, b]`` and ``L^-1 (H K_P)^T`` ``[b, c]`` for ``L L^T = I + K_P^T H K_P``, both fp64."""
+    def _applied(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """``L^-1`` ``[b, b]`` fp64 for ``L L^T = I + K_P^T H K_P``, and ``(H K_P)^T`` ``[b, c]``."""
         check_keys(keys, self.d, self._dual.device)
         products = self._products
         x = keys.to(self._dual.dtype)
         if self._kept is not None:
             x = products.matmul(x, self._kept)
-        elif self._removed is not None and self._removed.shape[1]:
-            x = x - products.matmul(products.matmul(x, self._removed), self._removed.mT)
         if self._inverse is not None:
-            hk = products.matmul(x, self._inverse)
+            hk = products.matmul(x, self._inverse)  # which is 0 on what the null space leaves out
         else:
+            if self._removed is not None:
+                x = x.clone()
+                products.add_(x, products.matmul(x, self._removed).neg_(), self._removed.mT)
             hk = x / self.ridge
             rows = self._dual[: self.edits]
             products.add_(hk, products.matmul(x, rows.mT).neg_(), rows)
-        exact = hk.double()
-        lower = _factor(exact, x)
+        lower = _factor(hk, x)
         if lower is None:
             raise ValueError(
                 f"the ridge {self.ridge:g} is too small for keys of length {_longest(keys):.3g} in {self._dual.dtype}; "
                 "expected a larger one, or dtype=torch.float64"
             )
-        unmix = torch.linalg.solve_triangular(lower, torch.eye(len(x)).to(lower), upper=False)
-        return unmix, unmix @ exact
+        return torch.linalg.solve_triangular(lower, torch.eye(len(x)).to(lower), upper=False), hk
 
     def _append(self, rows: Tensor) -> None:
         need = self.edits + len(rows)
@@ -219,8 +222,10 @@ class RecursiveLeastSquares:
         self._dual[self.edits : need] = rows
 
     def _fold(self) -> None:
-        """From the rows to ``H``."""
+        """From the rows to ``P H P``, so that keys need no projection any more."""
         inverse = torch.eye(self._size, dtype=self._dual.dtype, device=self._dual.device).div_(self.ridge)
+        if self._removed is not None:
+            self._products.subtract_gram_(inverse, self._removed / self.ridge**0.5)
         for start in range(0, self.edits, SLAB):
             self._products.subtract_gram_(inverse, self._dual[start : min(start + SLAB, self.edits)].mT)
         self._inverse, self._dual = inverse, self._dual[:0].clone()
