@@ -148,6 +148,8 @@ def run_command(
         from sphere_edit.procedure import RunOptions, run
 
         with runs.new_run(out, overwrite) as journal:
+            if journal.folder != out.resolve():
+                say(f"{out} stays until this run is complete; till then it is in {journal.folder}")
             requests = load_requests(data, limit=limit, order=order)
             loaded, tokenizer = load(model, dtype, device, threads, trust_remote_code)
             options = RunOptions(
@@ -173,7 +175,7 @@ def _resume(folder: Path, given: dict[str, Any], chosen: dict[str, Any], trust_r
     with runs.existing_run(folder) as journal:
         journal.on_note = note
         recorded = runs.read_config(journal.folder)
-        target = journal.folder.parent / (recorded["replaces"] or journal.folder.name)
+        target = runs.place(journal.folder, recorded["replaces"])
         if "out" in given and given["out"].resolve() not in (journal.folder, target):
             raise ConfigError(f"--out {given['out']}: the run goes to {target}; expected that, or no --out")
         check_same(given, chosen, recorded)
@@ -182,7 +184,8 @@ def _resume(folder: Path, given: dict[str, Any], chosen: dict[str, Any], trust_r
             again = load_requests(given["data"], limit=limit, order=order)
             check_same_requests(again, runs.read_requests(journal.folder), given["data"])
         if runs.is_finished(journal):
-            say(f"{folder} is finished; nothing to do")
+            beside = ", ".join(map(str, runs.beside(journal.folder)))
+            say(f"{folder} is finished; nothing to do" + (f" (not finished: {beside})" if beside else ""))
             runs.replace_earlier(journal.folder, recorded["replaces"])
         else:
             model = given.get("model", recorded["model"])

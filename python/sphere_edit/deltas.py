@@ -51,6 +51,8 @@ def weights_dtype(run: Path) -> torch.dtype:
     try:
         (name,) = {facts["dtype"] for facts in _deltas_facts(run)["weights"].values()}
         dtype = getattr(torch, name.removeprefix("torch."))
+    except RunError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RunError(f"{run / DELTAS} cannot be read: {error}") from error
     assert isinstance(dtype, torch.dtype)

@@ -125,7 +125,7 @@ class SphereEditor:
         """Everything about the requests that can be known before editing; raises as `edit` does, changes nothing."""
         if torch.is_inference_mode_enabled():
             raise ValueError("editing needs gradients; expected to be called outside torch.inference_mode()")
-        self._check_unmoved()
+        self._check_ours()
         if self._engine is not None:
             self._engine.check_whole()
         todo = as_requests(requests)
@@ -159,7 +159,7 @@ class SphereEditor:
                 f"batch {record.number} of layers {sorted(record.layers)} cannot follow batch {self.batches} of layers "
                 f"{sorted(self.config.layers)}"
             )
-        self._check_unmoved()
+        self._check_ours()
         with self._engine.batch():
             for layer in self.config.layers:
                 self._engine.replay(layer, record.layers[layer])
@@ -217,6 +217,19 @@ class SphereEditor:
                 raise ValueError(
                     f"layer {layer}: the weight is {weight.dtype} on {weight.device}, but was {original.dtype} on "
                     f"{original.device} when the editor was made; make a new editor after moving or casting a model"
+                )
+
+    def _check_ours(self) -> None:
+        """The weights are those that the engine writes to, with the bits that it left there."""
+        self._check_unmoved()
+        states = self._engine.states if self._engine else {}
+        for layer, state in states.items():
+            weight = self.weights()[layer]
+            whole = state.master is state.weight or torch.equal(weight, state.master.to(weight.dtype))
+            if weight.data_ptr() != state.weight.data_ptr() or not whole:
+                raise ValueError(
+                    f"layer {layer}: the weight is not the one that the editor has edited (cast, replaced or written "
+                    "to since); make a new editor"
                 )
 
     def _emit(self, event: str, **values: Any) -> None:

@@ -63,7 +63,8 @@ class Engine:
         """Refuse to go on from half a batch."""
         if not self._whole:
             raise RuntimeError(
-                "an interrupt came while a batch was being added to the history: revert() or load_state_dict() first"
+                "an error or interrupt came while a batch was being added to the history: "
+                "revert() or load_state_dict() first"
             )
 
     @contextmanager
@@ -72,6 +73,10 @@ class Engine:
         self.check_whole()
         try:
             yield
+            self._whole = False
+            self.method.commit()
+            self.batches += 1
+            self._whole = True
         except BaseException:
             for layer, state in self._undo.items():
                 self.states[layer].load_state_dict(state)
@@ -79,10 +84,6 @@ class Engine:
             raise
         finally:
             self._undo = {}
-        self._whole = False
-        self.method.commit()
-        self.batches += 1
-        self._whole = True
 
     def write(self, layer: int, keys: Tensor, residuals: Tensor, clock: Clock) -> tuple[LayerRecord, Event]:
         """Solve one layer for keys ``[b, d]`` and residuals ``[b, n]``, project and add; within `batch`.
@@ -140,7 +141,14 @@ class Engine:
         return found | {"batches": torch.tensor(self.batches)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state_dict`, possibly of another process."""
+        """Go on from a `state_dict`, possibly of another process.
+
+        Raises:
+            TypeError, ValueError: it does not fit; where already its names do not, nothing has been changed.
+        """
+        expected, found = sorted(_kinds(self.state_dict())), sorted(_kinds(state))
+        if expected != found:
+            raise ValueError(f"state must hold {expected} as this editor's does, got {found}")
         self._whole = False
         self.method.load_state_dict(under("method", state))
         for layer, own in self.states.items():
@@ -152,6 +160,11 @@ class Engine:
         state = self.states[layer]
         self._undo[layer] = {name: value.clone() for name, value in state.state_dict().items()}
         state.update_(left, right)
+
+
+def _kinds(state: Mapping[str, Tensor]) -> set[str]:
+    """Names of a state, without those that come and go: the form of a history, and a basis."""
+    return {name.rpartition(".")[0] for name in state}
 
 
 def _movement(solved: LowRankUpdate, update: LowRankUpdate) -> Event:

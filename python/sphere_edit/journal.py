@@ -93,6 +93,7 @@ class Journal:
     Attributes:
         records: in order.
         fault: what is wrong with the first step that does not hold, or None.
+        way_on: the command that an error names to go on with.
         on_note: called with what a user should hear: faults found, and what is done about them.
 
     Raises:
@@ -104,6 +105,7 @@ class Journal:
         self.records: list[Record] = []
         self.fault: str | None = None
         self.on_note: Callable[[str], None] = warnings.warn
+        self.way_on = resume_command(folder)
         self._marks: list[tuple[int, bytes]] = [(0, b"")]  # where each record's line ends, and its chain
         self._file: int | None = None
         self._read()
@@ -175,8 +177,8 @@ class Journal:
             make_folder(self.folder / CHECKPOINTS)
             write_tensors(self.folder / file, tensors, {"batches": self.batches})
         self.add("checkpoint", file)
-        for old in sorted((self.folder / CHECKPOINTS).glob("[!.]*"))[:-_CHECKPOINTS_KEPT]:
-            old.unlink()
+        for old in self.of_kind("checkpoint")[:-_CHECKPOINTS_KEPT]:
+            self.path(old).unlink(missing_ok=True)
 
     def checkpoint(self, number: int) -> Record | None:
         """The newest checkpoint of at most ``number`` batches that is whole."""
@@ -234,7 +236,7 @@ class Journal:
         except OSError as error:
             raise RunError(
                 f"{self.folder / file} could not be written ({error.strerror or error}); batches kept safe: "
-                f"{self.batches}; go on with: {resume_command(self.folder)}"
+                f"{self.batches}; go on with: {self.way_on}"
             ) from error
 
     def _read(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from sphere_edit.metrics import PERPLEXITY_TOKENS
 from sphere_edit.records import EditResult, Event, ReplayError
 from sphere_edit.report import write_report
 from sphere_edit.requests import EditRequest, batches
-from sphere_edit.text import token_windows
+from sphere_edit.text import text_path, token_windows
 
 _RESULT = (runs.DELTAS, runs.REPORT, runs.MODEL)  # what holds for the last batch only
 
@@ -142,6 +143,7 @@ def rollback(
     """
     with nullcontext(journal) if journal else runs.existing_run(folder) as journal:
         check_batch(journal, to_batch)
+        journal.way_on = f"sphere-edit rollback {shlex.quote(str(journal.folder))} --to-batch {to_batch}"
         work = _Work.of_run(model, tokenizer, journal, None, on_progress)
         if to_batch == journal.batches and runs.has_deltas(journal):
             switch(journal.folder, work.editor.structure, "after")
@@ -260,7 +262,7 @@ class _Work:
         return Look(events, found.per_request, found.said)
 
     def check_unchanged(self, fingerprints: dict[str, str]) -> None:
-        changes, found = runs.environment_changes(self.record), self.editor.fingerprints()
+        changes, found = runs.environment_changes(self.record), self.fingerprints()
         for name, expected in fingerprints.items():
             if found.get(name) != expected:
                 reason = f" ({'; '.join(changes)})" if changes else ""
@@ -280,7 +282,12 @@ class _Work:
             self.journal.set_aside(runs.BEFORE)
         with self.journal.writing(runs.BEFORE):
             before.write(self.folder / runs.BEFORE)
-        self.journal.add("before", runs.BEFORE, fingerprints=self.editor.fingerprints())
+        self.journal.add("before", runs.BEFORE, fingerprints=self.fingerprints())
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of what the run rests on."""
+        text = text_path(self.record["perplexity_text"])
+        return self.editor.fingerprints() | {"perplexity text": file_sha256(text)}
 
     def look(self, when: str) -> Look:
         text, tokens = self.record["perplexity_text"], self.record["perplexity_tokens_at_most"]

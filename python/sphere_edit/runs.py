@@ -15,6 +15,7 @@ The last three are there when a run is complete.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import platform
@@ -102,8 +103,9 @@ def new_run(path: Path, overwrite: bool = False) -> Iterator[Journal]:
                 yield journal
             finally:
                 if not (work / JOURNAL).exists():
-                    for name in _BEGINNING:
-                        (work / name).unlink(missing_ok=True)
+                    for entry in list(work.iterdir()):
+                        if entry.name in _BEGINNING or (_LEFT.fullmatch(entry.name) and entry.is_file()):
+                            entry.unlink()
     finally:
         with suppress(OSError):  # that it is not empty
             for folder in reversed(made):
@@ -119,10 +121,9 @@ def check_new_run(path: Path, overwrite: bool) -> None:
         strange = [name for name in names if name not in _NAMES and not _LEFT.fullmatch(name)]
     if strange:
         raise RunError(f"{path} exists and is not a run folder (it has {strange[0]}); expected a new path")
-    if any(name != LOCK for name in names):
-        read_config(path)
     if overwrite or _unbegun(path):
         return
+    read_config(path)
     if (path / JOURNAL).exists() and not (path / REPORT).exists():
         raise RunError(f"{path} holds an unfinished run; go on with: {resume_command(path)}")
     raise RunError(f"run folder {path} exists; expected a new path, or --overwrite to replace it when done")
@@ -130,7 +131,7 @@ def check_new_run(path: Path, overwrite: bool) -> None:
 
 def _unbegun(path: Path) -> bool:
     """Whether a run was stopped there before its first step: nothing to lose, and nothing to resume."""
-    return (path / LOCK).exists() and all(entry.name in _BEGINNING for entry in path.iterdir())
+    return all(entry.name in _BEGINNING or _LEFT.fullmatch(entry.name) for entry in path.iterdir())
 
 
 @contextmanager
@@ -168,11 +169,19 @@ def has_deltas(journal: Journal) -> bool:
     return found is not None and found["number"] == journal.batches and not (journal.fault or journal.fault_of(found))
 
 
+def place(folder: Path, name: str | None) -> Path:
+    """Where a run that was to replace ``name`` goes: a folder that was moved or copied since replaces nothing."""
+    return folder.with_name(name) if name and folder.name.startswith(f"{name}.partial-") else folder
+
+
 def replace_earlier(folder: Path, name: str | None) -> Path:
-    """Put a complete run that was made beside an earlier one called ``name`` into its place; where the run is then."""
-    if name is None or name == folder.name:
+    """Put a complete run that was made beside an earlier one called ``name`` into its place; where the run is then.
+
+    Raises: as `new_run`.
+    """
+    path = place(folder, name)
+    if path == folder:
         return folder
-    path = folder.with_name(name)
     check_new_run(path, overwrite=True)
     if not path.exists():
         os.rename(folder, path)
@@ -189,6 +198,12 @@ def replace_earlier(folder: Path, name: str | None) -> Path:
         flush(path.parent)
         shutil.rmtree(old)
     return path
+
+
+def beside(path: Path) -> list[Path]:
+    """Runs that were to replace the run at ``path`` and have been stopped, or still go on."""
+    found = path.parent.glob(f"{glob.escape(path.name)}.partial-*/{JOURNAL}")
+    return sorted(journal.parent for journal in found)
 
 
 def environment() -> dict[str, Any]:

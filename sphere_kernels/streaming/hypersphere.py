@@ -26,7 +26,7 @@ from sphere_kernels.streaming.validation import (
 CHECK_EVERY = 10  # updates between two looks at the drift
 SAMPLE = 16  # rows of M that a look recomputes
 DRIFT = {torch.float32: 1e-5, torch.float64: 1e-13}  # of a cosine; past it everything is recomputed
-SHRUNK = 0.1  # a row that an update leaves shorter than this share of what it was has too much of its rounding
+SHRUNK = 0.1  # a row shorter than this share of what it was when M was computed has too much of that one's rounding
 SPREAD = 100.0  # of the eigenvalues: up to there W^T coefficients are orthonormal to 1e-4 in fp32
 _BASIS = ("basis", "eigenvalues", "rank", "energy_ratio")
 
@@ -198,7 +198,7 @@ class HypersphereState:
         if self.master is not self.weight:
             self.weight.copy_(self.master)
         self.updates += 1
-        if bool((self.norms < SHRUNK * before).any()):
+        if bool((self.norms < SHRUNK * self._lengths).any()):
             self.recompute()
         elif self.updates % CHECK_EVERY == 0:
             self.check()
@@ -234,6 +234,7 @@ class HypersphereState:
         if not self._needs_basis(self.updates):
             self._known = None
         self.gram = self._products.gram(self.master)
+        self._lengths = self.norms
         *leading, n, _ = self.master.shape
         nothing = self.master.new_zeros(*leading, n, 0)
         inner = self.master.new_zeros(*leading, 0, 0)
@@ -247,6 +248,7 @@ class HypersphereState:
             "master": self.master,
             "gram": self.gram,
             "neuron_energy": self.neuron_energy,
+            "lengths": self._lengths,
             "updates": torch.tensor(self.updates),
         }
         if self._needs_basis(self.updates):
@@ -267,6 +269,7 @@ class HypersphereState:
             "master": (wide, [*leading, n, d]),
             "gram": (wide, [*leading, n, n]),
             "neuron_energy": (torch.float64, [*leading, n]),
+            "lengths": (torch.float64, [*leading, n]),
             "updates": (torch.int64, []),
         }
         check_loaded({k: v for k, v in state.items() if k == "updates"}, {"updates": expected["updates"]})
@@ -282,6 +285,7 @@ class HypersphereState:
             self.weight.copy_(self.master)
         self.gram.copy_(state["gram"])
         self.neuron_energy = state["neuron_energy"].to(device, copy=True)
+        self._lengths = state["lengths"].to(device, copy=True)
         self.updates = self._known_at = updates
         self._known = None
         if self._needs_basis(updates):

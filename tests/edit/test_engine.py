@@ -202,3 +202,39 @@ def test_memit_needs_a_whole_covariance(make, tmp_path):
     editor = make(method="memit", covariance_text=str(text))
     with pytest.raises(ValueError, match=r"layer 1: covariance .* positive definite .* covariance_tokens"):
         editor.edit(tiny.facts(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_are_no_longer_the_editors_are_noticed(dtype, make):
+    """A cast there and back leaves new storage: edits would go nowhere."""
+    editor = make(dtype=dtype)
+    editor.edit(tiny.facts(2))
+    editor.model.double().to(dtype)
+    with pytest.raises(ValueError, match=r"layer 1: .* make a new editor"):
+        editor.edit(tiny.facts(4)[2:])
+
+
+def test_sixteen_bit_weights_written_from_outside_are_noticed(make):
+    editor = make(dtype=torch.bfloat16)
+    editor.edit(tiny.facts(2))
+    with torch.no_grad():
+        editor.weights()[2].copy_(editor.original_weights()[2])
+    with pytest.raises(ValueError, match=r"layer 2: .* make a new editor"):
+        editor.edit(tiny.facts(4)[2:])
+
+
+def test_a_state_that_is_refused_breaks_nothing(make):
+    editor, undisturbed = make(), make()
+    editor.edit(tiny.facts(2))
+    for state in ({}, make(layers=(1, 2)).state_dict()):
+        with pytest.raises(ValueError, match="state must hold"):
+            editor.load_state_dict(state)
+    editor.edit(tiny.facts(4)[2:])
+    undisturbed.edit(tiny.facts(4))
+    assert _same(editor, undisturbed)
+
+
+def test_short_ridge_takes_a_wider_history(make):
+    states = [make(ridge=ridge).state_dict() for ridge in (10.0, 1e-6)]
+    found = [{value.dtype for name, value in state.items() if name.endswith("dual")} for state in states]
+    assert found == [{torch.float32}, {torch.float64}]

@@ -146,20 +146,22 @@ def test_keys_that_overflow_change_nothing(form, b):
 
 @pytest.mark.parametrize("form", ("dual", "full"))
 def test_a_ridge_that_is_too_small(form):
-    keys = randn(6, D)
-    narrow = RecursiveLeastSquares(1e-9, D, form=form)
-    narrow.commit(keys)  # H is 1e9 along all but six directions, and 0.1 there
-    before = bits(narrow)
-    with pytest.raises(ValueError, match=r"the ridge 1e-09 is too small for keys of length .* in torch.float32"):
-        for k in range(10):
-            narrow.solve(keys + 1e-9 * randn(6, D, seed=k))
-            narrow.commit()
-            before = bits(narrow)
-    assert_same_bits(bits(narrow), before)
-    wide = RecursiveLeastSquares(1e-9, D, form=form, dtype=torch.float64)
-    for _ in range(10):
-        assert wide.solve(keys).isfinite().all()
-        wide.commit()
+    """Where fp32 would give garbage: what is refused in fp32 is solved in fp64."""
+    keys = 1e3 * randn(6, D)
+    for dtype in (torch.float32, torch.float64):
+        solver = RecursiveLeastSquares(1.0, D, form=form, dtype=dtype)
+        solver.commit(1e-2 * keys)
+        before = bits(solver)
+        if dtype == torch.float32:
+            for call in (solver.solve, solver.commit):
+                with pytest.raises(ValueError, match=r"ridge 1 is too small for keys of length .* in torch.float32"):
+                    call(keys)
+            assert_same_bits(bits(solver), before)
+        else:
+            found = solver.solve(keys)
+    system = keys.T @ keys + 1e-4 * keys.T @ keys + torch.eye(D, dtype=torch.float64)
+    expected = torch.linalg.solve(system, keys.T).T
+    assert (found - expected).norm() < 1e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("form", ("dual", "full"))
@@ -214,7 +216,7 @@ batch(RecursiveLeastSquares(1.0, 300, form=form), torch.randn(b, 300))  # librar
 removed = torch.nn.functional.normalize(torch.randn(d, 1), dim=0)
 keys = torch.randn(b, d)
 kept = torch.empty(1, 1).expand(d, d - 1)  # not looked at
-solver = RecursiveLeastSquares(1.0, d, NullSpace(kept, removed), form=form)
+solver = RecursiveLeastSquares(100.0, d, NullSpace(kept, removed), form=form)
 before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 batch(solver, keys)

@@ -189,3 +189,13 @@ def test_a_zero_matrix_has_no_directions():
     state = HypersphereState(weight)
     state.update_(left, right)  # one that was not projected gives it some
     assert state.project(right).isfinite().all()
+
+
+def test_rows_that_shrink_little_by_little():
+    """No step cancels much, all together do."""
+    weight = randn(6, 20, dtype=torch.float32)
+    state = HypersphereState(weight)
+    for _ in range(9):
+        state.update_(-0.8 * torch.eye(6)[:, :1], state.master[:1].clone())
+    exact = gram(weight.double())
+    torch.testing.assert_close(state.norms, exact.diagonal().sqrt(), rtol=1e-4, atol=0)

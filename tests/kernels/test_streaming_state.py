@@ -115,7 +115,7 @@ def test_nothing_is_decomposed_where_alpha_is_zero(monkeypatch):
             left, right = factors(weight, 2, seed=k)
             state.update_(left, state.project(right))
         assert state.rank == 0
-        assert set(state.state_dict()) == {"master", "gram", "neuron_energy", "updates"}
+        assert set(state.state_dict()) == {"master", "gram", "neuron_energy", "lengths", "updates"}
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)

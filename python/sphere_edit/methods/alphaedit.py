@@ -38,11 +38,14 @@ class AlphaEdit:
             space = null_space(covariance, config.null_space_threshold, layer) if config.null_space else None
             d = len(covariance)
             self.null_space_rank[layer] = d if space is None or space.removed is None else d - space.removed.shape[1]
-            self._solvers[layer] = RecursiveLeastSquares(config.ridge, d, space, device=covariance.device)
+            # Keys are about as long as those of the covariance's text; a hundred times longer ones are seen.
+            reach = float(covariance.trace()) / config.ridge * torch.finfo(torch.float32).eps
+            dtype = torch.float32 if reach < 1e-5 else torch.float64
+            self._solvers[layer] = RecursiveLeastSquares(config.ridge, d, space, dtype=dtype, device=covariance.device)
 
     def solve(self, layer: int, keys: Tensor, residuals: Tensor) -> LowRankUpdate:
         """See `Method.solve`."""
-        right = self._solvers[layer].solve(keys)
+        right = self._solvers[layer].solve(keys).float()
         self._solved.add(layer)
         return LowRankUpdate(residuals.T.contiguous(), right)
 
