@@ -283,3 +283,15 @@ def test_half_a_config_is_named(content, tmp_path):
     (tmp_path / runs.CONFIG).write_text(content)
     with pytest.raises(RunError, match="expected (model|settings) to be"):
         runs.read_config(tmp_path)
+
+
+def test_a_run_that_was_moved_or_copied_replaces_nothing(tmp_path):
+    earlier, work = tmp_path / "mine", tmp_path / "mine.partial-abc"
+    for folder in (earlier, work, tmp_path / "copy"):
+        folder.mkdir()
+        (folder / runs.REPORT).write_text(folder.name, encoding="utf-8")
+        runs.write_config(folder, {"model": "tiny", "settings": {}, "environment": {}})
+    assert runs.replace_earlier(tmp_path / "copy", "mine") == tmp_path / "copy"
+    assert (earlier / runs.REPORT).read_text(encoding="utf-8") == "mine"
+    assert runs.replace_earlier(work, "mine") == earlier
+    assert (earlier / runs.REPORT).read_text(encoding="utf-8") == work.name and not work.exists()
