@@ -29,6 +29,7 @@ _BAD = {
     "value_stop_on": ["kl", None],
     "null_space_threshold": [0, -1, _INF],
     "ridge": [0, -10, _NAN],
+    "covariance_weight": [0, -10, _NAN],
     "contexts": [-1, 1.5, True],
     "context_length": [0, None],
     "covariance_text": ["", None, 5],
