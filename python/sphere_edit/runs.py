@@ -121,9 +121,11 @@ def check_new_run(path: Path, overwrite: bool) -> None:
         strange = [name for name in names if name not in _NAMES and not _LEFT.fullmatch(name)]
     if strange:
         raise RunError(f"{path} exists and is not a run folder (it has {strange[0]}); expected a new path")
-    if overwrite or _unbegun(path):
+    if _unbegun(path):
         return
     read_config(path)
+    if overwrite:
+        return
     if (path / JOURNAL).exists() and not (path / REPORT).exists():
         raise RunError(f"{path} holds an unfinished run; go on with: {resume_command(path)}")
     raise RunError(f"run folder {path} exists; expected a new path, or --overwrite to replace it when done")
@@ -131,7 +133,8 @@ def check_new_run(path: Path, overwrite: bool) -> None:
 
 def _unbegun(path: Path) -> bool:
     """Whether a run was stopped there before its first step: nothing to lose, and nothing to resume."""
-    return all(entry.name in _BEGINNING or _LEFT.fullmatch(entry.name) for entry in path.iterdir())
+    names = [entry.name for entry in path.iterdir()]
+    return not names or (LOCK in names and all(name in _BEGINNING or _LEFT.fullmatch(name) for name in names))
 
 
 @contextmanager
