@@ -102,7 +102,7 @@ def new_run(path: Path, overwrite: bool = False) -> Iterator[Journal]:
                     raise RunError(f"run folder {path} was made by another process meanwhile; expected a new path")
                 yield journal
             finally:
-                if not (work / JOURNAL).exists():
+                if work.is_dir() and not (work / JOURNAL).exists():  # a complete run may have been moved
                     for entry in list(work.iterdir()):
                         if entry.name in _BEGINNING or (_LEFT.fullmatch(entry.name) and entry.is_file()):
                             entry.unlink()
