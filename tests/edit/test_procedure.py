@@ -131,8 +131,8 @@ def test_overwrite(edit, quick_report, tmp_path):
     edit(requests=tiny.facts(2), overwrite=True)
     assert runs.read_config(run)["edits"] == 2
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunError, match="--overwrite"):
-        edit(out="empty")
+    edit(out="empty", requests=tiny.facts(1))
+    assert (tmp_path / "empty" / "config.yaml").is_file()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("a file")
