@@ -33,6 +33,13 @@ KERNELS_ISA = Variable(
     "The instruction set of the native kernels: auto (the fastest that this machine can run), scalar, avx2 or avx512. "
     "One that the machine lacks is refused.",
 )
+KERNELS_DOT = Variable(
+    "SPHERE_KERNELS_DOT",
+    "auto",
+    "How the Triton kernels multiply fp32 operands: ieee (fp32 throughout), tf32x3 (three tensor-core products, errors "
+    "near fp32's), tf32 (one, operands rounded to 11 bits) or auto: tf32x3 on NVIDIA GPUs, ieee elsewhere. One that "
+    "the GPU lacks is refused. 16-bit and fp64 operands are multiplied as they are.",
+)
 EDIT_CACHE = Variable(
     "SPHERE_EDIT_CACHE",
     "~/.cache/sphere-edit",
@@ -43,7 +50,7 @@ EDIT_DATA = Variable(
     "",
     "Folder with published data sets for the tests that read some; empty: those tests are skipped.",
 )
-VARIABLES = (KERNELS_IMPL, KERNELS_ISA, EDIT_CACHE, EDIT_DATA)
+VARIABLES = (KERNELS_IMPL, KERNELS_ISA, KERNELS_DOT, EDIT_CACHE, EDIT_DATA)
 
 
 def kernels_impl() -> str:
@@ -54,6 +61,11 @@ def kernels_impl() -> str:
 def kernels_isa() -> str:
     """The instruction set of the native kernels, or ``"auto"``."""
     return KERNELS_ISA.value
+
+
+def kernels_dot() -> str:
+    """How the Triton kernels multiply fp32 operands, or ``"auto"``."""
+    return KERNELS_DOT.value
 
 
 def edit_cache() -> Path:

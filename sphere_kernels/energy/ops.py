@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_kernels import dispatch
+from sphere_kernels import dispatch, gpu
 from sphere_kernels.energy import native, reference  # noqa: F401  (register themselves)
 from sphere_kernels.library import operation
+
+gpu.register("sphere_kernels.energy.triton", "pair_energy", "pair_energy_backward")
 
 
 @operation()

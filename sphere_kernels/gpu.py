@@ -1,0 +1,108 @@
+"""What the Triton backends share before triton is imported: whether they can run, their precision, their memory."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphere_kernels import dispatch, env
+from sphere_kernels.rows import one_batch
+
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU; triton decides that when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def supports(device_type: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    """Why the Triton kernels cannot take such a tensor; None when they can."""
+    if device_type != "cuda" and not (device_type == "cpu" and interpreted()):
+        return f"it runs on CUDA and ROCm tensors (on CPU tensors only under TRITON_INTERPRET=1), not on {device_type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'sphere-kernels[triton]')"
+    return None
+
+
+def register(module: str, *ops: str) -> None:
+    """Register functions of a module as the Triton implementation of operations; it is imported at the first call."""
+    for op in ops:
+        dispatch.register(op, "triton", supports)(_at_first_call(module, op))
+
+
+def architecture(device: torch.device) -> str:
+    """``"sm_90"`` and the like, ``"gfx942"``, or ``"interpreter"``."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def precision(arch: str) -> str:
+    """How fp32 operands are multiplied on this architecture: one of `PRECISIONS`, by ``SPHERE_KERNELS_DOT``.
+
+    Raises:
+        ValueError: the variable names none of them, or one that the architecture does not have.
+    """
+    asked = env.kernels_dot()
+    if asked not in ("auto", *PRECISIONS):
+        raise ValueError(f"SPHERE_KERNELS_DOT must be one of auto, {', '.join(PRECISIONS)}, got {asked!r}")
+    has = _precisions_of(arch)
+    if asked == "auto":
+        return "tf32x3" if "tf32x3" in has else "ieee"
+    if asked not in has:
+        raise ValueError(f"SPHERE_KERNELS_DOT must be auto or one of {', '.join(has)} on {arch}, got {asked!r}")
+    return asked
+
+
+def on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the device of this tensor."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def merged(tensor: Tensor) -> Tensor:
+    """The matrices of ``[..., rows, cols]`` as ``[count, rows, cols]``: a view, or a copy where none exists.
+
+    The interpreter computes nonsense with bfloat16, so there it gets the same values in float32.
+    """
+    matrices = one_batch(tensor.resolve_neg())
+    return matrices.float() if interpreted() and tensor.dtype == torch.bfloat16 else matrices
+
+
+@contextmanager
+def written(tensor: Tensor, contiguous: bool = False) -> Iterator[Tensor]:
+    """`merged` for writing: where that, or ``contiguous``, takes a copy, it is copied back at the end."""
+    matrices = merged(tensor).contiguous() if contiguous else merged(tensor)
+    yield matrices
+    if matrices.data_ptr() != tensor.data_ptr():
+        tensor.copy_(matrices.view(tensor.shape))
+
+
+def fresh(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a result; for the interpreter, float32 in place of bfloat16."""
+    return like.new_empty(shape, dtype=torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype)
+
+
+def _precisions_of(arch: str) -> tuple[str, ...]:
+    if arch.startswith("gfx"):
+        return ("ieee", "tf32") if arch in ("gfx940", "gfx941", "gfx942") else ("ieee",)
+    if arch.startswith("sm_") and int(arch[3:]) < 80:
+        return ("ieee",)
+    return PRECISIONS
+
+
+def _at_first_call(module: str, name: str) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*arguments)
+
+    return run

@@ -1,0 +1,88 @@
+"""What every kernel is made of: products of blocks, and row data."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sphere_kernels import gpu, rows
+
+INTERPRETED = tl.constexpr(gpu.interpreted())
+EPSILON = tl.constexpr(rows.EPSILON)
+
+
+@triton.jit
+def nearest_tf32(x):
+    """fp32 rounded to the 11 bits that tensor cores see of it: they drop the others."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # the carry would make a number of the NaN that GPUs produce
+
+
+@triton.jit
+def seen_as_tf32(x):
+    """What a tensor core sees of fp32; the interpreter, which multiplies in full, is given just that."""
+    if INTERPRETED:
+        return (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
+def dot(b_a, b_b, b_sum, PRECISION: tl.constexpr):
+    """``b_sum + b_a b_b`` for blocks of one dtype."""
+    if PRECISION == "tf32":
+        b_a = seen_as_tf32(b_a)
+        b_b = seen_as_tf32(b_b)
+    return tl.dot(b_a, b_b, b_sum, input_precision=PRECISION, out_dtype=b_sum.dtype)
+
+
+@triton.jit
+def row_products(
+    p_left,
+    p_right,
+    o_i,
+    o_j,
+    n,
+    d,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Inner products of rows ``o_i`` of one matrix ``[n, d]`` and ``o_j`` of another, both contiguous."""
+    o_k = tl.arange(0, BK)
+    p_a = p_left + o_i[:, None] * d + o_k[None, :]
+    p_b = p_right + o_j[None, :] * d + o_k[:, None]
+    m_i = (o_i < n)[:, None]
+    m_j = (o_j < n)[None, :]
+    b_sum = tl.zeros((BM, BM), dtype=WIDE)
+    for k in range(0, d, BK):
+        b_a = tl.load(p_a, mask=m_i & (o_k < d - k)[None, :], other=0.0)  # [BM, BK]
+        b_b = tl.load(p_b, mask=m_j & (o_k < d - k)[:, None], other=0.0)  # [BK, BM]
+        b_sum = dot(b_a, b_b, b_sum, PRECISION)
+        p_a += BK
+        p_b += BK
+    return b_sum
+
+
+@triton.jit
+def finite_or_nan(x):
+    """NaN for infinity."""
+    return x + (x - x)
+
+
+@triton.jit
+def lack_of(norm):
+    """``1 - |unit row|^2``, without cancellation; fp64."""
+    length = norm + EPSILON
+    return (norm + length) * EPSILON / (length * length)
+
+
+@triton.jit
+def tile_of(p_schedule, i_tile, BM: tl.constexpr):
+    """Tile row and column, and the offsets of rows and columns: int64."""
+    i_row = tl.load(p_schedule + 2 * i_tile).to(tl.int64)
+    i_col = tl.load(p_schedule + 2 * i_tile + 1).to(tl.int64)
+    o_k = tl.arange(0, BM)
+    return i_row, i_col, i_row * BM + o_k, i_col * BM + o_k
