@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_kernels import dispatch, native
+from sphere_kernels import dispatch, gpu, native
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ NATIVE = Products(partial(native.gram, normalize=False), native.matmul, native.a
 
 dispatch.register("products", "reference")(lambda: TORCH)
 dispatch.register("products", "native", native.supports)(lambda: NATIVE)
+gpu.register("sphere_kernels.triton_kernels.products", "products")
 
 
 def products_for(tensor: Tensor, impl: str = "auto") -> Products:

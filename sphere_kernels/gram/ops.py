@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_kernels import dispatch
+from sphere_kernels import dispatch, gpu
 from sphere_kernels.gram import native  # noqa: F401  (registers itself)
 from sphere_kernels.gram.reference import gram_gradient
 from sphere_kernels.library import operation
 from sphere_kernels.rows import compute_dtype
+
+gpu.register("sphere_kernels.gram.triton", "gram", "gram_update_energy_")
 
 
 @operation()

@@ -8,6 +8,7 @@ from torch import Tensor
 from sphere_kernels.dispatch import register
 from sphere_kernels.energy.pairs import antipode_values, pair_values
 from sphere_kernels.energy.tiles import tiles
+from sphere_kernels.gram.update import update_terms
 from sphere_kernels.rows import Rows, UnitRows, compute_dtype, finite_or_nan, one_batch, scale
 
 
@@ -49,7 +50,7 @@ def gram_update_energy_(
 ) -> Tensor:
     """Update ``gram`` in place; the energy of every neuron, ``[..., n]`` fp64."""
     matrix = one_batch(gram)
-    first, second, diagonal = _terms(gram, left, cross, inner)
+    first, second, diagonal = update_terms(gram, left, cross, inner)
     norm = finite_or_nan(diagonal.double()).clamp(min=0).sqrt()
     rows = Rows(None if weight is None else one_batch(weight), norm)
     inverse = scale(norm).reciprocal().masked_fill_(norm == 0, 0)
@@ -67,15 +68,3 @@ def gram_update_energy_(
     if half_space:
         energy += antipode_values(rows, s, distance)
     return (energy + 0 * norm).reshape(gram.shape[:-1])  # a lone NaN row has no pairs to poison
-
-
-def _terms(gram: Tensor, left: Tensor, cross: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``[C, R]`` and ``[R, C]`` for ``Z R^T + R Z^T + R (X X^T) R^T = [C, R] [R, C]^T``, and the new diagonal.
-
-    ``C = Z + R (X X^T) / 2``. The diagonal's error enters every pair of its row: it is fp64, rounded once.
-    """
-    left = one_batch(left).double()
-    half = one_batch(cross).double() + 0.5 * left @ one_batch(inner).double()
-    diagonal = one_batch(gram).diagonal(dim1=-2, dim2=-1).double().add(2 * (half * left).sum(-1))
-    first, second = (torch.cat(pair, -1).to(gram.dtype) for pair in ((half, left), (left, half)))
-    return first, second, diagonal.to(gram.dtype)

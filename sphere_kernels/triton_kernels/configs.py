@@ -43,6 +43,7 @@ TABLE: dict[str, dict[tuple[str, str], Config]] = {
         ("general", "ieee"): Config(64, 32, 8, 3),
         ("general", "double"): Config(32, 16, 4, 2),
         ("product", "double"): Config(32, 16, 4, 2),
+        ("tile", "double"): Config(32, 16, 4, 2),
     },
 }
 for _arch in ("sm_90", "sm_100", "gfx942"):

@@ -12,8 +12,10 @@ from torch import Tensor
 from sphere_kernels import gpu
 from sphere_kernels.triton_kernels import configs
 from sphere_kernels.triton_kernels.configs import Config
+from sphere_kernels.triton_kernels.gram import gram_kernel
 from sphere_kernels.triton_kernels.product import product_kernel
 from sphere_kernels.triton_kernels.rows import rows_pack_kernel
+from sphere_kernels.triton_kernels.schedule import triangle
 
 HALF = (torch.bfloat16, torch.float16)
 FP16_SHIFT = 8  # rows of norm 256: what fp16 then loses to its smallest number is below fp32's rounding
@@ -119,6 +121,35 @@ class Packed:
 def _ready(weight: Tensor) -> bool:
     _, n, d = weight.shape
     return weight.is_contiguous() and d > 0 and d % ALIGNED == 0 and weight.data_ptr() % 16 == 0
+
+
+def symmetric_product(packed: Packed, out: Tensor, *, normalize: bool = False, subtract: bool = False) -> None:
+    """``out = [out -] A A^T`` of packed rows, for ``out [batch, n, n]`` whose rows have no gaps between elements."""
+    batch, n, width = packed.rows.shape
+    config = packed.plan.config("tile", n)
+    schedule = triangle(cdiv(n, config.block), out.device)
+    launch(
+        gram_kernel,
+        batch * len(schedule),
+        config,
+        out,
+        p_packed=packed.rows,
+        p_norm=packed.norm,
+        p_schedule=schedule,
+        p_out=out,
+        n=n,
+        width=width,
+        count=len(schedule),
+        plane=batch * n,
+        out_matrix=out.stride(0),
+        out_row=out.stride(1),
+        NORMALIZE=normalize,
+        SUBTRACT=subtract,
+        PRECISION=packed.plan.precision,
+        WIDE=WIDE[packed.plan.dtype],
+        BM=config.block,
+        BK=config.depth,
+    )
 
 
 def product(

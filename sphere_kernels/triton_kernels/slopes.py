@@ -29,19 +29,19 @@ def tile_slopes(
     m_pair = (o_i[:, None] < o_j[None, :]) & (o_j < n)[None, :]
     b_lack_i = tl.load(p_norm + (o_i + plane), mask=o_i < n, other=0.0)  # [BM]
     b_lack_j = tl.load(p_norm + (o_j + plane), mask=o_j < n, other=0.0)  # [BM]
-    b_scale_i = tl.load(p_norm + (o_i + plane + plane), mask=o_i < n, other=0.0).to(WIDE)  # [BM]
-    b_scale_j = tl.load(p_norm + (o_j + plane + plane), mask=o_j < n, other=0.0).to(WIDE)  # [BM]
+    b_scale_i = tl.load(p_norm + (o_i + plane + plane), mask=o_i < n, other=0.0)  # [BM]
+    b_scale_j = tl.load(p_norm + (o_j + plane + plane), mask=o_j < n, other=0.0)  # [BM]
     b_up_i = tl.load(p_upstream + o_i, mask=o_i < n, other=0.0)  # [BM]
     b_up_j = tl.load(p_upstream + o_j, mask=o_j < n, other=0.0)  # [BM]
-    b_g = (b_products * b_scale_i[:, None]) * b_scale_j[None, :]
     if FAST:
+        b_g = (b_products * b_scale_i.to(WIDE)[:, None]) * b_scale_j.to(WIDE)[None, :]
         b_lack = (0.5 * b_lack_i).to(WIDE)[:, None] + (0.5 * b_lack_j).to(WIDE)[None, :]
         _, _, b_half_square, m_near = far_tile(b_g, b_lack, WIDE)
         b_up = b_up_i.to(WIDE)[:, None] + b_up_j.to(WIDE)[None, :]
         b_bulk = right_angle_slope(b_half_square, S) * b_up
         b_radial = -b_bulk
     else:
-        b_wide = 2.0 * b_g.to(tl.float64)
+        b_wide = (b_products.to(tl.float64) * (2.0 * b_scale_i)[:, None]) * b_scale_j[None, :]
         b_lack = b_lack_i[:, None] + b_lack_j[None, :]
         b_minus = (2.0 - b_wide) - b_lack
         b_plus = (2.0 + b_wide) - b_lack

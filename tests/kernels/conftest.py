@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sphere_kernels import gpu
 from sphere_kernels.energy import tiles
 
 
@@ -16,9 +17,13 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 98)
 
 
-@pytest.fixture(params=("reference", "native"))
+# Under Triton's interpreter the same contract is asked of the Triton kernels, see tests/triton/.
+IMPLS = ("triton",) if gpu.interpreted() else ("reference", "native")
+
+
+@pytest.fixture(params=IMPLS)
 def each_impl(request, monkeypatch):
-    """``impl="auto"`` stands for one implementation, then for the other."""
+    """``impl="auto"`` stands for one implementation after the other."""
     monkeypatch.setenv("SPHERE_KERNELS_IMPL", request.param)
     return request.param
 
