@@ -37,7 +37,7 @@ def pair_energy(weight: Tensor, s: float, distance: str, half_space: bool) -> Te
     packed = Packed.of(rows, weight.dtype, normalize=True)
     kind = options(s, distance, half_space)
     quick = fast(s, distance, half_space, packed.plan.dtype)
-    config = packed.plan.config("tile" if quick else "general", n)
+    config = packed.plan.config("energy" if quick else "general", n)
     tiles = cdiv(n, config.block)
     schedule = triangle(tiles, weight.device)
     partial = rows.new_empty(batch, tiles, n, dtype=torch.float64)
@@ -144,7 +144,7 @@ def pair_energy_backward(grad: Tensor, weight: Tensor, s: float, distance: str, 
 def _gradient(upstream: Tensor, rows: Tensor, packed: Packed, kind: dict[str, Any], gradient: Tensor) -> None:
     batch, n, d = rows.shape
     quick = fast(kind["S"], "angular" if kind["ANGULAR"] else "euclidean", kind["HALF_SPACE"], packed.plan.dtype)
-    config = packed.plan.config("tile" if quick else "general", n)
+    config = packed.plan.config("slopes" if quick else "general slopes", n)
     tiles = cdiv(n, config.block)
     partial = rows.new_empty(batch, tiles, n, dtype=torch.float64)
     pull = rows.new_zeros(batch, n, d, dtype=packed.plan.dtype)

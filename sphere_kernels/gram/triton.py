@@ -41,7 +41,7 @@ def gram_update_energy_(
         a, b = (Packed.of(side, gram.dtype, normalize=False).rows for side in (first, second))
         plan = Plan.of(gram.device, gram.dtype)
         kind, quick = options(s, distance, half_space), fast(s, distance, half_space, gram.dtype)
-        config = plan.config("tile" if quick else "general", n)
+        config = plan.config("update" if quick else "general", n)
         tiles, norm = cdiv(n, config.block), _row_data(diagonal)
         schedule = triangle(tiles, gram.device)
         partial = norm.new_empty(batch, tiles, n)

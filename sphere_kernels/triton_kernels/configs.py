@@ -25,29 +25,47 @@ class Config(NamedTuple):
     stages: int
 
 
-# Kinds: "tile", symmetric products with their epilogue in fp32; "general", with one in fp64; "product", all others.
-# Operands: "half" (bf16 and fp16), "tf32", "tf32x3", "ieee" (fp32 in one of these ways) and "double".
-TABLE: dict[str, dict[tuple[str, str], Config]] = {
-    "sm_80": {
-        ("tile", "half"): Config(64, 64, 4, 3),
-        ("tile", "tf32"): Config(64, 32, 4, 3),
-        ("tile", "tf32x3"): Config(64, 32, 4, 3),
-        ("tile", "ieee"): Config(64, 32, 4, 3),
-        ("product", "half"): Config(64, 64, 4, 3),
-        ("product", "tf32"): Config(64, 32, 4, 3),
-        ("product", "tf32x3"): Config(64, 32, 4, 3),
-        ("product", "ieee"): Config(64, 32, 4, 3),
-        ("general", "half"): Config(64, 64, 8, 3),
-        ("general", "tf32"): Config(64, 32, 8, 3),
-        ("general", "tf32x3"): Config(64, 32, 8, 3),
-        ("general", "ieee"): Config(64, 32, 8, 3),
-        ("general", "double"): Config(32, 16, 4, 2),
-        ("product", "double"): Config(32, 16, 4, 2),
-        ("tile", "double"): Config(32, 16, 4, 2),
-    },
+# Kinds: "energy", "gram", "update" and "slopes", tiles of symmetric products with their epilogues; "general" and
+# "general slopes", those with fp64 for every pair (any distance and exponent); "product", what has no symmetry.
+# Operands: "half" (bf16 and fp16), "tf32", "tf32x3", "ieee" (fp32, multiplied in one of these ways) and "double".
+Table = dict[tuple[str, str], Config]
+KINDS = ("energy", "gram", "update", "slopes", "general", "general slopes", "product")
+OPERANDS = ("half", "tf32", "tf32x3", "ieee", "double")
+
+
+def _table(stages: int, products: dict[str, Config], overrides: dict[tuple[str, str], Config]) -> Table:
+    """Of one architecture: the largest tiles that leave each kernel its registers, found by compiling ahead of time."""
+    made = {(kind, "double"): Config(32, 16, 4, 2) for kind in KINDS}
+    for operands in ("half", "tf32", "tf32x3", "ieee"):
+        depth = 64 if operands == "half" else 32
+        for kind in KINDS:
+            made[kind, operands] = Config(64, depth, 8, stages)
+        made["gram", operands] = made["energy", operands] = Config(64, depth, 4, stages)
+        made["product", operands] = products.get(operands, Config(64, depth, 4, stages))
+        made["general slopes", operands] = Config(32, depth, 8, stages)
+    made["energy", "half"] = made["gram", "half"] = Config(128, 64, 8, stages)
+    return made | overrides
+
+
+HALF, TF32 = Config(128, 64, 8, 3), Config(128, 32, 8, 3)
+TABLE: dict[str, Table] = {
+    "sm_80": _table(
+        3,
+        {"half": HALF, "tf32": TF32},
+        {
+            ("energy", "tf32"): TF32,
+            ("slopes", "tf32x3"): Config(64, 16, 8, 3),
+            ("general", "tf32x3"): Config(32, 32, 8, 3),
+        },
+    ),
+    "sm_90": _table(
+        3,
+        {"half": HALF, "tf32": TF32, "tf32x3": TF32},
+        {("energy", "tf32"): TF32, ("energy", "tf32x3"): TF32},
+    ),
+    "sm_100": _table(3, {"half": HALF, "tf32": TF32, "tf32x3": TF32}, {("energy", "tf32"): TF32}),
+    "gfx942": _table(2, {"half": Config(128, 64, 8, 2)}, {}),
 }
-for _arch in ("sm_90", "sm_100", "gfx942"):
-    TABLE[_arch] = dict(TABLE["sm_80"])
 
 SMALL_TILE = Config(32, 32, 4, 2)
 ROWS = Config(4, 256, 4, 1)  # rows at a time, and elements of each
@@ -68,5 +86,5 @@ def table_for(arch: str) -> str:
 
 def find(arch: str, kind: str, operands: str, n: int) -> Config:
     """The configuration of a kernel for matrices of n rows."""
-    config = TABLE[table_for(arch)][kind, operands]
-    return SMALL_TILE if n <= SMALL and operands != "double" else config
+    shipped = TABLE[table_for(arch)][kind, operands]
+    return SMALL_TILE if n <= SMALL and operands != "double" else shipped

@@ -126,7 +126,7 @@ def _ready(weight: Tensor) -> bool:
 def symmetric_product(packed: Packed, out: Tensor, *, normalize: bool = False, subtract: bool = False) -> None:
     """``out = [out -] A A^T`` of packed rows, for ``out [batch, n, n]`` whose rows have no gaps between elements."""
     batch, n, width = packed.rows.shape
-    config = packed.plan.config("tile", n)
+    config = packed.plan.config("gram", n)
     schedule = triangle(cdiv(n, config.block), out.device)
     launch(
         gram_kernel,

@@ -1,4 +1,4 @@
-"""The order in which tiles of one triangle are computed."""
+"""The order in which tiles are computed: bands of rows, column by column."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ BAND = 8  # tile rows that share the columns they meet while these are in L2
 
 @functools.lru_cache(64)
 def triangle(side: int, device: torch.device) -> Tensor:
-    """Tiles ``[count, 2]`` on and above the diagonal of ``side x side`` ones, int32: bands of rows, column by column.
-
-    Launched in this order, the tiles that run at a time need `BAND` row blocks and few column blocks.
-    """
+    """Tiles ``[count, 2]`` on and above the diagonal of ``side x side`` ones, int32."""
     rows, cols = torch.triu_indices(side, side, device="cpu")
-    order = ((rows // BAND) * side + cols) * BAND + rows % BAND
-    return torch.stack([rows, cols], 1)[order.argsort()].to(device, torch.int32)
+    return in_bands(rows, cols, side, device)
 
 
 @functools.lru_cache(64)
 def rectangle(rows: int, cols: int, device: torch.device) -> Tensor:
-    """All tiles ``[count, 2]`` of a rectangle, in the same kind of order."""
-    i, j = torch.arange(rows, device="cpu").repeat_interleave(cols), torch.arange(cols, device="cpu").repeat(rows)
-    order = ((i // BAND) * cols + j) * BAND + i % BAND
-    return torch.stack([i, j], 1)[order.argsort()].to(device, torch.int32)
+    """All tiles ``[count, 2]`` of a rectangle, int32."""
+    places = torch.arange(rows * cols, device="cpu")
+    return in_bands(places // cols, places % cols, cols, device)
+
+
+def in_bands(rows: Tensor, cols: Tensor, width: int, device: torch.device) -> Tensor:
+    """Tiles in the order in which they are launched: those that run at a time need `BAND` row blocks, few others."""
+    order = ((rows // BAND) * width + cols) * BAND + rows % BAND
+    return torch.stack([rows, cols], 1)[order.argsort()].to(device, torch.int32)

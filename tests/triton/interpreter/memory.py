@@ -1,0 +1,109 @@
+"""Run in a process of its own: every tensor ends at a page that kills, or is too large for 32 bits."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+import torch
+
+KEPT: list[mmap.mmap] = []  # mapped to the end
+NUMBER = {torch.float32: "f", torch.float64: "d"}
+
+
+def guarded(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, the last of them before a page that must not be touched."""
+    size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
+    if not size:
+        return tensor
+    whole = -(-size // page) * page
+    memory = mmap.mmap(-1, whole + page)
+    KEPT.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + whole), page, 0) == 0
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=whole - size)
+    return flat.view(tensor.shape).copy_(tensor)
+
+
+def guard_what_is_made() -> None:
+    """All memory that the launches ask for, filled with NaN, and their schedules."""
+    from sphere_kernels.triton_kernels import schedule
+
+    empty, zeros = torch.Tensor.new_empty, torch.Tensor.new_zeros
+    torch.Tensor.new_empty = lambda self, *a, **k: guarded(empty(self, *a, **k).fill_(float("nan")))
+    torch.Tensor.new_zeros = lambda self, *a, **k: guarded(zeros(self, *a, **k))
+    order = schedule.in_bands
+    schedule.in_bands = lambda *a: guarded(order(*a))
+
+
+def run_all() -> None:
+    """Every kernel, at sizes that no block divides, with near pairs; results are compared with the reference's."""
+    import sphere_kernels as k
+    from sphere_kernels.energy import triton as energy
+
+    energy.GROUP = 64
+    generator = torch.Generator().manual_seed(0)
+    randn = lambda *shape: guarded(torch.randn(*shape, generator=generator))  # noqa: E731
+    weight = randn(71, 37)
+    weight[70] = weight[3] * 2 + 1e-3 * weight[4]
+    ops = torch.ops.sphere_kernels
+    upstream = randn(71).double()
+    for s, distance, half_space in ((1.0, "euclidean", False), (1.5, "angular", True)):
+        for op, arguments in ((ops.pair_energy, (weight,)), (ops.pair_energy_backward, (guarded(upstream), weight))):
+            actual, expected = (op(*arguments, s, distance, half_space, impl) for impl in ("triton", "reference"))
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    left, cross, inner = randn(71, 5), randn(71, 5), torch.eye(5)
+    for impl in ("triton", "reference"):
+        matrix = guarded(k.gram(weight, impl=impl))
+        found = k.gram_update_energy_(matrix, left, cross, guarded(inner), weight=weight, impl=impl)
+        results = (matrix, found) if impl == "triton" else results + (matrix, found)  # noqa: F821
+    torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[1], results[3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(k.gram(weight, normalize=True, impl="triton"), k.gram(weight, normalize=True))
+    update, basis = k.LowRankUpdate(randn(71, 5), randn(5, 37)), guarded(torch.linalg.qr(randn(37, 6)).Q)
+    targets = [k.apply_projected_update_(guarded(weight), update, basis, impl=i) for i in ("triton", "reference")]
+    torch.testing.assert_close(*targets, rtol=1e-4, atol=1e-4)
+
+
+def far_apart(rows: int, cols: int, stride: int) -> torch.Tensor:
+    """``[rows, cols]`` with rows so far apart that the last begins past 2^31 elements. What is not touched costs nothing."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+    memory = mmap.mmap(-1, (rows * stride + cols) * 4, flags=flags)
+    KEPT.append(memory)
+    return torch.frombuffer(memory, dtype=torch.float32).as_strided((rows, cols), (stride, 1))
+
+
+def run_far_apart() -> None:
+    """Kernels on matrices that reach past 2^31 elements."""
+    import sphere_kernels as k
+
+    stride = 1 << 27
+    weight = far_apart(20, 12, stride)
+    weight.copy_(torch.randn(20, 12, generator=torch.Generator().manual_seed(0)))
+    weight[19] = weight[2]
+    near = weight.clone(memory_format=torch.contiguous_format)
+    ops, upstream = torch.ops.sphere_kernels, torch.arange(20.0).double()
+    for op, before in ((ops.pair_energy, ()), (ops.pair_energy_backward, (upstream,))):
+        actual = op(*before, weight, 1.0, "euclidean", False, "triton")
+        torch.testing.assert_close(actual, op(*before, near, 1.0, "euclidean", False, "reference"))
+    matrix = far_apart(20, 20, stride)
+    matrix.copy_(k.gram(near))
+    nothing = torch.zeros(20, 0)
+    energy = k.gram_update_energy_(matrix, nothing, nothing, nothing[:0], weight=weight, impl="triton")
+    torch.testing.assert_close(energy, k.hyperspherical_energy(near, reduction="none"))
+    update, basis = torch.ones(20, 12), torch.eye(12)[:, :3].contiguous()
+    k.apply_projected_update_(weight, update, basis, impl="triton")
+    torch.testing.assert_close(weight.contiguous(), k.apply_projected_update_(near, update, basis, impl="reference"))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "guarded":
+        import sphere_kernels.energy.triton  # noqa: F401
+
+        guard_what_is_made()
+        run_all()
+    else:
+        run_far_apart()
+    print("done")

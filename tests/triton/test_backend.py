@@ -1,0 +1,83 @@
+"""What can be said of the Triton backend where it does not run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sphere_kernels import dispatch, gpu, hyperspherical_energy
+from sphere_kernels.triton_kernels import configs
+
+OPS = ("gram", "gram_update_energy_", "pair_energy", "pair_energy_backward", "principal_directions", "products")
+OPS += ("sparse_projection", "apply_projected_update_")
+SHAPE = (1024, 1024)
+HAS_TRITON = gpu.supports("cuda", torch.float32, SHAPE) is None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_auto_takes_triton_on_gpus_only(op):
+    if HAS_TRITON:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            assert dispatch.select(op, "auto", "cuda", dtype, SHAPE) == "triton"
+    assert dispatch.select(op, "auto", "cpu", torch.float32, SHAPE) in ("native", "reference")
+
+
+def test_refusals_say_why(monkeypatch):
+    with pytest.raises(ValueError, match="runs on CUDA and ROCm tensors .* not on cpu"):
+        hyperspherical_energy(torch.ones(2, 2), impl="triton")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert dispatch.select("pair_energy", "auto", "cuda", torch.float32, SHAPE) == "reference"
+    with pytest.raises(ValueError, match="triton is not installed"):
+        dispatch.select("pair_energy", "triton", "cuda", torch.float32, SHAPE)
+
+
+def test_import_leaves_triton_alone():
+    code = "import sys, sphere_kernels; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_precision_by_architecture(monkeypatch):
+    monkeypatch.delenv("SPHERE_KERNELS_DOT", raising=False)
+    for arch, expected in (("sm_75", "ieee"), ("sm_80", "tf32x3"), ("sm_120", "tf32x3"), ("gfx942", "ieee")):
+        assert gpu.precision(arch) == expected
+    monkeypatch.setenv("SPHERE_KERNELS_DOT", "tf32x3")
+    with pytest.raises(ValueError, match="must be auto or one of ieee, tf32 on gfx942, got 'tf32x3'"):
+        gpu.precision("gfx942")
+
+
+def test_architectures_share_tables():
+    for arch, expected in (
+        ("sm_86", "sm_80"),
+        ("sm_90", "sm_90"),
+        ("sm_100", "sm_100"),
+        ("sm_103", "sm_100"),
+        ("sm_120", "sm_80"),
+        ("gfx950", "gfx942"),
+    ):
+        assert configs.table_for(arch) == expected
+
+
+def test_shipped_configurations_are_pinned():
+    """A change of a tile changes the order of sums: it is made on purpose."""
+    assert configs.find("sm_90", "energy", "tf32x3", 4096) == (128, 32, 8, 3)
+    assert configs.find("sm_90", "energy", "half", 4096) == (128, 64, 8, 3)
+    assert configs.find("sm_80", "energy", "tf32x3", 4096) == (64, 32, 4, 3)
+    assert configs.find("gfx942", "product", "ieee", 4096) == (64, 32, 4, 2)
+    assert configs.find("sm_90", "energy", "tf32x3", 65) == configs.find("sm_90", "energy", "tf32x3", 1 << 20)
+    assert configs.find("sm_90", "energy", "tf32x3", 64) == configs.SMALL_TILE
+    for table in configs.TABLE.values():
+        assert set(table) == {(kind, column) for kind in configs.KINDS for column in configs.OPERANDS}
+
+
+def test_tiles_come_in_bands():
+    schedule = pytest.importorskip("sphere_kernels.triton_kernels.schedule")
+    for side in (1, 2, 7, 8, 9, 20):
+        tiles = schedule.triangle(side, torch.device("cpu"))
+        assert {tuple(tile) for tile in tiles.tolist()} == {(i, j) for i in range(side) for j in range(i, side)}
+        assert (tiles[:, 0] // schedule.BAND).diff().ge(0).all()
+        tiles = schedule.rectangle(side, 5, torch.device("cpu"))
+        assert sorted(map(tuple, tiles.tolist())) == [(i, j) for i in range(side) for j in range(5)]
