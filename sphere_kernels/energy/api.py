@@ -44,10 +44,10 @@ def hyperspherical_energy(
     Numerics:
         Inner products are computed in fp32 (fp64 for a float64 weight), norms and sums in fp64. A pair's value is fp64
         in the reference; native and Triton take its excess over that of orthogonal rows in the dtype of the inner
-        products, and sum that (for s = 1 and 2). In either, fp32 leaves an error of about 1e-11 of the energy of rows spread in
-        many dimensions; at d = 3, where many pairs are close without being near, about 1e-7. Pairs with
-        ``t^2 < 1e-3`` are recomputed in fp64 from the difference of the rows. One clamp: ``t >= 1e-6``,
-        and a clamped pair has no gradient. Zero rows stay zero vectors, with zero gradient. NaN or infinity in, NaN
+        products, and sum that (for s = 1 and 2). In any, fp32 leaves an error of about 1e-11 of the energy of rows
+        spread in many dimensions; at d = 3, where many pairs are close without being near, about 1e-7. Pairs with
+        ``t^2 < 1e-3`` are recomputed in fp64 from the difference of the rows. One clamp: ``t >= 1e-6``, and a clamped
+        pair has no gradient. Zero rows stay zero vectors, with zero gradient. NaN or infinity in, NaN
         out. Differentiable once, in tiles: no n x n matrix exists in either pass. The order of the sums is fixed.
         Reverse mode by ``torch.autograd`` only: torch gives such an operation a zero tangent in forward mode
         (``torch.func.jvp``), and refuses it in ``torch.func.grad``.

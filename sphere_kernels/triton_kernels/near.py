@@ -143,7 +143,8 @@ def near_energy_kernel(
 def pull_near(
     p_pull,
     p_weight,
-    b_near,
+    b_same,
+    b_opposite,
     b_length_i,
     b_length_j,
     o_i,
@@ -152,11 +153,11 @@ def pull_near(
     d,
     stride_row,
     stride_col,
-    SIGN: tl.constexpr,
+    BOTH: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """``pull_i += sum_j near_ij (SIGN unit_j - unit_i)`` for near ``[BR, BR]``, differences and sums in fp64."""
+    """``pull_i += sum_j same_ij (unit_j - unit_i) + opposite_ij (-unit_j - unit_i)``, all but the last sum in fp64."""
     o_k = tl.arange(0, BK).to(tl.int64)
     o_c = tl.arange(0, BR)
     for k in tl.range(0, d, BK, num_stages=1):
@@ -167,15 +168,19 @@ def pull_near(
         b_a = b_a.to(tl.float64) / b_length_i[:, None]
         b_sum = tl.zeros((BR, BK), tl.float64)
         for c in tl.range(0, BR, num_stages=1):
-            b_slope = tl.sum(tl.where((o_c == c)[None, :], b_near, 0.0), 1)  # [BR]
-            if tl.max((b_slope != 0.0).to(tl.int32), 0) > 0:
+            b_to_same = tl.sum(tl.where((o_c == c)[None, :], b_same, 0.0), 1)  # [BR]
+            b_to_opposite = tl.sum(tl.where((o_c == c)[None, :], b_opposite, 0.0), 1)  # [BR]
+            if tl.max(((b_to_same != 0.0) | (b_to_opposite != 0.0)).to(tl.int32), 0) > 0:
                 b_length = tl.sum(tl.where(o_c == c, b_length_j, 0.0), 0)
                 i_j = tl.sum(tl.where(o_c == c, o_j, 0), 0)
-                b_b = tl.load(p_k + i_j * stride_row, mask=m_k & (i_j < n), other=0.0).to(tl.float64)  # [BK]
-                b_sum += b_slope[:, None] * (SIGN * (b_b / b_length)[None, :] - b_a)
+                b_b = tl.load(p_k + i_j * stride_row, mask=m_k & (i_j < n), other=0.0).to(tl.float64) / b_length  # [BK]
+                b_sum += b_to_same[:, None] * (b_b[None, :] - b_a)
+                if BOTH:
+                    b_sum -= b_to_opposite[:, None] * (b_b[None, :] + b_a)
         p_x = p_pull + (o_i * d)[:, None] + (k + o_k)[None, :]
         b_x = tl.load(p_x, mask=m_x, other=0.0)  # [BR, BK]
         tl.store(p_x, b_x + b_sum.to(b_x.dtype), mask=m_x)
+    tl.debug_barrier()  # the next call reads what this one wrote, perhaps in other threads
 
 
 @triton.jit
@@ -238,27 +243,21 @@ def near_slopes_kernel(
                 b_bulk = tl.where(m_pair, b_bulk * b_up, 0.0).to(p_slopes.dtype.element_ty)
                 m_s = m_i[:, None] & (o_j < n)[None, :]
                 tl.store(p_slopes + i_matrix * rows * cols + o_s, b_bulk, mask=m_s)
-                b_same = tl.where(m_pair, b_same * b_up, 0.0)
-                p_own_pull = p_pull + i_matrix * n * d
                 pull_near(
-                    p_own_pull, p_rows, b_same, b_length, b_length_j, o_i, o_j, n, d, stride_row, stride_col, 1, BR, BK
+                    p_pull + i_matrix * n * d,
+                    p_rows,
+                    tl.where(m_pair, b_same * b_up, 0.0),
+                    tl.where(m_pair, b_opposite * b_up, 0.0),
+                    b_length,
+                    b_length_j,
+                    o_i,
+                    o_j,
+                    n,
+                    d,
+                    stride_row,
+                    stride_col,
+                    ANGULAR or HALF_SPACE,
+                    BR,
+                    BK,
                 )
-                if ANGULAR or HALF_SPACE:
-                    b_opposite = tl.where(m_pair, b_opposite * b_up, 0.0)
-                    pull_near(
-                        p_own_pull,
-                        p_rows,
-                        b_opposite,
-                        b_length,
-                        b_length_j,
-                        o_i,
-                        o_j,
-                        n,
-                        d,
-                        stride_row,
-                        stride_col,
-                        -1,
-                        BR,
-                        BK,
-                    )
             tl.store(p_sums, b_sum, mask=m_i)

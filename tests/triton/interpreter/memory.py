@@ -67,7 +67,7 @@ def run_all() -> None:
 
 
 def far_apart(rows: int, cols: int, stride: int) -> torch.Tensor:
-    """``[rows, cols]`` with rows so far apart that the last begins past 2^31 elements. What is not touched costs nothing."""
+    """``[rows, cols]`` with rows so far apart that the last begins past 2^31 elements; only what is touched costs."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
     memory = mmap.mmap(-1, (rows * stride + cols) * 4, flags=flags)
     KEPT.append(memory)
