@@ -76,6 +76,8 @@ def merged(tensor: Tensor) -> Tensor:
     The interpreter computes nonsense with bfloat16, so there it gets the same values in float32.
     """
     matrices = one_batch(tensor.resolve_neg())
+    if matrices.numel() and matrices.data_ptr() == 0:
+        raise ValueError(f"Triton kernels need tensors with memory, got a {type(tensor).__name__} without")
     return matrices.float() if interpreted() and tensor.dtype == torch.bfloat16 else matrices
 
 

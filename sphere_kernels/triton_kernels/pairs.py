@@ -34,7 +34,7 @@ def tile_energies(
     if FAST:
         b_g = (b_products * b_scale_i.to(WIDE)[:, None]) * b_scale_j.to(WIDE)[None, :]
         b_lack = (0.5 * b_lack_i).to(WIDE)[:, None] + (0.5 * b_lack_j).to(WIDE)[None, :]
-        b_u, b_rest, b_half_square, m_near = far_tile(b_g, b_lack, WIDE)
+        b_u, b_rest, b_half_square, m_near = far_tile(b_g, b_lack)
         b_value = excess(b_u, b_rest, b_half_square, S)
     else:
         b_wide = (b_products.to(tl.float64) * (2.0 * b_scale_i)[:, None]) * b_scale_j[None, :]

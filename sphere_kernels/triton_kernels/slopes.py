@@ -36,7 +36,7 @@ def tile_slopes(
     if FAST:
         b_g = (b_products * b_scale_i.to(WIDE)[:, None]) * b_scale_j.to(WIDE)[None, :]
         b_lack = (0.5 * b_lack_i).to(WIDE)[:, None] + (0.5 * b_lack_j).to(WIDE)[None, :]
-        _, _, b_half_square, m_near = far_tile(b_g, b_lack, WIDE)
+        _, _, b_half_square, m_near = far_tile(b_g, b_lack)
         b_up = b_up_i.to(WIDE)[:, None] + b_up_j.to(WIDE)[None, :]
         b_bulk = right_angle_slope(b_half_square, S) * b_up
         b_radial = -b_bulk

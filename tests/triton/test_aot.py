@@ -22,6 +22,7 @@ import triton  # noqa: E402
 from sphere_kernels.triton_kernels import configs  # noqa: E402
 
 TABLE = Path(__file__).parents[2] / "benchmarks/results/triton_aot.json"
+pytestmark = pytest.mark.slow
 REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # sm_80 stands for sm_86 too
 # Products on the plain units: fp32 as such on NVIDIA, and fp64 where the compiler knows no instruction for it.
