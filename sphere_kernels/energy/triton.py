@@ -37,7 +37,8 @@ def pair_energy(weight: Tensor, s: float, distance: str, half_space: bool) -> Te
     packed = Packed.of(rows, weight.dtype, normalize=True)
     kind = options(s, distance, half_space)
     quick = fast(s, distance, half_space, packed.plan.dtype)
-    config = packed.plan.config("energy" if quick else "general", n)
+    tile = "energy" if quick else "general"
+    config = packed.plan.config(tile, n)
     tiles = cdiv(n, config.block)
     schedule = triangle(tiles, weight.device)
     partial = rows.new_empty(batch, tiles, n, dtype=torch.float64)
@@ -57,7 +58,7 @@ def pair_energy(weight: Tensor, s: float, distance: str, half_space: bool) -> Te
         plane=batch * n,
         **kind,
         FAST=quick,
-        PRECISION=packed.plan.precision,
+        PRECISION=packed.plan.precision(tile),
         WIDE=WIDE[packed.plan.dtype],
         BM=config.block,
         BK=config.depth,
@@ -225,7 +226,7 @@ def _slopes(
         cols=across,
         **kind,
         FAST=quick,
-        PRECISION=packed.plan.precision,
+        PRECISION=packed.plan.precision("slopes" if quick else "general slopes"),
         WIDE=WIDE[packed.plan.dtype],
         BM=config.block,
         BK=config.depth,

@@ -41,7 +41,8 @@ def gram_update_energy_(
         a, b = (Packed.of(side, gram.dtype, normalize=False).rows for side in (first, second))
         plan = Plan.of(gram.device, gram.dtype)
         kind, quick = options(s, distance, half_space), fast(s, distance, half_space, gram.dtype)
-        config = plan.config("update" if quick else "general", n)
+        tile = "update" if quick else "general"
+        config = plan.config(tile, n)
         tiles, norm = cdiv(n, config.block), _row_data(diagonal)
         schedule = triangle(tiles, gram.device)
         partial = norm.new_empty(batch, tiles, n)
@@ -66,7 +67,7 @@ def gram_update_energy_(
             gram_row=matrix.stride(1),
             **kind,
             FAST=quick,
-            PRECISION=plan.precision,
+            PRECISION=plan.precision(tile),
             WIDE=WIDE[plan.dtype],
             BM=config.block,
             BK=config.depth,

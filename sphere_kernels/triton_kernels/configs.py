@@ -17,12 +17,14 @@ class Config(NamedTuple):
         block: rows (and columns) of a tile.
         depth: elements of the inner dimension at a time.
         warps, stages: of Triton.
+        registers: per thread, where NVIDIA's assembler would rather spill than have few threads; else its own choice.
     """
 
     block: int
     depth: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # Kinds: "energy", "gram", "update" and "slopes", tiles of symmetric products with their epilogues; "general" and
@@ -36,13 +38,15 @@ OPERANDS = ("half", "tf32", "tf32x3", "ieee", "double")
 def _table(stages: int, products: dict[str, Config], overrides: dict[tuple[str, str], Config]) -> Table:
     """Of one architecture: the largest tiles that leave each kernel its registers, found by compiling ahead of time."""
     made = {(kind, "double"): Config(32, 16, 4, 2) for kind in KINDS}
+    made["product", "double"] = Config(32, 16, 8, 2)
     for operands in ("half", "tf32", "tf32x3", "ieee"):
         depth = 64 if operands == "half" else 32
         for kind in KINDS:
             made[kind, operands] = Config(64, depth, 8, stages)
         made["gram", operands] = made["energy", operands] = Config(64, depth, 4, stages)
-        made["product", operands] = products.get(operands, Config(64, depth, 4, stages))
-        made["general slopes", operands] = Config(32, depth, 8, stages)
+        made["product", operands] = products.get(operands, Config(64, depth, 8, stages))
+        made["general", operands] = Config(64, depth, 8, stages, 255)
+        made["general slopes", operands] = Config(32, depth, 8, stages, 255)
     made["energy", "half"] = made["gram", "half"] = Config(128, 64, 8, stages)
     return made | overrides
 
@@ -55,7 +59,7 @@ TABLE: dict[str, Table] = {
         {
             ("energy", "tf32"): TF32,
             ("slopes", "tf32x3"): Config(64, 16, 8, 3),
-            ("general", "tf32x3"): Config(32, 32, 8, 3),
+            ("general", "tf32x3"): Config(32, 32, 4, 3, 255),
         },
     ),
     "sm_90": _table(
@@ -69,7 +73,7 @@ TABLE: dict[str, Table] = {
 
 SMALL_TILE = Config(32, 32, 4, 2)
 ROWS = Config(4, 256, 4, 1)  # rows at a time, and elements of each
-NEAR = Config(16, 16, 4, 1)
+NEAR = Config(16, 16, 4, 1, 255)
 SUMS = Config(128, 1, 4, 1)
 
 

@@ -25,9 +25,13 @@ WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments: Any) -> None:
     """Run a kernel in so many programs on the device of a tensor."""
-    if programs:
-        with gpu.on(like):
-            kernel[(programs,)](**arguments, num_warps=config.warps, num_stages=config.stages)
+    if not programs:
+        return
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    if config.registers and gpu.architecture(like.device).startswith("sm_"):
+        options["maxnreg"] = config.registers
+    with gpu.on(like):
+        kernel[(programs,)](**arguments, **options)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -59,10 +63,11 @@ class Plan:
         half = len(set(dtypes)) == 1 and dtypes[0] in HALF
         return cls(arch, "half" if half else asked, torch.float32)
 
-    @property
-    def precision(self) -> str:
+    def precision(self, kind: str) -> str:
         """What a product of blocks is told."""
-        return self.operands if self.operands in gpu.PRECISIONS else "ieee"
+        if self.operands not in gpu.PRECISIONS or (kind == "general slopes" and self.operands == "tf32x3"):
+            return "ieee"  # the latter for lack of registers: fp64 slopes take what three products would
+        return self.operands
 
     def config(self, kind: str, n: int) -> Config:
         """The shipped configuration of a kind of kernel for n rows."""
@@ -145,7 +150,7 @@ def symmetric_product(packed: Packed, out: Tensor, *, normalize: bool = False, s
         out_row=out.stride(1),
         NORMALIZE=normalize,
         SUBTRACT=subtract,
-        PRECISION=packed.plan.precision,
+        PRECISION=packed.plan.precision("gram"),
         WIDE=WIDE[packed.plan.dtype],
         BM=config.block,
         BK=config.depth,
@@ -207,7 +212,7 @@ def product(
         ADDEND=addend is not out,
         ACCUMULATE=accumulate,
         AS_IS=as_is,
-        PRECISION=plan.precision,
+        PRECISION=plan.precision("product"),
         WIDE=WIDE[plan.dtype],
         BM=config.block,
         BN=config.block,

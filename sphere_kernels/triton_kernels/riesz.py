@@ -174,7 +174,7 @@ def near_slopes(minus, plus, lack, S: tl.constexpr, ANGULAR: tl.constexpr, HALF_
 
 @triton.jit
 def far_tile(g, lack):
-    """``u = 1 - t^2 / 2`` and what rounding took from it, ``t^2 / 2``, whether a pair is near; in the dtype of ``g``."""
+    """``u = 1 - t^2 / 2``, what rounding took from it, ``t^2 / 2``, and whether a pair is near; in the dtype of g."""
     u = g + lack
     half_square = 1.0 - u
     return u, lack - (u - g), half_square, half_square < 0.5 * NEAR

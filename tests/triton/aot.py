@@ -17,6 +17,8 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sphere_kernels.triton_kernels.configs import Config
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -51,9 +53,10 @@ class Launch:
     aligned: tuple[str, ...]
     warps: int
     stages: int
+    most_registers: int | None
 
 
-def recorded(kernel: Any, arguments: dict[str, Any], warps: int, stages: int) -> Launch:
+def recorded(kernel: Any, arguments: dict[str, Any], config: Config) -> Launch:
     """What Triton's launcher would compile for these arguments: types, and which of them 16 divides."""
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
     signature, constants, aligned = [], [], []
@@ -70,7 +73,7 @@ def recorded(kernel: Any, arguments: dict[str, Any], warps: int, stages: int) ->
             signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
             aligned += [name] if value % 16 == 0 else []
     place = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
-    return Launch(place, tuple(signature), tuple(constants), tuple(aligned), warps, stages)
+    return Launch(place, tuple(signature), tuple(constants), tuple(aligned), *config[2:])
 
 
 def compiled(launch: Launch, arch: str) -> dict[str, Any]:
@@ -81,6 +84,8 @@ def compiled(launch: Launch, arch: str) -> dict[str, Any]:
     attrs = {(places.index(argument),): [["tt.divisibility", 16]] for argument in launch.aligned}
     source = ASTSource(kernel, dict(launch.signature), constexprs=dict(launch.constants), attrs=attrs)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    if launch.most_registers and TARGETS[arch].backend == "cuda":
+        options["maxnreg"] = launch.most_registers
     try:
         made = triton.compile(source, target=TARGETS[arch], options=options)
     except Exception as error:

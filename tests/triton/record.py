@@ -27,7 +27,7 @@ def recording(monkeypatch, arch: str, precision: str) -> Iterator[dict[Launch, N
 
     def note(kernel, programs, config, like, **arguments):
         if programs:
-            seen[recorded(kernel, arguments, config.warps, config.stages)] = None
+            seen[recorded(kernel, arguments, config)] = None
 
     with monkeypatch.context() as patch:
         patch.setenv("SPHERE_KERNELS_DOT", precision)
@@ -42,11 +42,15 @@ def launches(monkeypatch, arch: str) -> list[Launch]:
     found: dict[Launch, None] = {}
     for precision in ("auto", *PRECISIONS[arch]):
         with recording(monkeypatch, arch, precision) as seen:
-            energies(torch.zeros(96, 96), PLAIN, GENERAL)
+            weight = torch.zeros(96, 96)
+            energies(weight, PLAIN)
+            energy.pair_energy(weight, *GENERAL)
+            energy.pair_energy_backward(weight[0], weight, *GENERAL)
             grams.gram(torch.zeros(96, 96), False)
             TRITON.matmul(torch.zeros(96, 96), torch.zeros(96, 96))
         found |= seen
     with recording(monkeypatch, arch, "auto") as seen:
+        energies(torch.zeros(96, 96), GENERAL)
         for dtype, variant in ((torch.float32, PLAIN), (torch.bfloat16, PLAIN), (torch.float64, GENERAL)):
             weight = torch.zeros(96, 96, dtype=dtype)
             energies(weight, variant)

@@ -26,7 +26,12 @@ pytestmark = pytest.mark.slow
 REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # sm_80 stands for sm_86 too
 # Products on the plain units: fp32 as such on NVIDIA, and fp64 where the compiler knows no instruction for it.
-NO_MATRIX = {("sm_80", "ieee"), ("sm_90", "ieee"), ("sm_100", "ieee"), ("sm_100", "double")}
+NO_MATRIX = {(arch, "tf32x3 or ieee") for arch in ("sm_80", "sm_90", "sm_100")} | {
+    ("sm_80", "ieee"),
+    ("sm_90", "ieee"),
+    ("sm_100", "ieee"),
+    ("sm_100", "double"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,7 @@ def described(launch):
         "depth": constants.get("BK"),
         "warps": launch.warps,
         "stages": launch.stages,
+        "most_registers": launch.most_registers,
         "variant": variant,
     }
 
@@ -80,6 +86,8 @@ def operands(launch):
     if str(constants["WIDE"]) == "fp64":
         return "double"
     first, second = types.get("p_packed") or types.get("p_a") or types["p_first"], types.get("p_b")
+    if launch.kernel.endswith("pair_slopes_kernel") and not constants["FAST"] and constants["PRECISION"] == "ieee":
+        return "half" if first in ("*bf16", "*fp16") else "tf32x3 or ieee"
     half = first in ("*bf16", "*fp16") and constants.get("AS_IS", True) and second in (None, first)
     return "half" if half else constants["PRECISION"]
 
@@ -121,12 +129,18 @@ def test_offsets_are_64_bits_wide_before_they_are_multiplied(rows):
 
 
 def test_every_shipped_configuration_was_compiled(rows):
-    seen = {(r["arch"], r["operands"], r["block"], r["depth"], r["warps"], r["stages"]) for r in rows if r["operands"]}
+    seen = {
+        (r["arch"], r["operands"], r["block"], r["depth"], r["warps"], r["stages"], r["most_registers"])
+        for r in rows
+        if r["operands"]
+    }
     for arch, table in configs.TABLE.items():
         for (kind, column), config in table.items():
             if column in record.PRECISIONS[arch] or column in ("half", "double"):
                 if (kind, column) == ("update", "half"):
                     continue  # a Gram matrix is fp32 or fp64
+                if kind == "general slopes" and column in ("tf32x3", "ieee"):
+                    column = "tf32x3 or ieee"  # multiplied alike, see Plan.precision
                 assert (arch, column, *config) in seen, (arch, kind, column, config)
 
 

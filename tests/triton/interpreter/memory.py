@@ -26,12 +26,17 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
     return flat.view(tensor.shape).copy_(tensor)
 
 
+def poisoned(tensor: torch.Tensor) -> torch.Tensor:
+    """Filled with NaN where it can hold one."""
+    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+
 def guard_what_is_made() -> None:
     """All memory that the launches ask for, filled with NaN, and their schedules."""
     from sphere_kernels.triton_kernels import schedule
 
     empty, zeros = torch.Tensor.new_empty, torch.Tensor.new_zeros
-    torch.Tensor.new_empty = lambda self, *a, **k: guarded(empty(self, *a, **k).fill_(float("nan")))
+    torch.Tensor.new_empty = lambda self, *a, **k: guarded(poisoned(empty(self, *a, **k)))
     torch.Tensor.new_zeros = lambda self, *a, **k: guarded(zeros(self, *a, **k))
     order = schedule.in_bands
     schedule.in_bands = lambda *a: guarded(order(*a))
@@ -68,7 +73,7 @@ def run_all() -> None:
 
 def far_apart(rows: int, cols: int, stride: int) -> torch.Tensor:
     """``[rows, cols]`` with rows so far apart that the last begins past 2^31 elements; only what is touched costs."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which mmap does not name
     memory = mmap.mmap(-1, (rows * stride + cols) * 4, flags=flags)
     KEPT.append(memory)
     return torch.frombuffer(memory, dtype=torch.float32).as_strided((rows, cols), (stride, 1))
