@@ -67,7 +67,11 @@ TABLE: dict[str, Table] = {
         {"half": HALF, "tf32": TF32, "tf32x3": TF32},
         {("energy", "tf32"): TF32, ("energy", "tf32x3"): TF32},
     ),
-    "sm_100": _table(3, {"half": HALF, "tf32": TF32, "tf32x3": TF32}, {("energy", "tf32"): TF32}),
+    "sm_100": _table(
+        3,
+        {"half": HALF, "tf32": TF32, "tf32x3": TF32},
+        {("energy", "tf32"): TF32, ("gram", "half"): Config(64, 64, 4, 3)},
+    ),
     "gfx942": _table(2, {"half": Config(128, 64, 8, 2)}, {}),
 }
 
