@@ -29,11 +29,23 @@ def seen_as_tf32(x):
 
 
 @triton.jit
+def dot_tf32x3(b_a, b_b, b_sum):
+    """What the compiler makes of ``tf32x3``: fp32 as the sum of two tf32, less the product of the smaller ones."""
+    b_a_large = nearest_tf32(b_a)
+    b_b_large = nearest_tf32(b_b)
+    b_small = tl.dot(seen_as_tf32(b_a - b_a_large), b_b_large)
+    b_small = tl.dot(b_a_large, seen_as_tf32(b_b - b_b_large), b_small)
+    return b_sum + tl.dot(b_a_large, b_b_large, tl.where(b_small == b_small, b_small, 0.0))  # inf - inf was its rest
+
+
+@triton.jit
 def dot(b_a, b_b, b_sum, PRECISION: tl.constexpr):
     """``b_sum + b_a b_b`` for blocks of one dtype."""
     if PRECISION == "tf32":
         b_a = seen_as_tf32(b_a)
         b_b = seen_as_tf32(b_b)
+    if PRECISION == "tf32x3" and INTERPRETED:
+        return dot_tf32x3(b_a, b_b, b_sum)
     return tl.dot(b_a, b_b, b_sum, input_precision=PRECISION, out_dtype=b_sum.dtype)
 
 

@@ -35,6 +35,11 @@ def run(what, package=PACKAGE.parent):
     return subprocess.run(command, env=env, cwd=package, capture_output=True, text=True)
 
 
+def noticed(done):
+    """It died of the access, or what it wrote to the wrong place is missed elsewhere; not of anything else."""
+    assert done.returncode == -signal.SIGSEGV or "Tensor-likes are not close" in done.stderr, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("what", ("guarded", "far apart"))
 def test_the_kernels_stay_inside(what):
     done = run(what)
@@ -55,12 +60,11 @@ def twin(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "mask", "without"), WITHOUT_A_MASK, ids=[row[0] for row in WITHOUT_A_MASK])
-def test_a_missing_mask_dies(name, mask, without, twin):
+def test_a_missing_mask_is_noticed(name, mask, without, twin):
     assert mask in (PACKAGE / "triton_kernels" / name).read_text()
-    assert run("guarded", twin(mask, without, name)).returncode == -signal.SIGSEGV
+    noticed(run("guarded", twin(mask, without, name)))
 
 
-def test_a_narrow_offset_dies_or_is_wrong(twin):
+def test_a_narrow_offset_is_noticed(twin):
     assert re.search(r"tl\.int64", (PACKAGE / "triton_kernels/rows.py").read_text())
-    done = run("far apart", twin(".to(tl.int64)", ".to(tl.int32)"))
-    assert done.returncode != 0 and "done" not in done.stdout
+    noticed(run("far apart", twin(".to(tl.int64)", ".to(tl.int32)")))

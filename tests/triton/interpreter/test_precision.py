@@ -52,6 +52,20 @@ def test_fp32_stays_fp32(precision, monkeypatch):
     assert error_of(hyperspherical_energy(a, reduction="none"), oracle.per_neuron(a)) < 1e-7
 
 
+@pytest.mark.parametrize(
+    ("precision", "inner", "neuron", "total"),
+    [("ieee", 1e-6, 1e-8, 1e-9), ("tf32x3", 1e-6, 1e-8, 1e-9), ("tf32", 1e-3, 1e-5, 1e-6)],
+)
+def test_errors_that_the_readme_states(precision, inner, neuron, total, monkeypatch):
+    monkeypatch.setenv("SPHERE_KERNELS_DOT", precision)
+    a = randn(64, 1536, dtype=torch.float32)
+    unit, expected = oracle.unit_rows(a.double()), oracle.per_neuron(a)
+    energy = hyperspherical_energy(a, reduction="none")
+    assert (gram(a, normalize=True) - unit @ unit.T).abs().max() < inner
+    assert (energy / expected - 1).abs().max() < neuron
+    assert abs(energy.sum() / expected.sum() - 1) < total
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_16_bit_operands_are_exact(dtype):
     a = randn(20, 48, dtype=dtype)
