@@ -28,6 +28,7 @@ def collect() -> dict[str, Section]:
         "torch": _torch,
         "devices": _devices,
         "native": _native,
+        "cuda kernels": _cuda,
         "implementations": _implementations,
         "environment": _environment,
     }
@@ -142,6 +143,19 @@ def _native() -> Section:
         runs = str(error)
     tiers = f"{runs} (usable here: {', '.join(native.USABLE)}; built: {', '.join(native.BUILT)})"
     return {"sphere_kernels._cpu": native.cpu.__file__, "instruction set": tiers} | dict(native.cpu.cpu_features())
+
+
+def _cuda() -> Section:
+    cuda = importlib.import_module("sphere_kernels.cuda")
+    if cuda.cuda is None:
+        return {"sphere_kernels._cuda": cuda.failure}
+    toolkit = cuda.cuda.toolkit()
+    return {
+        "sphere_kernels._cuda": cuda.cuda.__file__,
+        "toolkit": f"{toolkit // 1000}.{toolkit % 1000 // 10}",
+        "built for": ", ".join(f"sm_{arch}" for arch in cuda.cuda.architectures()),
+        "devices": cuda.cuda.device_count(),
+    }
 
 
 def _implementations() -> Section:

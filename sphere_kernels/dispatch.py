@@ -12,7 +12,8 @@ from torch import Tensor
 from sphere_kernels import env
 
 IMPLS = ("auto", "reference", "native", "triton", "cuda")
-PREFERENCE = ("cuda", "triton", "native", "reference")  # the order in which "auto" asks
+PREFERENCE = ("triton", "native", "reference")  # the order in which "auto" asks
+NAMED = (*PREFERENCE, "cuda")  # what can be asked for by name; cuda in no other way
 
 # Why an implementation cannot take tensors of this device type, dtype and shape; None when it can.
 Supports = Callable[[str, torch.dtype, tuple[int, ...]], "str | None"]
@@ -37,8 +38,8 @@ def runs_everywhere(device_type: str, dtype: torch.dtype, shape: tuple[int, ...]
 
 def register(op: str, impl: str, supports: Supports = runs_everywhere) -> Callable[[Function], Function]:
     """Decorator: make a function the implementation ``impl`` of ``op``."""
-    if impl not in PREFERENCE:
-        raise ValueError(f"impl must be one of {', '.join(PREFERENCE)}, got {impl!r}")
+    if impl not in NAMED:
+        raise ValueError(f"impl must be one of {', '.join(NAMED)}, got {impl!r}")
 
     def add(run: Function) -> Function:
         _REGISTRY.setdefault(op, {})[impl] = Implementation(run, supports)
@@ -61,9 +62,9 @@ def refusal(op: str, impl: str, device_type: str, dtype: torch.dtype, shape: Ite
 
 
 def available(op: str, device_type: str, dtype: torch.dtype, shape: Iterable[int]) -> tuple[str, ...]:
-    """The implementations that can run ``op`` on such a tensor, the preferred one first."""
+    """The implementations that can run ``op`` on such a tensor: in the order of "auto", then what it never takes."""
     shape = tuple(shape)
-    return tuple(impl for impl in PREFERENCE if refusal(op, impl, device_type, dtype, shape) is None)
+    return tuple(impl for impl in NAMED if refusal(op, impl, device_type, dtype, shape) is None)
 
 
 def select(op: str, impl: str, device_type: str, dtype: torch.dtype, shape: Iterable[int]) -> str:
@@ -75,7 +76,7 @@ def select(op: str, impl: str, device_type: str, dtype: torch.dtype, shape: Iter
         device_type, dtype, shape: of the operation's leading tensor.
 
     Returns:
-        An entry of `PREFERENCE`.
+        An entry of `NAMED`.
 
     Raises:
         ValueError: unknown ``op`` or ``impl``, or the implementation named cannot run; it never falls back.
@@ -86,7 +87,7 @@ def select(op: str, impl: str, device_type: str, dtype: torch.dtype, shape: Iter
             if refusal(op, choice, device_type, dtype, shape) is None:
                 return choice
         reason: str | None = "no implementation can run"
-    elif impl in PREFERENCE:
+    elif impl in NAMED:
         reason = refusal(op, impl, device_type, dtype, shape)
         if reason is None:
             return impl

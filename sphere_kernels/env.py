@@ -36,9 +36,9 @@ KERNELS_ISA = Variable(
 KERNELS_DOT = Variable(
     "SPHERE_KERNELS_DOT",
     "auto",
-    "How the Triton kernels multiply fp32 operands: ieee (fp32 throughout), tf32x3 (three tensor-core products, errors "
-    "near fp32's), tf32 (one, operands rounded to 11 bits) or auto: tf32x3 on NVIDIA GPUs, ieee elsewhere. One that "
-    "the GPU lacks is refused. 16-bit and fp64 operands are multiplied as they are.",
+    "How the Triton and CUDA kernels multiply fp32 operands: ieee (fp32 throughout), tf32x3 (three tensor-core "
+    "products, errors near fp32's), tf32 (one, operands rounded to 11 bits) or auto: tf32x3 on NVIDIA GPUs, ieee "
+    "elsewhere. One that the GPU lacks is refused. 16-bit and fp64 operands are multiplied as they are.",
 )
 EDIT_CACHE = Variable(
     "SPHERE_EDIT_CACHE",

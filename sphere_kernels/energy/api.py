@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from sphere_kernels import checks
@@ -39,11 +40,11 @@ def hyperspherical_energy(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range; a mean over fewer than two rows; an ``impl``
-            that cannot run.
+            that cannot run, or that has no backward pass (``"cuda"``) for a weight that requires grad.
 
     Numerics:
         Inner products are computed in fp32 (fp64 for a float64 weight), norms and sums in fp64. A pair's value is fp64
-        in the reference; native and Triton take its excess over that of orthogonal rows in the dtype of the inner
+        in the reference; native, Triton and CUDA take its excess over that of orthogonal rows in the dtype of the inner
         products, and sum that (for s = 1 and 2). In any, fp32 leaves an error of about 1e-11 of the energy of rows
         spread in many dimensions; at d = 3, where many pairs are close without being near, about 1e-7. Pairs with
         ``t^2 < 1e-3`` are recomputed in fp64 from the difference of the rows. One clamp: ``t >= 1e-6``, and a clamped
@@ -56,6 +57,8 @@ def hyperspherical_energy(
         SPHERE, arXiv 2510.01172; half space and angle: Liu et al., arXiv 1805.09298.
     """
     check_energy(weight, s, reduction, distance, half_space, impl)
+    if impl == "cuda" and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError('impl="cuda" has no backward pass: take "triton" for a weight that requires grad')
     points = weight.shape[-2] * (1 + half_space)
     pairs = ordered_pairs(points) if reduction == "mean" else 1
     energy = ops.pair_energy(weight, float(s), distance, half_space, impl)

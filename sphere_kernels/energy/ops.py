@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sphere_kernels import dispatch, gpu
-from sphere_kernels.energy import native, reference  # noqa: F401  (register themselves)
+from sphere_kernels.energy import cuda, native, reference  # noqa: F401  (register themselves)
 from sphere_kernels.library import operation
 
 gpu.register("sphere_kernels.energy.triton", "pair_energy", "pair_energy_backward")

@@ -75,13 +75,13 @@ def gram_update_energy_(
     Numerics:
         The update is computed in the dtype of ``gram``, its diagonal in fp64 and rounded once. Only the upper triangle
         is read; the result is exactly symmetric. Norms (``sqrt`` of the stored diagonal, 0 for a negative one) and all
-        that follows are fp64; native and Triton round the unit rows' inner products to the dtype of ``gram``, in fp32
-        about 1e-8 of a neuron's energy, which averages out over neurons. Pairs with ``t^2 < 1e-3`` are recomputed in
-        fp64 from the rows of ``weight``. Without it they come from ``M``, whose rounding is absolute in ``t^2``: a pair
-        at distance t is off by about ``s eps / t^2`` of its energy (eps 6e-8 in fp32, growing with the square root of
-        the number of updates), so below ``t = 3e-4`` in fp32, 1e-8 in fp64, it is noise.
-        Likewise a row that updates cancel is zero only up to that rounding. One clamp: ``t >= 1e-6``. NaN or infinity
-        in, NaN out for each neuron that meets it. Not differentiable: it runs under ``no_grad``.
+        that follows are fp64; native, Triton and CUDA round the unit rows' inner products to the dtype of ``gram``, in
+        fp32 about 1e-8 of a neuron's energy, which averages out over neurons. Pairs with ``t^2 < 1e-3`` are recomputed
+        in fp64 from the rows of ``weight``. Without it they come from ``M``, whose rounding is absolute in ``t^2``: a
+        pair at distance t is off by about ``s eps / t^2`` of its energy (eps 6e-8 in fp32, growing with the square root
+        of the number of updates), so below ``t = 3e-4`` in fp32, 1e-8 in fp64, it is noise. Likewise a row that updates
+        cancel is zero only up to that rounding. One clamp: ``t >= 1e-6``. NaN or infinity in, NaN out for each neuron
+        that meets it. Not differentiable: it runs under ``no_grad``.
 
     Source:
         ``(W + R X)(W + R X)^T`` multiplied out; the energy of SPHERE, arXiv 2510.01172.

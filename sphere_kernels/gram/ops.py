@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sphere_kernels import dispatch, gpu
-from sphere_kernels.gram import native  # noqa: F401  (registers itself)
+from sphere_kernels.gram import cuda, native  # noqa: F401  (register themselves)
 from sphere_kernels.gram.reference import gram_gradient
 from sphere_kernels.library import operation
 from sphere_kernels.rows import compute_dtype

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sphere_kernels import dispatch, gpu
 from sphere_kernels.library import operation
-from sphere_kernels.projection import native, reference  # noqa: F401  (register themselves)
+from sphere_kernels.projection import cuda, native, reference  # noqa: F401  (register themselves)
 
 gpu.register("sphere_kernels.projection.triton", "sparse_projection", "apply_projected_update_")
 

@@ -102,7 +102,7 @@ def pair_value(minus, plus, lack, S: tl.constexpr, ANGULAR: tl.constexpr, HALF_S
         angle = tl.where(flipped, supplement(folded), folded)
         value = riesz_value(clamped(angle * angle), S)
         if HALF_SPACE:
-            other = supplement(angle)
+            other = tl.where(flipped, folded, supplement(folded))
             value += riesz_value(clamped(other * other), S)
     else:
         value = riesz_value(clamped(minus), S)
@@ -120,7 +120,7 @@ def angular_slope(minus, plus, lack, S: tl.constexpr, HALF_SPACE: tl.constexpr):
     angle = tl.where(flipped, supplement(folded), folded)
     slope = angle * riesz_slope(angle * angle, S)
     if HALF_SPACE:
-        other = supplement(angle)
+        other = tl.where(flipped, folded, supplement(folded))
         slope -= other * riesz_slope(other * other, S)
     sine = tl.sqrt(square * (1.0 - 0.25 * square))
     return tl.where(at_clamp(folded * folded), 0.0, slope / sine), flipped

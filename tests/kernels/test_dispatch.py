@@ -48,7 +48,7 @@ def test_unknown_names(toy):
         dispatch.select(toy, "gpu", *HERE)
     with pytest.raises(ValueError, match="op must be one of toy, got 'other'"):
         dispatch.select("other", "auto", *HERE)
-    with pytest.raises(ValueError, match="impl must be one of cuda, triton, native, reference, got 'auto'"):
+    with pytest.raises(ValueError, match="impl must be one of triton, native, reference, cuda, got 'auto'"):
         dispatch.register(toy, "auto")
 
 
