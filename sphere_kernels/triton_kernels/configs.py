@@ -5,9 +5,14 @@ A choice by timing would differ from run to run, and with it the order of sums a
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import NamedTuple
 
 SMALL = 64  # matrices of at most so many rows take the small tile
+MEDIUM = (
+    2048  # those of at most so many no larger one than `MEDIUM_TILE`: 1024 rows are 136 tiles of it, 36 of twice it
+)
+MEDIUM_TILE = 64
 
 
 class Config(NamedTuple):
@@ -92,7 +97,17 @@ def table_for(arch: str) -> str:
     return "sm_80"  # also what has Blackwell's name but not its tensor memory, and the interpreter
 
 
+def side(rows: int, cols: int) -> int:
+    """The rows of a symmetric product with as many tiles as one of ``[rows, cols]``; at most `SMALL` where that is."""
+    return min(rows, cols) if min(rows, cols) <= SMALL else isqrt(2 * rows * cols)
+
+
 def find(arch: str, kind: str, operands: str, n: int) -> Config:
-    """The configuration of a kernel for matrices of n rows."""
+    """The configuration of a kernel for symmetric products of n rows, see `side`. It does not depend on the number of
+    matrices, and so neither do the bits of a result."""
     shipped = TABLE[table_for(arch)][kind, operands]
-    return SMALL_TILE if n <= SMALL and operands != "double" else shipped
+    if n <= SMALL and operands != "double":
+        return SMALL_TILE
+    if n <= MEDIUM and shipped.block > MEDIUM_TILE:
+        return shipped._replace(block=MEDIUM_TILE, warps=4)
+    return shipped

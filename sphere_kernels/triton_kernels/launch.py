@@ -181,7 +181,7 @@ def product(
         plan = Plan.of(out.device, torch.float32)
     left, right = left.expand(batch, -1, -1), right.expand(batch, -1, -1)
     addend = out if addend is None else addend.expand(batch, -1, -1)
-    config = plan.config("product", min(rows, cols))
+    config = plan.config("product", configs.side(rows, cols))
     launch(
         product_kernel,
         batch * cdiv(rows, config.block) * cdiv(cols, config.block),

@@ -12,10 +12,12 @@ from sphere_kernels import gpu
 from sphere_kernels.energy import triton as energy
 from sphere_kernels.gram import triton as grams
 from sphere_kernels.projection import triton as projection
+from sphere_kernels.triton_kernels import configs
 from sphere_kernels.triton_kernels import launch as launching
 from sphere_kernels.triton_kernels.products import TRITON
 
 PRECISIONS = {"sm_80": gpu.PRECISIONS, "sm_90": gpu.PRECISIONS, "sm_100": gpu.PRECISIONS, "gfx942": ("ieee", "tf32")}
+SIZES = (96, configs.MEDIUM + 128)  # rows, of the table's classes but the smallest
 PLAIN = (1.0, "euclidean", False)
 GENERAL = (1.5, "angular", True)  # holds the code of the other variants
 
@@ -32,6 +34,7 @@ def recording(monkeypatch, arch: str, precision: str) -> Iterator[dict[Launch, N
     with monkeypatch.context() as patch:
         patch.setenv("SPHERE_KERNELS_DOT", precision)
         patch.setattr(gpu, "architecture", lambda device: arch)
+        patch.setattr(energy, "GROUP", 1 << 20)  # its parts differ in what 16 divides only
         for module in (launching, energy, grams):
             patch.setattr(module, "launch", note)
         yield seen
@@ -42,21 +45,24 @@ def launches(monkeypatch, arch: str) -> list[Launch]:
     found: dict[Launch, None] = {}
     for precision in ("auto", *PRECISIONS[arch]):
         with recording(monkeypatch, arch, precision) as seen:
-            weight = torch.zeros(96, 96)
-            energies(weight, PLAIN)
-            energy.pair_energy(weight, *GENERAL)
-            energy.pair_energy_backward(weight[0], weight, *GENERAL)
-            grams.gram(torch.zeros(96, 96), False)
-            TRITON.matmul(torch.zeros(96, 96), torch.zeros(96, 96))
+            for n in SIZES:
+                weight = torch.zeros(n, n)
+                energies(weight, PLAIN)
+                energy.pair_energy(weight, *GENERAL)
+                energy.pair_energy_backward(weight[:, 0], weight, *GENERAL)
+                grams.gram(weight, False)
+                TRITON.matmul(weight, weight)
         found |= seen
     with recording(monkeypatch, arch, "auto") as seen:
         energies(torch.zeros(96, 96), GENERAL)
         for dtype, variant in ((torch.float32, PLAIN), (torch.bfloat16, PLAIN), (torch.float64, GENERAL)):
-            weight = torch.zeros(96, 96, dtype=dtype)
-            energies(weight, variant)
-            grams.gram(weight, True)
-            projection.apply_projected_update_(weight, weight, weight, torch.zeros(96, 96), 0.5)
-            TRITON.matmul(weight, weight)
+            for n in SIZES:
+                weight = torch.zeros(n, n, dtype=dtype)
+                energies(weight, variant)
+                for normalize in (True, False):
+                    grams.gram(weight, normalize)
+                projection.apply_projected_update_(weight, weight, weight, torch.zeros(n, n), 0.5)
+                TRITON.matmul(weight, weight)
         TRITON.subtract_gram_(torch.zeros(96, 96), torch.zeros(96, 96))
         energy.pair_energy(torch.zeros(96, 96, dtype=torch.bfloat16), *GENERAL)
         energy.pair_energy_backward(torch.zeros(96), torch.zeros(96, 96, dtype=torch.bfloat16), *GENERAL)
@@ -83,4 +89,5 @@ def energies(weight: torch.Tensor, *variants: tuple[float, str, bool]) -> None:
         energy.pair_energy_backward(weight.new_zeros(weight.shape[:-1]), weight, *variant)
         if weight.dtype in (torch.float32, torch.float64):
             square = weight.new_zeros(*weight.shape[:-1], weight.shape[-2])
-            grams.gram_update_energy_(square, square, square, square, weight, *variant)
+            factor, inner = square[..., :48], square[..., :48, :48]
+            grams.gram_update_energy_(square, factor, factor, inner, weight, *variant)

@@ -67,7 +67,11 @@ def test_shipped_configurations_are_pinned():
     assert configs.find("sm_90", "energy", "half", 4096) == (128, 64, 8, 3, None)
     assert configs.find("sm_80", "energy", "tf32x3", 4096) == (64, 32, 4, 3, None)
     assert configs.find("gfx942", "product", "ieee", 4096) == (64, 32, 8, 2, None)
-    assert configs.find("sm_90", "energy", "tf32x3", 65) == configs.find("sm_90", "energy", "tf32x3", 1 << 20)
+    assert configs.find("sm_90", "energy", "tf32x3", 2049) == configs.find("sm_90", "energy", "tf32x3", 1 << 20)
+    for n in (65, 2048):
+        assert configs.find("sm_90", "energy", "tf32x3", n) == (64, 32, 4, 3, None)
+        assert configs.find("gfx942", "product", "ieee", n) == (64, 32, 8, 2, None)
+    assert [configs.side(*shape) for shape in ((64, 10**6), (100, 1024), (2048, 14336))] == [64, 452, 7662]
     assert configs.find("sm_90", "energy", "tf32x3", 64) == configs.SMALL_TILE
     for table in configs.TABLE.values():
         assert set(table) == {(kind, column) for kind in configs.KINDS for column in configs.OPERANDS}

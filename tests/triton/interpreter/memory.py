@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import sys
+from pathlib import Path
 
 import torch
 
-KEPT: list[mmap.mmap] = []  # mapped to the end
-NUMBER = {torch.float32: "f", torch.float64: "d"}
+sys.path.append(str(Path(__file__).parents[2] / "kernels"))
 
-
-def guarded(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, the last of them before a page that must not be touched."""
-    size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
-    if not size:
-        return tensor
-    whole = -(-size // page) * page
-    memory = mmap.mmap(-1, whole + page)
-    KEPT.append(memory)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + whole), page, 0) == 0
-    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=whole - size)
-    return flat.view(tensor.shape).copy_(tensor)
-
-
-def poisoned(tensor: torch.Tensor) -> torch.Tensor:
-    """Filled with NaN where it can hold one."""
-    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+from guards import far_apart, guarded, poisoned  # noqa: E402
 
 
 def guard_what_is_made() -> None:
@@ -69,14 +50,6 @@ def run_all() -> None:
     update, basis = k.LowRankUpdate(randn(71, 5), randn(5, 37)), guarded(torch.linalg.qr(randn(37, 6)).Q)
     targets = [k.apply_projected_update_(guarded(weight), update, basis, impl=i) for i in ("triton", "reference")]
     torch.testing.assert_close(*targets, rtol=1e-4, atol=1e-4)
-
-
-def far_apart(rows: int, cols: int, stride: int) -> torch.Tensor:
-    """``[rows, cols]`` with rows so far apart that the last begins past 2^31 elements; only what is touched costs."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which mmap does not name
-    memory = mmap.mmap(-1, (rows * stride + cols) * 4, flags=flags)
-    KEPT.append(memory)
-    return torch.frombuffer(memory, dtype=torch.float32).as_strided((rows, cols), (stride, 1))
 
 
 def run_far_apart() -> None:
