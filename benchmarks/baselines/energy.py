@@ -50,7 +50,7 @@ def pdist(weight: Tensor) -> Tensor:
 
 def chunked(weight: Tensor) -> Tensor:
     """The same for `CHUNK` rows at a time, ``2 - 2 X X^T`` in one ``addmm``: `CHUNK` x n."""
-    unit, energy = unit_rows(weight), torch.zeros((), dtype=torch.float64)
+    unit, energy = unit_rows(weight), weight.new_zeros((), dtype=torch.float64)
     for start in range(0, len(unit), CHUNK):
         inverse = _squares(unit[start : start + CHUNK], unit).clamp_(min=SMALL).rsqrt_()
         inverse.diagonal(start).zero_()
@@ -60,7 +60,7 @@ def chunked(weight: Tensor) -> Tensor:
 
 def chunked_triangle(weight: Tensor) -> Tensor:
     """`chunked`, but only from the diagonal on, the rest by symmetry: `CHUNK` x n."""
-    unit, energy = unit_rows(weight), torch.zeros((), dtype=torch.float64)
+    unit, energy = unit_rows(weight), weight.new_zeros((), dtype=torch.float64)
     for start in range(0, len(unit), CHUNK):
         inverse = _squares(unit[start : start + CHUNK], unit[start:]).clamp_(min=SMALL).rsqrt_()
         inverse.diagonal().zero_()
@@ -93,7 +93,7 @@ def keops(weight: Tensor) -> Tensor:
 
 def exact(weight: Tensor) -> Tensor:
     """The yardstick: in fp64, and without taking the unit rows ``w / (|w| + 1e-8)`` to be of length 1."""
-    unit, energy = unit_rows(weight.double()), torch.zeros((), dtype=torch.float64)
+    unit, energy = unit_rows(weight.double()), weight.new_zeros((), dtype=torch.float64)
     square = unit.square().sum(1)
     for start in range(0, len(unit), CHUNK):
         rows = slice(start, start + CHUNK)
@@ -113,7 +113,7 @@ def gradient_cdist(weight: Tensor) -> Tensor:
 
     def energy(leaf: Tensor) -> Tensor:
         unit = unit_rows(leaf)
-        self_pairs = torch.eye(len(unit), dtype=torch.bool)
+        self_pairs = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
         return total(torch.cdist(unit, unit).masked_fill(self_pairs, torch.inf).reciprocal())
 
     return _backward(energy, weight)
@@ -171,7 +171,7 @@ class _Analytic(torch.autograd.Function):
 class _Triangle(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, unit: Tensor) -> Tensor:
-        energy, pull = torch.zeros((), dtype=torch.float64), torch.zeros_like(unit)
+        energy, pull = unit.new_zeros((), dtype=torch.float64), torch.zeros_like(unit)
         for start in range(0, len(unit), CHUNK):
             rows, stop = unit[start : start + CHUNK], start + CHUNK
             inverse = _squares(rows, unit[start:]).clamp_(min=SMALL).rsqrt_()

@@ -23,21 +23,21 @@ def addmm(gram: Tensor, left: Tensor, cross: Tensor, inner: Tensor) -> Result:
     """One ``addmm_``, then the energy in a kept buffer: n x n."""
     first, second = _factors(left, cross, inner)
     gram.addmm_(first, second.T)
-    return gram, _energy(gram, _inverse_norms(gram), 0, _buffer(len(gram), len(gram)))
+    return gram, _energy(gram, _inverse_norms(gram), 0, _buffer(len(gram), len(gram), gram.device))
 
 
 def baddbmm(gram: Tensor, left: Tensor, cross: Tensor, inner: Tensor) -> Result:
     """One ``baddbmm_``, then the energy in a kept buffer: n x n."""
     first, second = _factors(left, cross, inner)
     gram[None].baddbmm_(first[None], second.T[None])
-    return gram, _energy(gram, _inverse_norms(gram), 0, _buffer(len(gram), len(gram)))
+    return gram, _energy(gram, _inverse_norms(gram), 0, _buffer(len(gram), len(gram), gram.device))
 
 
 def chunked(gram: Tensor, left: Tensor, cross: Tensor, inner: Tensor) -> Result:
     """One ``addmm_``, then the energy in chunks of rows: `CHUNK` x n."""
     first, second = _factors(left, cross, inner)
     gram.addmm_(first, second.T)
-    inverse, buffer = _inverse_norms(gram), _buffer(CHUNK, len(gram))
+    inverse, buffer = _inverse_norms(gram), _buffer(CHUNK, len(gram), gram.device)
     starts = range(0, len(gram), CHUNK)
     return gram, torch.cat([_energy(gram[i : i + CHUNK], inverse, i, buffer) for i in starts])
 
@@ -46,7 +46,7 @@ def chunked_both(gram: Tensor, left: Tensor, cross: Tensor, inner: Tensor) -> Re
     """``addmm_`` and energy together, chunk of rows by chunk: `CHUNK` x n."""
     first, second = _factors(left, cross, inner)
     diagonal = gram.diagonal() + (first * second).sum(1)
-    inverse, buffer = 1 / (diagonal.sqrt() + 1e-8), _buffer(CHUNK, len(gram))
+    inverse, buffer = 1 / (diagonal.sqrt() + 1e-8), _buffer(CHUNK, len(gram), gram.device)
     energies = []
     for start in range(0, len(gram), CHUNK):
         rows = gram[start : start + CHUNK].addmm_(first[start : start + CHUNK], second.T)
@@ -87,11 +87,11 @@ def _energy(rows: Tensor, inverse: Tensor, start: int, buffer: Tensor) -> Tensor
 
 
 def _formula(gram: Tensor) -> Tensor:
-    inverse, index = _inverse_norms(gram), torch.arange(len(gram))
+    inverse, index = _inverse_norms(gram), torch.arange(len(gram), device=gram.device)
     square = (2 - 2 * gram * inverse * inverse[:, None]).clamp(min=SMALL)
     return torch.where(index == index[:, None], 0, square.rsqrt()).sum(1, dtype=torch.float64)
 
 
 @lru_cache(maxsize=2)
-def _buffer(rows: int, cols: int) -> Tensor:
-    return torch.empty(rows, cols)
+def _buffer(rows: int, cols: int, device: torch.device) -> Tensor:
+    return torch.empty(rows, cols, device=device)

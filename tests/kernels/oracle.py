@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def per_neuron(weight: Tensor, s: float = 1.0, distance: str = "euclidean", half
     weight = weight.double()
     if half_space:
         weight = torch.cat([weight, -weight], -2)
-    others = ~torch.eye(weight.shape[-2], dtype=torch.bool)
+    others = ~torch.eye(weight.shape[-2], dtype=torch.bool, device=weight.device)
     values = riesz(torch.where(others, distances(weight, distance), 1.0), s)
     return (values * others).sum(-1)[..., :n]
 
@@ -64,17 +65,23 @@ def per_neuron_of_gram(gram: Tensor, s: float = 1.0, distance: str = "euclidean"
     inner = gram / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
     square = unit.square().unsqueeze(-1) + unit.square().unsqueeze(-2) - 2 * inner
     t = inner.clamp(-1, 1).arccos() if distance == "angular" else square.clamp(min=1e-12).sqrt()
-    others = ~torch.eye(gram.shape[-1], dtype=torch.bool)
+    others = ~torch.eye(gram.shape[-1], dtype=torch.bool, device=gram.device)
     return (riesz(torch.where(others, t, 1.0), s) * others).sum(-1)[..., :n]
 
 
-def plain(weight: Tensor, s: float, distance: str, half_space: bool) -> Tensor:
+def plain(
+    weight: Tensor,
+    s: float,
+    distance: str,
+    half_space: bool,
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> Tensor:
     """What a PyTorch user writes in the dtype of the weight: the Gram matrix and a clamp. The budget's yardstick."""
     unit = weight / (weight.norm(dim=-1, keepdim=True) + EPSILON)
     if half_space:
         unit = torch.cat([unit, -unit], -2)
-    others, eps = ~torch.eye(unit.shape[-2], dtype=torch.bool), torch.finfo(weight.dtype).eps
-    gram = torch.where(others, unit @ unit.mT, 0.0)
+    others = ~torch.eye(unit.shape[-2], dtype=torch.bool, device=weight.device)
+    gram, eps = torch.where(others, multiply(unit, unit.mT), 0.0), torch.finfo(weight.dtype).eps
     t = gram.clamp(eps - 1, 1 - eps).arccos() if distance == "angular" else (2 - 2 * gram).clamp(min=1e-12).sqrt()
     return (riesz(t, s) * others).sum(-1)[..., : weight.shape[-2]]
 
