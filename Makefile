@@ -90,7 +90,7 @@ gpu-check: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE) tests/native/cpp/*
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE) tests/native/cpp/* tests/cuda/*.h tests/cuda/cpp/*
 	$(BIN)/mypy
 
 clean:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sphere_kernels import gpu
+from sphere_kernels import cuda, gpu
 from sphere_kernels.energy import tiles
 
 
@@ -17,8 +17,14 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 98)
 
 
-# Under Triton's interpreter the same contract is asked of the Triton kernels, see tests/triton/.
-IMPLS = ("triton",) if gpu.interpreted() else ("reference", "native")
+# Under Triton's interpreter the same contract is asked of the Triton kernels, see tests/triton/; where the CUDA kernels
+# run on the CPU, of these, see tests/cuda/.
+if gpu.interpreted():
+    IMPLS: tuple[str, ...] = ("triton",)
+elif getattr(cuda.cuda, "emulated", False):
+    IMPLS = ("cuda",)
+else:
+    IMPLS = ("reference", "native")
 
 
 @pytest.fixture(params=IMPLS)
