@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sphere_edit.config import PRESETS, ConfigError
+from sphere_edit.methods import METHODS
 from sphere_edit.options import (
     check_same,
     check_same_requests,
@@ -81,6 +82,7 @@ def run_command(
         typer.Option("--preset", help=f"One of {', '.join(PRESETS)}; by default the model's own, else auto."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings, e.g. a run's config.yaml.")] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.")] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks to edit, e.g. 4,5,6,7,8.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Facts solved for together.")] = None,
     sphere: Annotated[bool | None, typer.Option("--sphere/--no-sphere", help="SPHERE's projection.")] = None,
@@ -122,6 +124,7 @@ def run_command(
     """
     with plain_errors():
         named = {
+            "method": method,
             "layers": None if layers is None else numbers(layers),
             "batch_size": batch_size,
             "sphere": sphere,

@@ -20,7 +20,8 @@ class EditConfig:
     Args:
         layers: decoder blocks whose MLP down-projection is edited, ascending; empty chooses five of them at an eighth
             of the depth, where the published presets have theirs.
-        method: the editor that solves for the update, ``alphaedit`` or ``memit``; see `sphere_edit.methods`.
+        method: the editor: ``alphaedit``, ``memit``, ``rect``, ``prune``, ``rome`` or ``ft``; see
+            `sphere_edit.methods`.
         null_space: AlphaEdit's projection onto the null space of the key covariance. Off leaves a ridge least-squares.
         sphere: SPHERE's projection of each update away from the weight's principal directions.
         energy_ratio: η, the share of the spectrum's energy that the principal directions hold.
@@ -34,7 +35,10 @@ class EditConfig:
         value_stop_on: which loss: ``loss`` (NLL + KL + decay, published) or ``nll`` alone.
         null_space_threshold: eigenvalues of the key covariance below this span the null space.
         ridge: λ of AlphaEdit's solve.
-        covariance_weight: weight of the key covariance in MEMIT's.
+        covariance_weight: weight of the key covariance in the solve of MEMIT, RECT and PRUNE.
+        history: those three solve against the keys of earlier batches too; published without.
+        rect_share: share of the entries of its update that RECT keeps.
+        ft_steps, ft_lr, ft_stop: FT's Adam on the edited weights, and the mean NLL at which it stops.
         contexts, context_length: generated prefixes per fact besides the bare prompt, and their length in tokens.
         covariance_text: ``builtin`` or the path of a text file (``.txt``, ``.gz``).
         covariance_tokens: how many tokens of it are read at most.
@@ -61,6 +65,11 @@ class EditConfig:
     null_space_threshold: float = 2e-2
     ridge: float = 10.0
     covariance_weight: float = 15000.0
+    history: bool = False
+    rect_share: float = 0.4
+    ft_steps: int = 25
+    ft_lr: float = 5e-4
+    ft_stop: float = 1e-2
     contexts: int = 5
     context_length: int = 10
     covariance_text: str = "builtin"
@@ -90,12 +99,12 @@ class EditConfig:
 
 
 _CHOICES = {"subspace": ("current", "pretrained"), "value_stop_on": ("loss", "nll")}
-_POSITIVE_INT = {"refresh_every", "batch_size", "value_steps", "context_length", "covariance_tokens"}
+_POSITIVE_INT = {"refresh_every", "batch_size", "value_steps", "context_length", "covariance_tokens", "ft_steps"}
 _COUNT = {"contexts", "seed"}
-_POSITIVE = {"value_lr", "value_clamp", "null_space_threshold", "ridge", "covariance_weight"}
-_NOT_NEGATIVE = {"value_weight_decay", "value_kl", "value_stop", "energy_s"}
-_SHARE = {"energy_ratio", "alpha"}
-_FLAGS = {"null_space", "sphere"}
+_POSITIVE = {"value_lr", "value_clamp", "null_space_threshold", "ridge", "covariance_weight", "ft_lr"}
+_NOT_NEGATIVE = {"value_weight_decay", "value_kl", "value_stop", "energy_s", "ft_stop"}
+_SHARE = {"energy_ratio", "alpha", "rect_share"}
+_FLAGS = {"null_space", "sphere", "history"}
 
 
 def _check(name: str, value: Any) -> None:
@@ -124,7 +133,8 @@ def _check(name: str, value: Any) -> None:
         raise ConfigError(f"{name}: expected {expected}, got {value!r}")
 
 
-# Published settings: AlphaEdit's hparams for llama3-8b, gpt2-xl and gpt-j-6b, SPHERE's for qwen2.5-7b.
+# Published settings of AlphaEdit; `preset` changes them for other methods. AlphaEdit's hparams for llama3-8b, gpt2-xl
+# and gpt-j-6b, SPHERE's for qwen2.5-7b.
 PRESETS: dict[str, EditConfig] = {
     "auto": EditConfig(),
     "llama3-8b": EditConfig(layers=(4, 5, 6, 7, 8), value_lr=0.1, value_weight_decay=0.5, value_clamp=0.75),
@@ -137,14 +147,34 @@ PRESETS: dict[str, EditConfig] = {
 }
 
 
-def preset(name: str) -> EditConfig:
-    """One of `PRESETS` by name."""
+# What the other methods have otherwise: SPHERE's alpha with least squares against a covariance, and one block.
+_ALPHA = {"memit": 0.8, "rect": 0.8, "prune": 0.8}
+_ONE_BLOCK = {"rome": {"llama3-8b": 5, "qwen2.5-7b": 5}, "ft": {"llama3-8b": 21, "qwen2.5-7b": 27}}
+# Where the published blocks of a method lie in the depth (5 and 21 of 32).
+_PLACE = {"rome": 5 / 32, "ft": 21 / 32}
+
+
+def preset(name: str, method: str = "alphaedit") -> EditConfig:
+    """One of `PRESETS` by name, with what is published for another method.
+
+    ROME and FT edit one block: that of the preset where one is published, else one at the same share of the depth.
+    """
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r} is not known; expected one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    changes: dict[str, Any] = {}
+    if method in _ALPHA:
+        changes["alpha"] = _ALPHA[method]
+    if method in _ONE_BLOCK:
+        block = _ONE_BLOCK[method].get(name)
+        changes["layers"] = () if block is None else (block,)
+    return PRESETS[name].replace(method=method, **changes)
 
 
-def auto_layers(depth: int) -> tuple[int, ...]:
-    """Five blocks from an eighth of the depth on (4–8 of 32); fewer where the model is shallow, never the last."""
+def auto_layers(depth: int, method: str = "alphaedit") -> tuple[int, ...]:
+    """Five blocks from an eighth of the depth on (4–8 of 32); fewer where the model is shallow, never the last.
+
+    For ROME and FT the one block at the depth of the published one."""
+    if method in _PLACE:
+        return (min(round(depth * _PLACE[method]), depth - 2),)
     first = depth // 8
     return tuple(i for i in range(first, first + 5) if i < depth - 1)

@@ -18,16 +18,19 @@ from sphere_edit.covariance import key_covariances
 from sphere_edit.engine import Clock, Engine
 from sphere_edit.files import tensor_sha256
 from sphere_edit.keys import LayerPass
-from sphere_edit.methods import check_method
+from sphere_edit.methods import method_class
 from sphere_edit.models import cache_dir
-from sphere_edit.records import BatchRecord, EditResult, Event, ReplayError, over, under
+from sphere_edit.records import BatchRecord, EditResult, Event, LayerRecord, ReplayError, over, under
 from sphere_edit.replay import check_replay, frozen
 from sphere_edit.requests import EditRequest, as_requests, batches, check_batches
 from sphere_edit.structure import ModelStructure, check_weights_finite, find_structure, model_sha256
 from sphere_edit.text import text_path
 from sphere_edit.tokens import check_fits, check_tokenizer, encode
+from sphere_edit.tuning import tune
 from sphere_edit.values import optimise_values
 from sphere_kernels import hyperspherical_energy, orthogonal_energy
+
+_Done = dict[int, tuple[LayerRecord, Event]]  # by layer
 
 
 class SphereEditor:
@@ -66,11 +69,11 @@ class SphereEditor:
     ) -> None:
         config = preset(config) if isinstance(config, str) else config
         self.structure: ModelStructure = find_structure(model)
+        trains = method_class(config).trains
         if not config.layers:
-            config = config.replace(layers=auto_layers(len(self.structure.blocks)))
-        check_method(config)
+            config = config.replace(layers=auto_layers(len(self.structure.blocks), config.method))
         check_tokenizer(tokenizer)
-        self.structure.check_layers(config.layers)
+        self.structure.check_layers(config.layers, last=trains)
         check_weights_finite(model)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self._cache = cache if cache is not None else cache_dir() / "covariance"
@@ -245,16 +248,18 @@ class SphereEditor:
         self._contexts = generate_contexts(
             self.model, self.tokenizer, config.contexts, config.context_length, config.seed
         )
-        covariances = key_covariances(
-            self.model,
-            self.tokenizer,
-            self.structure,
-            config.layers,
-            config,
-            self._cache,
-            lambda done, total: self._on_progress("covariance of keys", done, total),
-        )
-        self._engine = Engine(self.weights(), covariances, config)
+        covariances = {}
+        if not method_class(config).trains:
+            covariances = key_covariances(
+                self.model,
+                self.tokenizer,
+                self.structure,
+                config.layers,
+                config,
+                self._cache,
+                lambda done, total: self._on_progress("covariance of keys", done, total),
+            )
+        self._engine = Engine(self.weights(), covariances, config, self._original)
         ranks = getattr(self._engine.method, "null_space_rank", {})
         self._fingerprints = {
             "model": model_sha256(self.model),
@@ -286,9 +291,39 @@ class SphereEditor:
             self._say(event)
 
     def _write_batch(self, batch: Sequence[EditRequest]) -> BatchRecord:
-        config, layers, engine = self.config, self.config.layers, self._engine
+        engine, clock = self._engine, Clock()
         assert engine is not None
-        clock = Clock()
+        place = {"batch": engine.batches + 1, "edits": self._edits + len(batch)}
+        done, told = (self._train if engine.method.trains else self._solve)(engine, batch, clock)
+        layers = {layer: record for layer, (record, _) in done.items()}
+        events = [{"event": "energy", **place, "layer": layer, **event} for layer, (_, event) in done.items()]
+        seconds = {**clock, "keep": self._keeping}  # that of the batch before
+        events.append({"event": "batch", **place, "size": len(batch), **told, "seconds": seconds})
+        ids = [request.id for request in batch]
+        return BatchRecord(engine.batches + 1, ids, layers, events, torch.get_rng_state())
+
+    def _train(self, engine: Engine, batch: Sequence[EditRequest], clock: Clock) -> tuple[_Done, Event]:
+        """Updates of all layers by fine-tuning; what each did, and what is said of the batch."""
+        tuned = tune(
+            self.model,
+            self.tokenizer,
+            self.structure,
+            batch,
+            self.config,
+            self.config.layers,
+            lambda done, total: self._on_progress("tuning", done, total),
+        )
+        clock.lap("tuning")
+        done = {
+            layer: engine.add(layer, update.new_empty(0, update.shape[1]), update, clock)
+            for layer, update in tuned.updates.items()
+        }
+        nll = float(tuned.nll.mean())
+        return done, {"loss": nll, "nll": nll, "steps": float(tuned.steps)}
+
+    def _solve(self, engine: Engine, batch: Sequence[EditRequest], clock: Clock) -> tuple[_Done, Event]:
+        """Values, then updates layer by layer; as `_train`."""
+        config, layers = self.config, self.config.layers
         values = optimise_values(
             self.model,
             self.tokenizer,
@@ -300,29 +335,16 @@ class SphereEditor:
             lambda done, total: self._on_progress("values", done, total),
         )
         clock.lap("values")
-        place = {"batch": engine.batches + 1, "edits": self._edits + len(batch)}
-        done, events = {}, []
+        done: _Done = {}
         walk = LayerPass(self.model, self.tokenizer, self.structure, batch, self._contexts, layers)
         for i, layer in enumerate(layers):
             walk.advance(layer)
             keys = walk.keys()
             residuals = (values.target - walk.values()) / (len(layers) - i)
             clock.lap("keys")
-            done[layer], event = engine.write(layer, keys, residuals, clock)
-            events.append({"event": "energy", **place, "layer": layer, **event})
-        events.append(
-            {
-                "event": "batch",
-                **place,
-                "size": len(batch),
-                "loss": float(values.loss.mean()),
-                "nll": float(values.nll.mean()),
-                "steps": float(values.steps.float().mean()),
-                "seconds": {**clock, "keep": self._keeping},  # that of the batch before
-            }
-        )
-        ids = [request.id for request in batch]
-        return BatchRecord(engine.batches + 1, ids, done, events, torch.get_rng_state())
+            done[layer] = engine.write(layer, keys, residuals, clock)
+        parts = {"loss": values.loss, "nll": values.nll, "steps": values.steps.float()}
+        return done, {name: float(part.mean()) for name, part in parts.items()}
 
 
 def _sha256(text: str) -> str:

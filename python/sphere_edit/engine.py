@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sphere_edit.config import EditConfig
 from sphere_edit.files import tensor_sha256
-from sphere_edit.methods import make_method
+from sphere_edit.methods import Update, make_method
 from sphere_edit.records import Event, LayerRecord, ReplayError, over, under
 from sphere_kernels import LowRankUpdate
 from sphere_kernels.streaming import HypersphereState
@@ -37,13 +37,21 @@ class Engine:
         weights: ``{layer: [n, d]}``, the model's own; written in place.
         covariances: ``{layer: [d, d]}`` fp64, of the keys.
         config: the method's settings and SPHERE's.
+        originals: the weights before all edits.
 
     Raises:
         ValueError: as `make_method` and `HypersphereState` raise it.
     """
 
-    def __init__(self, weights: Mapping[int, Tensor], covariances: Mapping[int, Tensor], config: EditConfig) -> None:
+    def __init__(
+        self,
+        weights: Mapping[int, Tensor],
+        covariances: Mapping[int, Tensor],
+        config: EditConfig,
+        originals: Mapping[int, Tensor],
+    ) -> None:
         self.method = make_method(config, covariances)
+        self._originals = originals
         self.states = {
             layer: HypersphereState(
                 weight,
@@ -94,20 +102,32 @@ class Engine:
         Raises:
             FloatingPointError: keys, residuals or update are not finite.
         """
-        state = self.states[layer]
-        solved = self.method.solve(layer, keys, residuals)
+        solved = self.method.reshape(layer, self.method.solve(layer, keys, residuals), self.states[layer].master)
         clock.lap("solve")
-        update = LowRankUpdate(solved.left.float(), state.project(solved.right).float())
+        record, event = self.add(layer, keys, solved, clock)
+        event["residual"] = float(residuals.norm(dim=1).mean())
+        return record, event
+
+    def add(self, layer: int, keys: Tensor, solved: Update, clock: Clock) -> tuple[LayerRecord, Event]:
+        """Project an update of one layer and add it; within `batch`. ``keys`` and the rest as for `write`."""
+        state = self.states[layer]
+        update = (
+            LowRankUpdate(solved.left.float(), state.project(solved.right).float())
+            if isinstance(solved, LowRankUpdate)
+            else state.project(solved).float()
+        )
         event = _movement(solved, update)
         if state.alpha:
             event |= {"rank": int(state.rank), "energy_ratio": float(state.held_ratio)}
+        update = self.method.restrain(layer, update, state.master, self._originals[layer])
+        left, right = (update.left, update.right) if isinstance(update, LowRankUpdate) else (None, update)
         clock.lap("project")
-        self._add(layer, update.left, update.right)
+        self._add(layer, left, right)
         event = self.energy(layer) | event
-        event["residual"] = float(residuals.norm(dim=1).mean())
         event["weight_norm"] = float(state.gram.diagonal().double().sum().sqrt())
         clock.lap("update")
-        record = LayerRecord(keys.float().cpu(), update.left.cpu(), update.right.cpu(), tensor_sha256(state.master))
+        factor = None if left is None else left.cpu()
+        record = LayerRecord(keys.float().cpu(), factor, right.cpu(), tensor_sha256(state.master))
         clock.lap("record")
         return record, event
 
@@ -119,9 +139,8 @@ class Engine:
         """
         state = self.states[layer]
         device = state.master.device
-        keys, left, right = (part.to(device) for part in (record.keys, record.left, record.right))
-        self.method.solve(layer, keys, left.T)
-        self._add(layer, left, right)
+        self.method.remember(layer, record.keys.to(device))
+        self._add(layer, None if record.left is None else record.left.to(device), record.right.to(device))
         found = tensor_sha256(state.master)
         if found != record.sha256:
             raise ReplayError(
@@ -156,7 +175,7 @@ class Engine:
         self.batches = int(state["batches"])
         self._whole = True
 
-    def _add(self, layer: int, left: Tensor, right: Tensor) -> None:
+    def _add(self, layer: int, left: Tensor | None, right: Tensor) -> None:
         state = self.states[layer]
         self._undo[layer] = {name: value.clone() for name, value in state.state_dict().items()}
         state.update_(left, right)
@@ -167,13 +186,15 @@ def _kinds(state: Mapping[str, Tensor]) -> set[str]:
     return {name.rpartition(".")[0] for name in state}
 
 
-def _movement(solved: LowRankUpdate, update: LowRankUpdate) -> Event:
+def _movement(solved: Update, update: Update) -> Event:
     """Size of the update, and how much of it the projection took away."""
     before, after = _norm(solved), _norm(update)
     return {"update_norm": after, "suppressed": 1 - (after / before) ** 2 if before else 0.0}
 
 
-def _norm(update: LowRankUpdate) -> float:
-    """Frobenius norm of ``left @ right`` from the small Gram matrices."""
+def _norm(update: Update) -> float:
+    """Frobenius norm; of ``left @ right`` from the small Gram matrices."""
+    if isinstance(update, Tensor):
+        return float(update.double().norm())
     left, right = update.left.double(), update.right.double()
     return float(((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt())

@@ -17,8 +17,9 @@ from sphere_edit.requests import EditRequest
 
 
 def settings(preset_name: str, file: Path | None, pairs: list[str], named: dict[str, Any]) -> EditConfig:
-    """Preset, then file, then ``--set``, then the named options: the later wins."""
-    return EditConfig.from_dict(preset(preset_name).to_dict() | given_settings(file, pairs, named))
+    """Preset (of the method that is named), then file, then ``--set``, then the named options: the later wins."""
+    given = given_settings(file, pairs, named)
+    return EditConfig.from_dict(preset(preset_name, str(given.get("method", "alphaedit"))).to_dict() | given)
 
 
 def given_settings(file: Path | None, pairs: list[str], named: Mapping[str, Any]) -> dict[str, Any]:

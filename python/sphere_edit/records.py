@@ -20,13 +20,13 @@ class LayerRecord:
 
     Attributes:
         keys: ``[b, d]``, what was solved with.
-        left: ``[n, b]``, residuals.
-        right: ``[b, d]``, projected: the weight took ``left @ right``.
+        left: ``[n, b]``, or None.
+        right: ``[b, d]``, projected: the weight took ``left @ right``; without ``left``, ``[n, d]``, what it took.
         sha256: of the weight afterwards; of its fp32 master where the model has 16 bits. All tensors fp32 on the CPU.
     """
 
     keys: Tensor
-    left: Tensor
+    left: Tensor | None
     right: Tensor
     sha256: str
 
@@ -65,12 +65,13 @@ class EditResult:
     events: list[Event] = field(default_factory=list)
 
     @property
-    def updates(self) -> dict[int, list[LowRankUpdate]]:
+    def updates(self) -> dict[int, list[LowRankUpdate | Tensor]]:
         """Per edited layer the updates in the order they were added, one a batch."""
-        found: dict[int, list[LowRankUpdate]] = {}
+        found: dict[int, list[LowRankUpdate | Tensor]] = {}
         for record in self.records:
             for layer, done in record.layers.items():
-                found.setdefault(layer, []).append(LowRankUpdate(done.left, done.right))
+                update = done.right if done.left is None else LowRankUpdate(done.left, done.right)
+                found.setdefault(layer, []).append(update)
         return found
 
 

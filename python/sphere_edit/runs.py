@@ -278,12 +278,14 @@ def read_requests(run: Path) -> list[EditRequest]:
 
 
 def write_batch(journal: Journal, batch: BatchRecord) -> None:
-    """Keep a batch: per layer ``4.keys [b, d]``, ``4.left [n, b]``, ``4.right [b, d]`` (fp32), and ``random_state``.
+    """Keep a batch: per layer ``4.keys``, ``4.left`` and ``4.right`` of its `LayerRecord`, and ``random_state``.
 
     Its events, which hold times, go into the journal's line: the same batch gives the same file."""
     tensors = {"random_state": batch.random_state}
     for layer, done in batch.layers.items():
-        tensors |= {f"{layer}.keys": done.keys, f"{layer}.left": done.left, f"{layer}.right": done.right}
+        tensors |= {f"{layer}.keys": done.keys, f"{layer}.right": done.right}
+        if done.left is not None:
+            tensors[f"{layer}.left"] = done.left
     facts = {
         "number": batch.number,
         "requests": list(batch.requests),
@@ -296,7 +298,9 @@ def read_batch(journal: Journal, record: Record) -> BatchRecord:
     path = journal.path(record)
     tensors, facts = load_file(path), read_facts(path)
     layers = {
-        int(layer): LayerRecord(tensors[f"{layer}.keys"], tensors[f"{layer}.left"], tensors[f"{layer}.right"], sha256)
+        int(layer): LayerRecord(
+            tensors[f"{layer}.keys"], tensors.get(f"{layer}.left"), tensors[f"{layer}.right"], sha256
+        )
         for layer, sha256 in facts["sha256"].items()
     }
     return BatchRecord(facts["number"], facts["requests"], layers, record["events"], tensors["random_state"])

@@ -60,8 +60,8 @@ class ModelStructure:
         out: Tensor = self.head(self.final_norm(hidden)) * self.scale
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
 
-    def check_layers(self, layers: tuple[int, ...]) -> None:
-        """Layers must be distinct, ascending and within the model."""
+    def check_layers(self, layers: tuple[int, ...], last: bool = False) -> None:
+        """Layers must be distinct, ascending and within the model; its last block only where ``last``."""
         if not layers:
             raise StructureError("layers is empty; expected at least one layer to edit")
         bad = [i for i in layers if not 0 <= i < len(self.blocks)]
@@ -69,7 +69,7 @@ class ModelStructure:
             raise StructureError(f"layers {list(layers)}: {bad[0]} is out of range, the model has {len(self.blocks)}")
         if list(layers) != sorted(set(layers)):
             raise StructureError(f"layers {list(layers)} must be ascending without repeats")
-        if layers[-1] == len(self.blocks) - 1:
+        if layers[-1] == len(self.blocks) - 1 and not last:
             raise StructureError(
                 f"layers {list(layers)}: the last block ({layers[-1]}) leaves nothing above it that could read the edit"
             )

@@ -167,11 +167,12 @@ class HypersphereState:
         return out
 
     @torch.no_grad()
-    def update_(self, left: Tensor, right: Tensor) -> None:
+    def update_(self, left: Tensor | None, right: Tensor) -> None:
         """``weight += left @ right``; Gram matrix and energies follow.
 
         Args:
-            left: ``[..., n, b]``; computed in the dtype of ``master``, as is ``right``.
+            left: ``[..., n, b]``; computed in the dtype of ``master``, as is ``right``. None: ``right [..., n, d]`` is
+                the update itself, after which M and energies are computed anew.
             right: ``[..., b, d]``, already projected.
 
         Raises:
@@ -179,17 +180,27 @@ class HypersphereState:
             make a row too long for the weight's dtype, or its square for M's. Nothing has been changed then.
         """
         check_factors(left, right, self.weight)
-        left, right = left.to(self.master.dtype), right.to(self.master.dtype)
+        right = right.to(self.master.dtype)
+        left = None if left is None else left.to(self.master.dtype)
         check_finite(left, right)
-        before = self.norms
-        longest = torch.linalg.vector_norm(right, dim=(-2, -1), dtype=torch.float64)
-        step = torch.linalg.vector_norm(left, dim=-1, dtype=torch.float64) * longest.unsqueeze(-1)
-        check_reach(before + step, self.weight, self.master.dtype)
+        if left is None:
+            step = torch.linalg.vector_norm(right, dim=-1, dtype=torch.float64)
+        else:
+            longest = torch.linalg.vector_norm(right, dim=(-2, -1), dtype=torch.float64)
+            step = torch.linalg.vector_norm(left, dim=-1, dtype=torch.float64) * longest.unsqueeze(-1)
+        check_reach(self.norms + step, self.weight, self.master.dtype)
         if self.alpha and self._outlive:
             self._directions()  # they serve later updates too, whether or not this one was projected
         else:
             self._known = None
         products = self._products
+        if left is None:
+            self.master += right
+            if self.master is not self.weight:
+                self.weight.copy_(self.master)
+            self.updates += 1
+            self.recompute()
+            return
         cross, inner = products.matmul(self.master, right.mT), products.gram(right)
         products.add_(self.master, left, right)
         self.neuron_energy = gram_update_energy_(

@@ -291,3 +291,28 @@ class FactoredCovariance:
         if lower is None:
             raise ValueError(f"keys of length {_longest(keys):.3g} are too long for this covariance")
         return torch.cholesky_solve(applied, lower)
+
+    @torch.no_grad()
+    def solve_exactly(self, keys: Tensor) -> Tensor:
+        """The right factor ``(K A^-1 K^T)^+ K A^-1`` ``[b, d]`` fp64 for keys ``K [b, d]`` and ``A = weight Cov``: of
+        all updates that give the keys their residuals the smallest in the norm of A; ROME's for one key.
+
+        Keys that depend on each other beyond fp64's rounding are met in the least squares' sense. Raises as `solve`.
+        """
+        x = self.whiten(keys)
+        return self.unwhiten(torch.linalg.pinv(x.mT, rtol=1e-9))
+
+    @torch.no_grad()
+    def whiten(self, keys: Tensor) -> Tensor:
+        """``K L^-T`` ``[b, d]`` fp64 for keys ``K [b, d]`` and ``L L^T = weight Cov``, which is the identity then.
+
+        Raises:
+            TypeError, ValueError: keys that do not fit; FloatingPointError: keys that are not finite.
+        """
+        check_keys(keys, len(self._lower), self._lower.device)
+        return torch.linalg.solve_triangular(self._lower, keys.double().mT, upper=False).mT
+
+    @torch.no_grad()
+    def unwhiten(self, right: Tensor) -> Tensor:
+        """``X L^-1`` ``[b, d]`` fp64: the right factor for keys as they are, from one for whitened keys."""
+        return torch.linalg.solve_triangular(self._lower.mT, right.double().mT, upper=True).mT

@@ -43,8 +43,12 @@ def check_right(right: Any, weight: Tensor) -> None:
 
 
 def check_factors(left: Any, right: Any, weight: Tensor) -> None:
-    """Check the factors of an update for a weight ``[..., n, d]``."""
+    """Check the factors of an update for a weight ``[..., n, d]``; without ``left``, the update."""
     check_right(right, weight)
+    if left is None:
+        if right.shape != weight.shape:
+            raise ValueError(f"without left, right must be {list(weight.shape)} as the weight, {_got(right)}")
+        return
     checks.matrix("left", left)
     checks.same_device("left", left, "weight", weight)
     *leading, n, _ = weight.shape
@@ -53,10 +57,10 @@ def check_factors(left: Any, right: Any, weight: Tensor) -> None:
         raise ValueError(f"left must be {_shape(leading, n, b)} to go with right {list(right.shape)}, {_got(left)}")
 
 
-def check_finite(left: Tensor, right: Tensor) -> None:
+def check_finite(left: Tensor | None, right: Tensor) -> None:
     """Check the values of an update."""
     for name, factor in (("left", left), ("right", right)):
-        if not bool(torch.isfinite(factor).all()):
+        if factor is not None and not bool(torch.isfinite(factor).all()):
             raise FloatingPointError(f"{name} holds NaN or infinity in {factor.dtype}; the weight is left as it was")
 
 

@@ -67,3 +67,15 @@ def alphaedit(projector: Tensor, history: Tensor, ridge: float, keys: Tensor, re
     k, r = keys.double().T, residuals.double().T
     system = projector @ (k @ k.T + history) + ridge * torch.eye(len(k), dtype=torch.float64)
     return torch.linalg.solve(system, projector @ k @ r.T).T
+
+
+def target_nll(model, tokenizer, facts) -> Tensor:
+    """Mean negative log-likelihood of each fact's target tokens after its bare prompt, ``[facts]``."""
+    found = []
+    for fact in facts:
+        prompt = tokenizer(fact.text)["input_ids"]
+        whole = tokenizer(f"{fact.text} {fact.target_new}")["input_ids"]
+        assert whole[: len(prompt)] == prompt
+        log_probs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        found.append(-torch.stack([log_probs[i - 1, whole[i]] for i in range(len(prompt), len(whole))]).mean())
+    return torch.stack(found)

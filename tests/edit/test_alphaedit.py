@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sphere_edit.config import ConfigError, EditConfig
-from sphere_edit.methods import METHODS, check_method, make_method
+from sphere_edit.methods import METHODS, make_method, method_class
 from sphere_edit.methods.alphaedit import AlphaEdit, null_space
 
 _D, _N = 24, 10
@@ -125,6 +125,6 @@ def test_null_space_basis():
 
 def test_unknown_method():
     config = EditConfig(method="memo")
-    for call in (check_method, lambda c: make_method(c, {})):
+    for call in (method_class, lambda c: make_method(c, {})):
         with pytest.raises(ConfigError, match=f"method: expected one of {', '.join(METHODS)}, got 'memo'"):
             call(config)

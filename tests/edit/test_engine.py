@@ -20,6 +20,12 @@ _SETTINGS = {
     "no-sphere": {"sphere": False},
     "ridge": {"null_space": False},
     "memit": {"method": "memit", "covariance_weight": 10.0},
+    "memit-history": {"method": "memit", "covariance_weight": 10.0, "history": True, "alpha": 0.8},
+    "rect": {"method": "rect", "covariance_weight": 10.0},
+    "rect-bf16": {"method": "rect", "covariance_weight": 10.0, "dtype": torch.bfloat16, "refresh_every": 2},
+    "prune": {"method": "prune", "covariance_weight": 1e-3},
+    "rome": {"method": "rome", "layers": (2,), "batch_size": 2},
+    "ft": {"method": "ft", "layers": (3, 4), "ft_steps": 3, "ft_lr": 1e-2},
     "bf16": {"dtype": torch.bfloat16},
     "fp64": {"dtype": torch.float64, "refresh_every": 2},
 }

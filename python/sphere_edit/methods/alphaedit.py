@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from sphere_edit.config import EditConfig
-from sphere_edit.records import over, under
+from sphere_edit.methods.base import Method
+from sphere_edit.methods.history import History
 from sphere_kernels import LowRankUpdate
 from sphere_kernels.streaming import NullSpace, RecursiveLeastSquares
 
 
-class AlphaEdit:
+class AlphaEdit(Method):
     """Solve ``(P(KKᵀ + C) + λI) Δᵀ = P K Rᵀ`` for every layer, ``P`` the null-space projector, ``C`` the history.
 
     See `sphere_kernels.streaming.RecursiveLeastSquares`, which never forms or factors a d×d system as published code
@@ -32,8 +33,7 @@ class AlphaEdit:
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
         self.null_space_rank: dict[int, int] = {}
-        self._solvers: dict[int, RecursiveLeastSquares] = {}
-        self._solved: set[int] = set()
+        self._history = History()
         for layer, covariance in covariances.items():
             space = null_space(covariance, config.null_space_threshold, layer) if config.null_space else None
             d = len(covariance)
@@ -41,32 +41,26 @@ class AlphaEdit:
             # Keys are about as long as those of the covariance's text; a hundred times longer ones are seen.
             reach = float(covariance.trace()) / config.ridge * torch.finfo(torch.float32).eps
             dtype = torch.float32 if reach < 1e-5 else torch.float64
-            self._solvers[layer] = RecursiveLeastSquares(config.ridge, d, space, dtype=dtype, device=covariance.device)
+            self._history[layer] = RecursiveLeastSquares(config.ridge, d, space, dtype=dtype, device=covariance.device)
 
     def solve(self, layer: int, keys: Tensor, residuals: Tensor) -> LowRankUpdate:
         """See `Method.solve`."""
-        right = self._solvers[layer].solve(keys).float()
-        self._solved.add(layer)
-        return LowRankUpdate(residuals.T.contiguous(), right)
+        return LowRankUpdate(residuals.T.contiguous(), self._history.solve(layer, keys).float())
+
+    def remember(self, layer: int, keys: Tensor) -> None:
+        self._history.solve(layer, keys)
 
     def commit(self) -> None:
-        for layer in sorted(self._solved):
-            self._solvers[layer].commit()
-        self._solved.clear()
+        self._history.commit()
 
     def rollback(self) -> None:
-        self._solved.clear()
+        self._history.rollback()
 
     def state_dict(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for layer, solver in self._solvers.items():
-            found |= over(layer, solver.state_dict())
-        return found
+        return self._history.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._solved.clear()
-        for layer, solver in self._solvers.items():
-            solver.load_state_dict(under(layer, state))
+        self._history.load_state_dict(state)
 
 
 def null_space(covariance: Tensor, threshold: float, layer: int) -> NullSpace:

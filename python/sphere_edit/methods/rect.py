@@ -1,0 +1,35 @@
+"""RECT: of MEMIT's update only the entries that change their weight most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sphere_edit.config import EditConfig
+from sphere_edit.methods.base import Update
+from sphere_edit.methods.memit import Memit
+from sphere_kernels import LowRankUpdate
+
+
+class Rect(Memit):
+    """MEMIT's update, of which the share ``rect_share`` with the largest ``|Δ / W|`` is kept and the rest is zero.
+
+    With SPHERE the projection comes after that: what leaves the principal directions stays out of them, and no entry
+    is zero any more.
+
+    Source: Gu et al., Model Editing Harms General Abilities of Large Language Models (EMNLP 2024).
+    """
+
+    def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
+        super().__init__(config, covariances)
+        self._share = config.rect_share
+
+    def reshape(self, layer: int, update: LowRankUpdate, weight: Tensor) -> Update:
+        dense = update.left @ update.right
+        change = (dense / weight.to(dense.dtype)).abs_().nan_to_num_(torch.inf)  # 0 / 0 too: nothing is lost there
+        dropped = round((1 - self._share) * change.numel())
+        if dropped:
+            dense.masked_fill_(change <= change.flatten().kthvalue(dropped).values, 0)
+        return dense

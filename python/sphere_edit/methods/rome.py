@@ -1,0 +1,35 @@
+"""ROME: the smallest change, measured by the keys of general text, that says what is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sphere_edit.config import EditConfig
+from sphere_edit.methods.base import Method
+from sphere_edit.methods.memit import factored
+from sphere_kernels import LowRankUpdate
+
+
+class Rome(Method):
+    """Minimise ``tr(Δ Cov Δᵀ)`` under ``Δ K = R``: ``Δ = R (Kᵀ Cov⁻¹ K)⁺ Kᵀ Cov⁻¹``.
+
+    For one fact (``batch_size: 1``) that is ROME's rank-one update; for several, all of them at once. Keys that depend
+    on each other are met in the least squares' sense.
+
+    Args:
+        covariances: ``{layer: E[k kᵀ]}`` ``[d, d]`` fp64.
+
+    Raises:
+        ValueError: a covariance is not positive definite.
+
+    Source: Meng et al., Locating and Editing Factual Associations in GPT (NeurIPS 2022), equation 2.
+    """
+
+    def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
+        self._covariances = factored(covariances, 1.0)
+
+    def solve(self, layer: int, keys: Tensor, residuals: Tensor) -> LowRankUpdate:
+        """See `Method.solve`."""
+        return LowRankUpdate(residuals.T.contiguous(), self._covariances[layer].solve_exactly(keys).float())

@@ -1,0 +1,226 @@
+"""Each method against its formula, written densely in fp64, and each in the loop with and without SPHERE."""
+
+from __future__ import annotations
+
+import math
+
+import plain
+import pytest
+import tiny
+import torch
+
+from sphere_edit.config import PRESETS, EditConfig, auto_layers, preset
+from sphere_edit.editor import SphereEditor
+from sphere_edit.methods import METHODS, Method, make_method
+from sphere_edit.replay import frozen
+from sphere_edit.structure import find_structure
+from sphere_edit.tuning import tune
+from sphere_kernels import LowRankUpdate
+
+D, N = 24, 10
+LEAST_SQUARES = ("memit", "rect", "prune")
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def covariance(seed=0):
+    x = randn(3 * D, D, seed=seed).double() * torch.logspace(0, -1.5, D)
+    return x.T @ x / len(x)
+
+
+def batch(b, seed=0):
+    return randn(b, D, seed=seed), randn(b, N, seed=seed + 100)
+
+
+def dense(update):
+    return update if isinstance(update, torch.Tensor) else update.left.double() @ update.right.double()
+
+
+@pytest.fixture
+def make(tokenizer, config, tmp_path):
+    def build(family="llama", dtype=torch.float32, **changes):
+        model = tiny.make_model(family, 0, dtype)
+        return SphereEditor(model, tokenizer, config.replace(**changes), cache=tmp_path / "covariance")
+
+    return build
+
+
+@pytest.mark.parametrize("history", (False, True))
+@pytest.mark.parametrize("name", LEAST_SQUARES)
+def test_least_squares_against_the_covariance(name, history):
+    config = EditConfig(method=name, covariance_weight=3.0, history=history)
+    method, earlier = make_method(config, {2: covariance()}), torch.zeros(D, D, dtype=torch.float64)
+    for step, b in enumerate((3, 1, 30, 4)):
+        keys, residuals = batch(b, step)
+        k = keys.double().T
+        want = torch.linalg.solve(3.0 * covariance() + earlier + k @ k.T, k @ residuals.double()).T
+        found = dense(method.solve(2, keys, residuals))
+        assert (found - want).norm() < 1e-6 * want.norm()
+        method.commit()
+        if history:
+            earlier += k @ k.T
+
+
+def test_a_batch_rolled_back_is_not_remembered():
+    config = EditConfig(method="memit", covariance_weight=0.1, history=True)
+    method, fresh = (make_method(config, {0: covariance()}) for _ in range(2))
+    method.solve(0, *batch(5))
+    method.rollback()
+    method.commit()
+    assert torch.equal(method.solve(0, *batch(3, 1)).right, fresh.solve(0, *batch(3, 1)).right)
+    method.commit()
+    assert not torch.equal(method.solve(0, *batch(3, 2)).right, fresh.solve(0, *batch(3, 2)).right)
+
+
+def test_rome_of_one_fact_is_its_rank_one_update():
+    keys, residuals = batch(1)
+    u = torch.linalg.solve(covariance(), keys[0].double())
+    found = make_method(EditConfig(method="rome"), {0: covariance()}).solve(0, keys, residuals)
+    want = torch.outer(residuals[0].double(), u) / (u @ keys[0].double())
+    torch.testing.assert_close(dense(found), want, atol=1e-6, rtol=1e-5)
+
+
+def test_rome_says_exactly_what_is_asked_with_the_least_change():
+    keys, residuals = batch(6)
+    found = dense(make_method(EditConfig(method="rome"), {0: covariance()}).solve(0, keys, residuals))
+    torch.testing.assert_close(found @ keys.double().T, residuals.double().T, atol=1e-4, rtol=1e-4)
+    away = randn(D, seed=9).double()
+    away -= keys.double().T @ torch.linalg.lstsq(keys.double().T, away).solution  # changes nothing for the keys
+    size = lambda x: float((x @ covariance() * x).sum())  # noqa: E731
+    assert size(found) < min(size(found + 0.1 * away), size(found - 0.1 * away))
+
+
+def test_rome_meets_repeated_facts_in_the_mean():
+    keys, residuals = batch(1)
+    both = torch.cat([residuals, 3 * residuals])
+    found = make_method(EditConfig(method="rome"), {0: covariance()}).solve(0, keys.repeat(2, 1), both)
+    torch.testing.assert_close(dense(found) @ keys[0].double(), 2 * residuals[0].double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", (0.4, 0.0, 1.0))
+def test_rect_keeps_the_largest_relative_changes(share):
+    method = make_method(EditConfig(method="rect", rect_share=share, covariance_weight=1.0), {0: covariance()})
+    weight, solved = randn(N, D, seed=5), method.solve(0, *batch(3))
+    weight[0, 0] = 0.0
+    found = dense(method.reshape(0, solved, weight)).float()
+    whole = dense(solved).float()
+    kept = found != 0
+    assert int(kept.sum()) == round(share * N * D)
+    torch.testing.assert_close(found[kept], whole[kept], atol=1e-6, rtol=1e-5)
+    if 0 < share < 1:
+        change = (whole / weight).abs()
+        assert change[kept].min() >= change[~kept].max() and kept[0, 0]
+
+
+def test_prune_holds_the_singular_values_of_the_total():
+    method = make_method(EditConfig(method="prune"), {0: covariance()})
+    original = randn(N, D) / 10
+    limit = float(torch.linalg.matrix_norm(original.double(), 2))
+    small = LowRankUpdate(randn(N, 2) / 100, randn(2, D, seed=1))
+    assert method.restrain(0, small, original.clone(), original) is small
+    weight = original + dense(small).float()
+    for step in range(3):
+        update = LowRankUpdate(randn(N, 3, seed=step), randn(3, D, seed=step + 50))
+        total = weight.double() - original.double() + dense(update)
+        left, values, right = torch.linalg.svd(total, full_matrices=False)
+        assert values[0] > limit > values[-1]
+        values = torch.where(values > limit, values.log() - math.log(limit) + limit, values)
+        weight = weight + dense(method.restrain(0, update, weight, original)).float()
+        want = left @ torch.diag(values) @ right
+        assert (weight.double() - original.double() - want).norm() < 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "opt"))
+def test_fine_tuning_is_adam_on_the_weights(family, make, tokenizer):
+    """Against the same steps on the model's own parameters, one fact at a time without padding."""
+    layers, facts, steps = (2, 4), tiny.facts(5), 4
+    editor = make(family, method="ft", layers=layers, ft_steps=steps, ft_lr=1e-3, ft_stop=0.0)
+    twin = tiny.make_model(family)
+    with frozen(editor.model):
+        found = tune(editor.model, tokenizer, editor.structure, facts, editor.config, layers)
+    weights = {layer: find_structure(twin).down[layer].module.weight for layer in layers}
+    before = {layer: weight.detach().clone() for layer, weight in weights.items()}
+    adam = torch.optim.Adam(weights.values(), lr=1e-3)
+    for _ in range(steps - 1):
+        adam.zero_grad()
+        plain.target_nll(twin, tokenizer, facts).mean().backward()
+        adam.step()
+    for layer, weight in weights.items():
+        change = weight.detach() - before[layer]
+        change = change if change.shape == found.updates[layer].shape else change.T
+        assert change.abs().max() > 5e-4
+        far = (found.updates[layer] - change).abs() > 1e-5
+        assert far.float().mean() < 0.02  # Adam makes a step of what is rounding only
+    torch.testing.assert_close(found.nll, plain.target_nll(twin, tokenizer, facts).detach(), atol=1e-3, rtol=1e-3)
+    assert found.steps == steps
+
+
+def test_fine_tuning_stops_when_the_facts_are_known(make, tokenizer):
+    """So small a model cannot be surer than about 0.8 nats."""
+    editor = make(method="ft", layers=(1, 2), ft_steps=200, ft_lr=3e-2, ft_stop=1.0, sphere=False)
+    with frozen(editor.model):
+        found = tune(editor.model, tokenizer, editor.structure, tiny.facts(2), editor.config, (1, 2))
+    assert 1 < found.steps < 200 and found.nll.mean() < 1.0
+    before = plain.target_nll(editor.model, tokenizer, tiny.facts(2))
+    editor.edit(tiny.facts(2))
+    torch.testing.assert_close(plain.target_nll(editor.model, tokenizer, tiny.facts(2)), found.nll, atol=1e-2, rtol=0)
+    assert (before > found.nll + 1).all()
+
+
+@pytest.mark.parametrize("sphere", (True, False), ids=("sphere", "alone"))
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16)])
+def test_every_method_edits(family, dtype, name, sphere, make):
+    layers = {"rome": (2,), "ft": (3,)}.get(name, (1, 2, 3))
+    editor = make(
+        family, dtype, method=name, layers=layers, sphere=sphere, alpha=1.0, covariance_weight=10.0, ft_lr=0.01
+    )
+    before = {layer: weight.clone() for layer, weight in editor.weights().items()}
+    inside = {layer: plain.principal_projector(weight, 0.5) for layer, weight in before.items()}
+    result = editor.edit(tiny.facts(2))
+    for layer, weight in editor.weights().items():
+        change = (weight - before[layer]).double()
+        assert change.norm() > 1e-3
+        if dtype == torch.float32:
+            share = float((change @ inside[layer]).norm() / change.norm())
+            assert share < 1e-3 if sphere else share > 0.1
+        (update,) = result.updates[layer]
+        assert update.shape == weight.shape if isinstance(update, torch.Tensor) else update.left.shape[0] == len(weight)
+    assert isinstance(editor._engine.method, Method)
+    editor.revert()
+    assert all(torch.equal(weight, before[layer]) for layer, weight in editor.weights().items())
+
+
+def test_fine_tuning_needs_no_covariance(make, monkeypatch):
+    monkeypatch.setattr("sphere_edit.editor.key_covariances", lambda *args: pytest.fail("no keys are needed"))
+    make(method="ft", layers=(4,), ft_steps=2).edit(tiny.facts(2))  # also the last block
+
+
+def test_published_settings_of_each_method():
+    assert preset("llama3-8b").alpha == 0.5 and preset("llama3-8b") == PRESETS["llama3-8b"]
+    for name in LEAST_SQUARES:
+        found = preset("llama3-8b", name)
+        assert (found.method, found.alpha, found.layers) == (name, 0.8, (4, 5, 6, 7, 8))
+    assert preset("llama3-8b", "rome").layers == (5,)
+    assert [preset(name, "ft").layers for name in ("llama3-8b", "qwen2.5-7b")] == [(21,), (27,)]
+    assert preset("smollm2-135m", "ft").layers == () and auto_layers(30, "ft") == (20,)
+    assert auto_layers(32, "rome") == (5,) and auto_layers(2, "ft") == (0,)
+    assert (found.rect_share, found.ft_steps, found.ft_lr) == (0.4, 25, 5e-4)
+
+
+def test_a_method_of_ones_own_is_a_few_lines(make, monkeypatch):
+    class Ridge(Method):
+        """Least squares towards no change at all."""
+
+        def solve(self, layer, keys, residuals):
+            system = keys @ keys.T + torch.eye(len(keys))
+            return LowRankUpdate(residuals.T.contiguous(), torch.linalg.solve(system, keys))
+
+    monkeypatch.setitem(METHODS, "ridge", Ridge)
+    own, same = make(method="ridge"), make(method="alphaedit", ridge=1.0, null_space=False)
+    for editor in (own, same):
+        editor.edit(tiny.facts(2))  # one batch: there is no history yet
+    for layer in (1, 2, 3):
+        torch.testing.assert_close(own.weights()[layer], same.weights()[layer], atol=1e-4, rtol=1e-3)
