@@ -174,7 +174,5 @@ def auto_layers(depth: int, method: str = "alphaedit") -> tuple[int, ...]:
     """Five blocks from an eighth of the depth on (4–8 of 32); fewer where the model is shallow, never the last.
 
     For ROME and FT the one block at the depth of the published one."""
-    if method in _PLACE:
-        return (min(round(depth * _PLACE[method]), depth - 2),)
-    first = depth // 8
-    return tuple(i for i in range(first, first + 5) if i < depth - 1)
+    first, count = (round(depth * _PLACE[method]), 1) if method in _PLACE else (depth // 8, 5)
+    return tuple(i for i in range(first, first + count) if i < depth - 1)

@@ -206,7 +206,7 @@ def test_published_settings_of_each_method():
     assert preset("llama3-8b", "rome").layers == (5,)
     assert [preset(name, "ft").layers for name in ("llama3-8b", "qwen2.5-7b")] == [(21,), (27,)]
     assert preset("smollm2-135m", "ft").layers == () and auto_layers(30, "ft") == (20,)
-    assert auto_layers(32, "rome") == (5,) and auto_layers(2, "ft") == (0,)
+    assert auto_layers(32, "rome") == (5,) and auto_layers(6, "ft") == (4,) and auto_layers(1, "ft") == ()
     assert (found.rect_share, found.ft_steps, found.ft_lr) == (0.4, 25, 5e-4)
 
 
