@@ -34,6 +34,13 @@ ifeq ($(wildcard sphere_kernels/_cpu*.so),)
 STALE := stale
 endif
 
+# The CUDA kernels are asked for, and not there yet.
+ifneq ($(CUDA_TOOLKIT)$(filter 1,$(SPHERE_KERNELS_CUDA)),)
+ifeq ($(wildcard sphere_kernels/_cuda*.so),)
+STALE := stale
+endif
+endif
+
 .PHONY: help venv demo test bench gpu-check lint clean stale
 
 help:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from sphere_kernels import dispatch, env
 from sphere_kernels.rows import one_batch
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
+OLDEST_TRITON = (3, 5)  # whose compiler takes all kernels; tested is that of constraints.txt
 
 
 def interpreted() -> bool:
@@ -29,7 +32,21 @@ def supports(device_type: str, dtype: torch.dtype, shape: tuple[int, ...]) -> st
         return f"it runs on CUDA and ROCm tensors (on CPU tensors only under TRITON_INTERPRET=1), not on {device_type}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'sphere-kernels[triton]')"
+    if (version := _triton_version()) < OLDEST_TRITON:
+        return f"it needs triton {'.'.join(map(str, OLDEST_TRITON))} or later, found {'.'.join(map(str, version))}"
+    if device_type == "cuda" and not torch.version.hip and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            return f"it needs a GPU of sm_80 or later, found sm_{major}{minor}"
     return None
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    """Of the distribution that brings triton; by whatever name, ROCm's are others."""
+    for name in importlib.metadata.packages_distributions().get("triton", []):
+        return tuple(int(part) for part in importlib.metadata.version(name).split(".")[:2] if part.isdigit())
+    return OLDEST_TRITON  # not installed by pip
 
 
 def register(module: str, *ops: str) -> None:

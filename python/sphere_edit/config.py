@@ -18,8 +18,8 @@ class EditConfig:
     """Every setting of the loop. Defaults are those of ``auto``; `PRESETS` holds the published ones.
 
     Args:
-        layers: decoder blocks whose MLP down-projection is edited, ascending; empty chooses five of them at an eighth
-            of the depth, where the published presets have theirs.
+        layers: decoder blocks whose MLP down-projection is edited, ascending; empty chooses where the published presets
+            have theirs: five of them from an eighth of the depth on, for ROME and FT one.
         method: the editor: ``alphaedit``, ``memit``, ``rect``, ``prune``, ``rome`` or ``ft``; see
             `sphere_edit.methods`.
         null_space: AlphaEdit's projection onto the null space of the key covariance. Off leaves a ridge least-squares.
@@ -147,32 +147,32 @@ PRESETS: dict[str, EditConfig] = {
 }
 
 
-# What the other methods have otherwise: SPHERE's alpha with least squares against a covariance, and one block.
-_ALPHA = {"memit": 0.8, "rect": 0.8, "prune": 0.8}
-_ONE_BLOCK = {"rome": {"llama3-8b": 5, "qwen2.5-7b": 5}, "ft": {"llama3-8b": 21, "qwen2.5-7b": 27}}
-# Where the published blocks of a method lie in the depth (5 and 21 of 32).
-_PLACE = {"rome": 5 / 32, "ft": 21 / 32}
+# What is published of the other methods otherwise: for all models, and for one.
+_OTHERWISE: dict[str, dict[str, Any]] = {name: {"alpha": 0.8} for name in ("memit", "rect", "prune")}
+_OTHERWISE |= {name: {"layers": ()} for name in ("rome", "ft")}  # one block, see `auto_layers`
+_OTHERWISE_OF: dict[tuple[str, str], dict[str, Any]] = {
+    ("llama3-8b", "rome"): {"layers": (5,), "value_lr": 0.5, "value_weight_decay": 1e-3, "value_clamp": 4.0},
+    ("qwen2.5-7b", "rome"): {"layers": (5,)},
+    ("gpt2-xl", "rome"): {"layers": (17,)},
+    ("gpt-j-6b", "rome"): {"layers": (5,)},
+    ("llama3-8b", "ft"): {"layers": (21,)},
+    ("qwen2.5-7b", "ft"): {"layers": (27,)},
+}
+_OTHERWISE_OF |= {("gpt2-xl", name): {"covariance_weight": 20000.0} for name in ("memit", "rect", "prune")}
+_PLACE = {"rome": 5 / 32, "ft": 21 / 32}  # of their block in the depth
 
 
 def preset(name: str, method: str = "alphaedit") -> EditConfig:
-    """One of `PRESETS` by name, with what is published for another method.
-
-    ROME and FT edit one block: that of the preset where one is published, else one at the same share of the depth.
-    """
+    """One of `PRESETS` by name; for another method with the alpha, blocks and covariance weight published for that."""
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r} is not known; expected one of {', '.join(PRESETS)}")
-    changes: dict[str, Any] = {}
-    if method in _ALPHA:
-        changes["alpha"] = _ALPHA[method]
-    if method in _ONE_BLOCK:
-        block = _ONE_BLOCK[method].get(name)
-        changes["layers"] = () if block is None else (block,)
+    changes = _OTHERWISE.get(method, {}) | _OTHERWISE_OF.get((name, method), {})
     return PRESETS[name].replace(method=method, **changes)
 
 
 def auto_layers(depth: int, method: str = "alphaedit") -> tuple[int, ...]:
     """Five blocks from an eighth of the depth on (4–8 of 32); fewer where the model is shallow, never the last.
 
-    For ROME and FT the one block at the depth of the published one."""
-    first, count = (round(depth * _PLACE[method]), 1) if method in _PLACE else (depth // 8, 5)
-    return tuple(i for i in range(first, first + count) if i < depth - 1)
+    For ROME and FT the one block at the depth of the published one; FT may have the last."""
+    first, count = (int(depth * _PLACE[method]), 1) if method in _PLACE else (depth // 8, 5)
+    return tuple(i for i in range(first, first + count) if i < depth - (method != "ft"))

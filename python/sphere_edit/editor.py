@@ -15,7 +15,7 @@ from torch import Tensor
 from sphere_edit.config import EditConfig, auto_layers, preset
 from sphere_edit.contexts import generate_contexts
 from sphere_edit.covariance import key_covariances
-from sphere_edit.engine import Clock, Engine
+from sphere_edit.engine import Clock, Engine, check_finite
 from sphere_edit.files import tensor_sha256
 from sphere_edit.keys import LayerPass
 from sphere_edit.methods import method_class
@@ -313,6 +313,7 @@ class SphereEditor:
             self.config.layers,
             lambda done, total: self._on_progress("tuning", done, total),
         )
+        check_finite("the fine-tuned update or its likelihood", tuned.nll, *tuned.updates.values())
         clock.lap("tuning")
         done = {
             layer: engine.add(layer, update.new_empty(0, update.shape[1]), update, clock)

@@ -102,9 +102,11 @@ class Engine:
         Raises:
             FloatingPointError: keys, residuals or update are not finite.
         """
-        solved = self.method.reshape(layer, self.method.solve(layer, keys, residuals), self.states[layer].master)
+        solved = self.method.solve(layer, keys, residuals)
+        check_finite(f"layer {layer}: the update", solved.left, solved.right)
+        shaped = self.method.reshape(layer, solved, self.states[layer].master)
         clock.lap("solve")
-        record, event = self.add(layer, keys, solved, clock)
+        record, event = self.add(layer, keys, shaped, clock)
         event["residual"] = float(residuals.norm(dim=1).mean())
         return record, event
 
@@ -116,10 +118,11 @@ class Engine:
             if isinstance(solved, LowRankUpdate)
             else state.project(solved).float()
         )
-        event = _movement(solved, update)
+        before, projected = _norm(solved), _norm(update)
+        update = self.method.restrain(layer, update, state.master, self._originals[layer])
+        event: Event = {"update_norm": _norm(update), "suppressed": 1 - (projected / before) ** 2 if before else 0.0}
         if state.alpha:
             event |= {"rank": int(state.rank), "energy_ratio": float(state.held_ratio)}
-        update = self.method.restrain(layer, update, state.master, self._originals[layer])
         left, right = (update.left, update.right) if isinstance(update, LowRankUpdate) else (None, update)
         clock.lap("project")
         self._add(layer, left, right)
@@ -186,10 +189,10 @@ def _kinds(state: Mapping[str, Tensor]) -> set[str]:
     return {name.rpartition(".")[0] for name in state}
 
 
-def _movement(solved: Update, update: Update) -> Event:
-    """Size of the update, and how much of it the projection took away."""
-    before, after = _norm(solved), _norm(update)
-    return {"update_norm": after, "suppressed": 1 - (after / before) ** 2 if before else 0.0}
+def check_finite(what: str, *tensors: Tensor) -> None:
+    """Raise FloatingPointError where there is NaN or infinity."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise FloatingPointError(f"{what} holds NaN or infinity; the weights are left as they were")
 
 
 def _norm(update: Update) -> float:

@@ -13,13 +13,16 @@ import torch
 import yaml
 
 from sphere_edit.config import ConfigError, EditConfig, preset
+from sphere_edit.methods import method_class
 from sphere_edit.requests import EditRequest
 
 
 def settings(preset_name: str, file: Path | None, pairs: list[str], named: dict[str, Any]) -> EditConfig:
     """Preset (of the method that is named), then file, then ``--set``, then the named options: the later wins."""
     given = given_settings(file, pairs, named)
-    return EditConfig.from_dict(preset(preset_name, str(given.get("method", "alphaedit"))).to_dict() | given)
+    chosen = EditConfig.from_dict(preset(preset_name, str(given.get("method", "alphaedit"))).to_dict() | given)
+    method_class(chosen)  # the method's name is known
+    return chosen
 
 
 def given_settings(file: Path | None, pairs: list[str], named: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Ma
     named = {name.removesuffix("_name"): value for name, value in given.items()}
     compared = {name: value for name, value in named.items() if name in own}
     for name, value in {**compared, **chosen}.items():
-        expected = {**own, **recorded["settings"]}.get(name)
+        expected = {**own, **EditConfig.from_dict(recorded["settings"]).to_dict()}.get(name)
         if value != expected:
             raise ConfigError(
                 f"{name}: the run was begun with {expected!r}, got {value!r}; begin a new run to change it"

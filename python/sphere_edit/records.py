@@ -20,8 +20,8 @@ class LayerRecord:
 
     Attributes:
         keys: ``[b, d]``, what was solved with.
-        left: ``[n, b]``, or None.
-        right: ``[b, d]``, projected: the weight took ``left @ right``; without ``left``, ``[n, d]``, what it took.
+        left: ``[n, k]``, or None.
+        right: ``[k, d]``, projected: the weight took ``left @ right``; without ``left``, ``[n, d]``, what it took.
         sha256: of the weight afterwards; of its fp32 master where the model has 16 bits. All tensors fp32 on the CPU.
     """
 

@@ -25,8 +25,8 @@ class Tuned:
 
     Attributes:
         updates: ``{layer: [n, d]}`` fp32.
-        nll: ``[facts]`` fp32, mean negative log-likelihood of a target token at the last look, in nats.
-        steps: looks at the loss.
+        nll: ``[facts]`` fp32, mean negative log-likelihood of a target token before the last step, in nats.
+        steps: how many were made.
     """
 
     updates: dict[int, Tensor]
@@ -65,14 +65,14 @@ def tune(
 ) -> Tuned:
     """Adam on updates of the edited weights: the mean over facts of the NLL of their targets after the bare prompts.
 
-    It stops when that is below ``ft_stop``, or after ``ft_steps`` looks at it. Each step takes the whole batch; only
-    the blocks from the first edited one on are run, under weights that stay as they are.
+    It stops when that is below ``ft_stop``, or after ``ft_steps`` steps. Each step takes the whole batch; only the
+    blocks from the first edited one on are run, under weights that stay as they are.
 
     Args:
         model: causal LM in evaluation mode without parameter gradients (see `replay.frozen`).
 
     Source: the FT baseline of ROME and AlphaEdit, whose code predicts every target token from the prompt's last
-        position; here each follows those before it.
+        position, where here each follows those before it, and steps once for each part of a batch.
     """
     rows = [encode(tokenizer, request.prompt, request.subject, request.target_new) for request in requests]
     size = max(1, _TOKENS_PER_PASS // max(len(row.ids) for row in rows))
@@ -86,21 +86,20 @@ def tune(
         for layer, update in updates.items():
             stack.enter_context(_added(structure.down[layer].module, update))
         for step in range(config.ft_steps):
-            last = step == config.ft_steps - 1
             adam.zero_grad()
             found = []
             for part in parts:
                 nll = part.nll(structure)
-                if not last:
-                    (nll.sum() / len(rows)).backward()
+                (nll.sum() / len(rows)).backward()
                 found.append(nll.detach())
-            mean = float(torch.cat(found).mean())
+            known = float(torch.cat(found).mean()) < config.ft_stop
             if progress is not None:
-                progress(step + 1, config.ft_steps)
-            if last or mean < config.ft_stop:
+                progress(config.ft_steps if known else step + 1, config.ft_steps)
+            if known:
                 break
             adam.step()
-    return Tuned({layer: update.detach() for layer, update in updates.items()}, torch.cat(found), step + 1)
+    made = step if known else step + 1
+    return Tuned({layer: update.detach() for layer, update in updates.items()}, torch.cat(found), made)
 
 
 def _part(model: Any, structure: ModelStructure, rows: Sequence[Row], first: int, layer: int) -> _Part:

@@ -293,14 +293,16 @@ class FactoredCovariance:
         return torch.cholesky_solve(applied, lower)
 
     @torch.no_grad()
-    def solve_exactly(self, keys: Tensor) -> Tensor:
+    def solve_exactly(self, keys: Tensor, rtol: float = 1e-2) -> Tensor:
         """The right factor ``(K A^-1 K^T)^+ K A^-1`` ``[b, d]`` fp64 for keys ``K [b, d]`` and ``A = weight Cov``: of
         all updates that give the keys their residuals the smallest in the norm of A; ROME's for one key.
 
-        Keys that depend on each other beyond fp64's rounding are met in the least squares' sense. Raises as `solve`.
+        Where whitened keys are linearly dependent, up to ``rtol`` of their largest singular value, they are met in the
+        least squares' sense: the default is the rounding of keys that a 16-bit model gives. Raises as `solve`.
         """
+        checks.number("rtol", rtol, low=0, high=1)
         x = self.whiten(keys)
-        return self.unwhiten(torch.linalg.pinv(x.mT, rtol=1e-9))
+        return self.unwhiten(torch.linalg.pinv(x.mT, rtol=float(rtol)))
 
     @torch.no_grad()
     def whiten(self, keys: Tensor) -> Tensor:

@@ -10,14 +10,16 @@ from torch import Tensor
 BAND = 8  # tile rows that share the columns they meet while these are in L2
 
 
-@functools.lru_cache(64)
+# Kept for good: a captured graph or another stream may still read them. The first call of a size copies to the device,
+# which a capture does not allow.
+@functools.cache
 def triangle(side: int, device: torch.device) -> Tensor:
     """Tiles ``[count, 2]`` on and above the diagonal of ``side x side`` ones, int32."""
     rows, cols = torch.triu_indices(side, side, device="cpu")
     return in_bands(rows, cols, side, device)
 
 
-@functools.lru_cache(64)
+@functools.cache
 def rectangle(rows: int, cols: int, device: torch.device) -> Tensor:
     """All tiles ``[count, 2]`` of a rectangle, int32."""
     places = torch.arange(rows * cols, device="cpu")

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import re
-import runpy
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,24 +36,24 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def build():
-    """The objects of nvcc by setup.py's own ways, and what the assembler said of each."""
+    """The objects of nvcc by the installation's own ways, and what the assembler said of each."""
     if toolchain.missing():
         pytest.skip(toolchain.missing())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(toolchain.ROOT)
-        patch.setattr("setuptools.setup", lambda **arguments: None)
+        patch.syspath_prepend(toolchain.CSRC / "cuda")
         patch.delenv("SPHERE_KERNELS_CUDA_ARCHS", raising=False)
-        try:
-            setup = runpy.run_path("setup.py")
-        except SystemExit as error:
-            pytest.fail(str(error))
-        if not setup["NVCC"]:
-            pytest.skip("no CUDA toolkit: nvcc was not found")  # SPHERE_KERNELS_CUDA=1 makes it a failure
-        setup["KEPT"].mkdir(parents=True, exist_ok=True)
+        import toolkit
+
+        nvcc = toolkit.find_nvcc()
+        if not nvcc:
+            assert os.environ.get("SPHERE_KERNELS_CUDA") != "1", "SPHERE_KERNELS_CUDA=1, but no nvcc was found"
+            pytest.skip("no CUDA toolkit: nvcc was not found")
+        toolkit.KEPT.mkdir(parents=True, exist_ok=True)
         sources = [f"csrc/cuda/{source.name}" for source in toolchain.KERNELS]
         with ThreadPoolExecutor(2) as pool:
-            made = list(pool.map(lambda source: setup["compiled"](setup["NVCC"], source), sources))
-        return setup["NVCC"], [Path(target).resolve() for target, _ in made], "".join(log for _, log in made)
+            made = list(pool.map(lambda source: toolkit.compiled(nvcc, source), sources))
+        return nvcc, [Path(target).resolve() for target, _ in made], "".join(log for _, log in made)
 
 
 @pytest.fixture(scope="module")

@@ -10,4 +10,4 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "kernels"), str(Path(__file__).p
 
 # Triton decides when a kernel is defined, so one process has either interpreted kernels or compiled ones.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = ["test_aot.py", "test_interpreter.py", "test_backend.py"] if INTERPRETED else ["interpreter"]
+collect_ignore = ["test_aot.py", "test_interpreter.py", "test_triton_backend.py"] if INTERPRETED else ["interpreter"]

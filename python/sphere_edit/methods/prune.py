@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,11 +14,12 @@ from sphere_kernels import LowRankUpdate
 
 
 class Prune(Memit):
-    """MEMIT, after which singular values ``s`` of the total ``W - W0`` above ``m``, the largest of ``W0``, become
-    ``log s - log m + m``.
+    """MEMIT; of the sum of all updates, singular values ``s`` above ``m``, the largest of the weight before, are
+    written as ``min(s, m + log(s / m))``.
 
-    Here that is done with every batch, so that later ones are solved for the weight that is used. The published code
-    does it to copies of the weight when it evaluates, and goes on from the weight that was not restrained.
+    The sum is not stored: it follows from the weight, since that function has an inverse. Published code writes its
+    updates whole, and this to copies of the weight when it evaluates; here later batches are solved for the weight that
+    is used. Below ``m = 1`` the published ``m + log(s / m)`` would enlarge what is little above m.
 
     Source: Ma et al., Perturbation-Restrained Sequential Model Editing (ICLR 2025).
     """
@@ -32,14 +33,20 @@ class Prune(Memit):
         if layer not in self._limit:
             self._limit[layer] = torch.linalg.matrix_norm(original.double(), 2)
         limit = self._limit[layer]
-        total = (weight.double() - original.double()).addmm_(update.left.double(), update.right.double())
-        if total.norm() <= limit:  # no singular value is larger
-            return update
-        squares, vectors = torch.linalg.eigh(total @ total.T)
-        large = squares > limit.square()
-        values, vectors = squares[large].sqrt(), vectors[:, large]
-        change = (values.log() - limit.log() + limit) / values - 1
-        return LowRankUpdate(
-            torch.cat([update.left, (vectors * change).to(update.left)], 1),
-            torch.cat([update.right, (vectors.T @ total).to(update.right)]),
-        )
+        total = weight.double() - original.double()
+        whole = _changed(total, limit, lambda s: torch.maximum(s, limit * (s - limit).exp()))
+        for part in (whole, update):
+            total.addmm_(part.left.double(), part.right.double())
+        held = _changed(total, limit, lambda s: torch.minimum(s, limit + (s / limit).log()))
+        parts = (update, whole, held)
+        return LowRankUpdate(torch.cat([p.left for p in parts], 1), torch.cat([p.right for p in parts]))
+
+
+def _changed(matrix: Tensor, limit: Tensor, change: Callable[[Tensor], Tensor]) -> LowRankUpdate:
+    """What to add, in fp32, to a matrix ``[n, d]`` in order to change its singular values above a limit."""
+    if matrix.norm() <= limit:  # there are none
+        return LowRankUpdate(matrix[:, :0].float(), matrix[:0].float())
+    squares, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    large = squares > limit.square()
+    values, vectors = squares[large].sqrt(), vectors[:, large]
+    return LowRankUpdate((vectors * (change(values) / values - 1)).float(), (vectors.T @ matrix).float())

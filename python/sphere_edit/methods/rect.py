@@ -29,7 +29,7 @@ class Rect(Memit):
     def reshape(self, layer: int, update: LowRankUpdate, weight: Tensor) -> Update:
         dense = update.left @ update.right
         change = (dense / weight.to(dense.dtype)).abs_().nan_to_num_(torch.inf)  # 0 / 0 too: nothing is lost there
-        dropped = round((1 - self._share) * change.numel())
-        if dropped:
-            dense.masked_fill_(change <= change.flatten().kthvalue(dropped).values, 0)
-        return dense
+        kept = change.flatten().topk(round(self._share * change.numel()), sorted=False).indices
+        out = torch.zeros_like(dense)
+        out.view(-1)[kept] = dense.view(-1)[kept]
+        return out

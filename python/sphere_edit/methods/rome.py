@@ -15,8 +15,8 @@ from sphere_kernels import LowRankUpdate
 class Rome(Method):
     """Minimise ``tr(Δ Cov Δᵀ)`` under ``Δ K = R``: ``Δ = R (Kᵀ Cov⁻¹ K)⁺ Kᵀ Cov⁻¹``.
 
-    For one fact (``batch_size: 1``) that is ROME's rank-one update; for several, all of them at once. Keys that depend
-    on each other are met in the least squares' sense.
+    For one fact (``batch_size: 1``) that is ROME's rank-one update; for several, all of them at once. Keys that are
+    equal or nearly so, as those of one subject in several facts, are met in the least squares' sense.
 
     Args:
         covariances: ``{layer: E[k kᵀ]}`` ``[d, d]`` fp64.

@@ -34,6 +34,20 @@ def test_refusals_say_why(monkeypatch):
         dispatch.select("pair_energy", "triton", "cuda", torch.float32, SHAPE)
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_what_is_too_old_is_left_to_plain_torch(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "_triton_version", lambda: (3, 2))
+        assert dispatch.select("pair_energy", "auto", "cuda", torch.float32, SHAPE) == "reference"
+        with pytest.raises(ValueError, match=r"it needs triton 3.5 or later, found 3.2"):
+            dispatch.select("pair_energy", "triton", "cuda", torch.float32, SHAPE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ValueError, match="it needs a GPU of sm_80 or later, found sm_75"):
+        dispatch.select("pair_energy", "triton", "cuda", torch.float32, SHAPE)
+    assert gpu._triton_version() >= gpu.OLDEST_TRITON
+
+
 def test_import_leaves_triton_alone():
     code = "import sys, sphere_kernels; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
