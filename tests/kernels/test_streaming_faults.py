@@ -120,7 +120,10 @@ BAD_RIGHT = [
 
 BAD_FACTORS = [
     *((torch.ones(4, 2), *bad) for bad in BAD_RIGHT),
-    (None, torch.ones(2, 9), TypeError, "left must be a tensor, got NoneType"),
+    (None, torch.ones(2, 9), ValueError, r"without left, right must be \[4, 9\] as the weight, got shape \[2, 9\]"),
+    (None, torch.full((4, 9), float("nan")), FloatingPointError, "right holds NaN"),
+    (None, torch.full((4, 9), 1e30), FloatingPointError, "rows of the weight must stay shorter"),
+    ([[1.0]], torch.ones(2, 9), TypeError, "left must be a tensor, got list"),
     (
         torch.ones(4, 3),
         torch.ones(2, 9),

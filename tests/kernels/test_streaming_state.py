@@ -359,3 +359,19 @@ def test_two_hundred_updates_in_fp32(every):
     _, right = factors(weight, 10, seed=999)
     length = right.norm(dim=-1, keepdim=True)
     assert ((state.project(right) - dense.project(right)) / length).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"refresh_every": 2}, {"subspace": "pretrained"}, {"alpha": 0.0}], ids=str)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+def test_a_whole_update_leaves_a_state_as_if_new(dtype, options):
+    """But for directions that outlive the weight that they were computed for."""
+    weight, right = randn(2, 6, 40, dtype=dtype), randn(2, 3, 40, seed=3)
+    state = HypersphereState(weight, **options)
+    held = state.project(right)
+    for k in range(2):
+        state.update_(None, 0.1 * randn(2, 6, 40, seed=k + 1))
+    fresh = HypersphereState(state.master.clone())
+    assert torch.equal(state.gram, fresh.gram) and torch.equal(state.neuron_energy, fresh.neuron_energy)
+    assert torch.equal(weight, state.master.to(dtype)) and state.updates == 2
+    expected = held if "subspace" in options or "alpha" in options else fresh.project(right)
+    torch.testing.assert_close(state.project(right), expected, rtol=0, atol=1e-4)
