@@ -23,7 +23,7 @@ _SETTINGS = {
     "memit-history": {"method": "memit", "covariance_weight": 10.0, "history": True, "alpha": 0.8},
     "rect": {"method": "rect", "covariance_weight": 10.0},
     "rect-bf16": {"method": "rect", "covariance_weight": 10.0, "dtype": torch.bfloat16, "refresh_every": 2},
-    "prune": {"method": "prune", "covariance_weight": 1e-3},
+    "prune": {"method": "prune", "covariance_weight": 1e-3, "value_clamp": 400.0, "value_lr": 50.0},
     "rome": {"method": "rome", "layers": (2,), "batch_size": 2},
     "ft": {"method": "ft", "layers": (3, 4), "ft_steps": 3, "ft_lr": 1e-2},
     "bf16": {"dtype": torch.bfloat16},

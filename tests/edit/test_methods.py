@@ -142,6 +142,17 @@ def test_prune_holds_the_singular_values_of_the_total(length, size):
         assert (weight.double() - original.double() - want).norm() < 2e-5 * want.norm()
 
 
+def test_prune_prunes_in_the_loop(make):
+    editor = make(method="prune", covariance_weight=1e-3, value_clamp=400.0, value_lr=50.0)
+    limits = {layer: torch.linalg.matrix_norm(weight, 2) for layer, weight in editor.weights().items()}
+    before = {layer: weight.clone() for layer, weight in editor.weights().items()}
+    records = editor.edit(tiny.facts(6)).records
+    assert all(done.left.shape[1] > len(record.requests) for record in records for done in record.layers.values())
+    for layer, weight in editor.weights().items():
+        held = torch.linalg.matrix_norm(weight - before[layer], 2)
+        assert limits[layer] < held < limits[layer] + 10
+
+
 @pytest.mark.parametrize("family", ("llama", "gpt2", "opt"))
 def test_fine_tuning_is_adam_on_the_weights(family, make, tokenizer):
     """Against the same steps on the model's own parameters, one fact at a time without padding."""

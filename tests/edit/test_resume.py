@@ -231,6 +231,30 @@ def test_stopped_after_every_batch_and_gone_on_with(family, tokenizer, quick, tm
         assert _events(run) == _events(tmp_path / "whole")
 
 
+_METHODS = {
+    "memit": {"method": "memit", "covariance_weight": 10.0, "history": True},
+    "rect": {"method": "rect", "covariance_weight": 10.0},
+    "prune": {"method": "prune", "covariance_weight": 1e-3, "value_clamp": 400.0, "value_lr": 50.0},  # it has to prune
+    "rome": {"method": "rome", "layers": (2,)},
+    "ft": {"method": "ft", "layers": (3, 4), "ft_steps": 3, "ft_lr": 1e-2},
+}
+
+
+@pytest.mark.parametrize("changes", _METHODS.values(), ids=_METHODS)
+def test_every_method_goes_on_to_the_same_bits(changes, tokenizer, quick, tmp_path, monkeypatch):
+    """After a checkpoint and without one; and rolled back as if it had been stopped there."""
+    monkeypatch.setitem(globals(), "_SETTINGS", _SETTINGS.replace(**changes))
+    expected = tiny.state(_run(tmp_path / "whole", tokenizer, 10))
+    for stop in (2, 4):
+        run = tmp_path / f"run{stop}"
+        stopped = tiny.state(_run(run, tokenizer, 10, stop))
+        assert tiny.same(_resumed(run, tokenizer), expected)
+        _same(run, tmp_path / "whole")
+        model = tiny.make_model("llama")
+        rollback(model, tokenizer, run, stop)
+        assert tiny.same(model, stopped)
+
+
 def test_the_callers_random_state_and_threads_are_left_alone(whole, tokenizer, quick, tmp_path):
     torch.manual_seed(5)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
