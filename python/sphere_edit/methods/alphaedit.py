@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from sphere_edit.config import EditConfig
-from sphere_edit.methods.base import Method
-from sphere_edit.methods.history import History
+from sphere_edit.methods.history import WithHistory
 from sphere_kernels import LowRankUpdate
 from sphere_kernels.streaming import NullSpace, RecursiveLeastSquares
 
 
-class AlphaEdit(Method):
+class AlphaEdit(WithHistory):
     """Solve ``(P(KKᵀ + C) + λI) Δᵀ = P K Rᵀ`` for every layer, ``P`` the null-space projector, ``C`` the history.
 
     See `sphere_kernels.streaming.RecursiveLeastSquares`, which never forms or factors a d×d system as published code
@@ -32,8 +31,8 @@ class AlphaEdit(Method):
     """
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
+        super().__init__(config, covariances)
         self.null_space_rank: dict[int, int] = {}
-        self._history = History()
         for layer, covariance in covariances.items():
             space = null_space(covariance, config.null_space_threshold, layer) if config.null_space else None
             d = len(covariance)
@@ -41,26 +40,14 @@ class AlphaEdit(Method):
             # Keys are about as long as those of the covariance's text; a hundred times longer ones are seen.
             reach = float(covariance.trace()) / config.ridge * torch.finfo(torch.float32).eps
             dtype = torch.float32 if reach < 1e-5 else torch.float64
-            self._history[layer] = RecursiveLeastSquares(config.ridge, d, space, dtype=dtype, device=covariance.device)
+            self._solvers[layer] = RecursiveLeastSquares(config.ridge, d, space, dtype=dtype, device=covariance.device)
 
     def solve(self, layer: int, keys: Tensor, residuals: Tensor) -> LowRankUpdate:
         """See `Method.solve`."""
-        return LowRankUpdate(residuals.T.contiguous(), self._history.solve(layer, keys).float())
+        return LowRankUpdate(residuals.T.contiguous(), self._right(layer, keys).float())
 
     def remember(self, layer: int, keys: Tensor) -> None:
-        self._history.solve(layer, keys)
-
-    def commit(self) -> None:
-        self._history.commit()
-
-    def rollback(self) -> None:
-        self._history.rollback()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._history.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._history.load_state_dict(state)
+        self._right(layer, keys)
 
 
 def null_space(covariance: Tensor, threshold: float, layer: int) -> NullSpace:

@@ -1,4 +1,4 @@
-"""The history of keys that a method solves against, for every layer."""
+"""What methods with a history of keys are made of."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from sphere_edit.config import EditConfig
+from sphere_edit.methods.base import Method
 from sphere_edit.records import over, under
 from sphere_kernels.streaming import RecursiveLeastSquares
 
 
-class History(dict[int, RecursiveLeastSquares]):
-    """Solvers by layer; what was solved since the last commit is forgotten or kept for all of them."""
+class WithHistory(Method):
+    """Recursive solvers by layer; what was solved since the last commit is kept or forgotten for all of them."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
+        self._solvers: dict[int, RecursiveLeastSquares] = {}
         self._solved: set[int] = set()
 
-    def solve(self, layer: int, keys: Tensor) -> Tensor:
+    def _right(self, layer: int, keys: Tensor) -> Tensor:
         """See `RecursiveLeastSquares.solve`."""
-        right = self[layer].solve(keys)
+        right = self._solvers[layer].solve(keys)
         self._solved.add(layer)
         return right
 
     def commit(self) -> None:
         for layer in sorted(self._solved):
-            self[layer].commit()
+            self._solvers[layer].commit()
         self._solved.clear()
 
     def rollback(self) -> None:
@@ -33,11 +35,11 @@ class History(dict[int, RecursiveLeastSquares]):
 
     def state_dict(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for layer, solver in self.items():
+        for layer, solver in self._solvers.items():
             found |= over(layer, solver.state_dict())
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._solved.clear()
-        for layer, solver in self.items():
+        for layer, solver in self._solvers.items():
             solver.load_state_dict(under(layer, state))

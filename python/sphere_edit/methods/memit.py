@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from sphere_edit.config import EditConfig
-from sphere_edit.methods.base import Method
-from sphere_edit.methods.history import History
+from sphere_edit.methods.history import WithHistory
 from sphere_kernels import LowRankUpdate
 from sphere_kernels.streaming import FactoredCovariance, RecursiveLeastSquares
 
 
-class Memit(Method):
+class Memit(WithHistory):
     """Solve ``(w Cov + C + KKᵀ) Δᵀ = K Rᵀ`` for every layer, ``C`` the history or, as published, 0.
 
     Cov is factored once. With a history the recursion runs on whitened keys, for which ``w Cov`` is the identity.
@@ -30,38 +29,26 @@ class Memit(Method):
     """
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
+        super().__init__(config, covariances)
         self._covariances = factored(covariances, config.covariance_weight)
-        self._history = History()
         if config.history:
             for layer, covariance in covariances.items():
-                self._history[layer] = RecursiveLeastSquares(
+                self._solvers[layer] = RecursiveLeastSquares(
                     1.0, len(covariance), dtype=torch.float64, device=covariance.device
                 )
 
     def solve(self, layer: int, keys: Tensor, residuals: Tensor) -> LowRankUpdate:
         """See `Method.solve`."""
         covariance = self._covariances[layer]
-        if self._history:
-            right = covariance.unwhiten(self._history.solve(layer, covariance.whiten(keys)))
+        if self._solvers:
+            right = covariance.unwhiten(self._right(layer, covariance.whiten(keys)))
         else:
             right = covariance.solve(keys)
         return LowRankUpdate(residuals.T.contiguous(), right.float())
 
     def remember(self, layer: int, keys: Tensor) -> None:
-        if self._history:
-            self._history.solve(layer, self._covariances[layer].whiten(keys))
-
-    def commit(self) -> None:
-        self._history.commit()
-
-    def rollback(self) -> None:
-        self._history.rollback()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._history.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._history.load_state_dict(state)
+        if self._solvers:
+            self._right(layer, self._covariances[layer].whiten(keys))
 
 
 def factored(covariances: Mapping[int, Tensor], weight: float) -> dict[int, FactoredCovariance]:
