@@ -7,15 +7,15 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sphere_kernels import dispatch, env
-from sphere_kernels.rows import one_batch
+from sphere_kernels.rows import copied_back, one_batch
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 OLDEST_TRITON = (3, 5)  # whose compiler takes all kernels; tested is that of constraints.txt
@@ -98,13 +98,9 @@ def merged(tensor: Tensor) -> Tensor:
     return matrices.float() if interpreted() and tensor.dtype == torch.bfloat16 else matrices
 
 
-@contextmanager
-def written(tensor: Tensor, contiguous: bool = False) -> Iterator[Tensor]:
-    """`merged` for writing: where that, or ``contiguous``, takes a copy, it is copied back at the end."""
-    matrices = merged(tensor).contiguous() if contiguous else merged(tensor)
-    yield matrices
-    if matrices.data_ptr() != tensor.data_ptr():
-        tensor.copy_(matrices.view(tensor.shape))
+def written(tensor: Tensor, contiguous: bool = False) -> AbstractContextManager[Tensor]:
+    """`merged` for writing, see `sphere_kernels.rows.copied_back`."""
+    return copied_back(tensor, merged, contiguous)
 
 
 def fresh(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

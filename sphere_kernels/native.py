@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sphere_kernels import env
-from sphere_kernels.rows import compute_dtype, one_batch
+from sphere_kernels.rows import compute_dtype, copied_back, one_batch
 
 cpu: Any = None
 failure: str | None = None
@@ -59,13 +58,14 @@ def merged(tensor: Tensor) -> Tensor:
     return one_batch(tensor.resolve_neg())
 
 
-@contextmanager
-def written(tensor: Tensor, contiguous: bool = False) -> Iterator[Tensor]:
-    """`merged` for writing: where that, or ``contiguous``, takes a copy, it is copied back at the end."""
-    matrices = merged(tensor).contiguous() if contiguous else merged(tensor)
-    yield matrices
-    if matrices.data_ptr() != tensor.data_ptr():
-        tensor.copy_(matrices.view(tensor.shape))
+def repeated(tensor: Tensor, count: int) -> Tensor:
+    """`merged`; a single matrix stands for ``count`` of them by a stride of zero, not copied."""
+    return merged(tensor) if tensor.ndim > 2 else tensor.resolve_neg().expand(count, *tensor.shape)
+
+
+def written(tensor: Tensor, contiguous: bool = False) -> AbstractContextManager[Tensor]:
+    """`merged` for writing, see `sphere_kernels.rows.copied_back`."""
+    return copied_back(tensor, merged, contiguous)
 
 
 def view(matrices: Tensor) -> View:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,15 @@ def row_chunks(n: int, elements_per_row: int) -> Iterator[slice]:
 def one_batch(matrices: Tensor) -> Tensor:
     """``[..., n, d]`` with the leading dimensions made one: a view where the strides allow it."""
     return matrices.reshape(math.prod(matrices.shape[:-2]), *matrices.shape[-2:])
+
+
+@contextmanager
+def copied_back(tensor: Tensor, merged: Callable[[Tensor], Tensor], contiguous: bool = False) -> Iterator[Tensor]:
+    """``merged(tensor)`` for writing: where that, or ``contiguous``, takes a copy, it is copied back at the end."""
+    matrices = merged(tensor).contiguous() if contiguous else merged(tensor)
+    yield matrices
+    if matrices.data_ptr() != tensor.data_ptr():
+        tensor.copy_(matrices.view(tensor.shape))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sphere_kernels import cuda
 from sphere_kernels.dispatch import register
-from sphere_kernels.native import merged, view, written
+from sphere_kernels.native import merged, repeated, view, written
 from sphere_kernels.rows import compute_dtype
 
 
@@ -38,8 +38,7 @@ def _project(
     update: Tensor, basis: Tensor, alpha: float, out: Tensor, wide: torch.dtype, accumulate: bool = False
 ) -> None:
     """``out = [out +] update - alpha (update U) U^T``, in ``wide``."""
-    # A shared basis is passed with a stride of zero, not copied.
-    directions = merged(basis) if basis.ndim > 2 else basis.resolve_neg().expand(len(update), *basis.shape)
+    directions = repeated(basis, len(update))
     inner = update.new_empty(*update.shape[:2], basis.shape[-1], dtype=wide)
     _product(update, directions, inner, wide)
     _product(inner, directions.mT, out, wide, -alpha, update, accumulate)

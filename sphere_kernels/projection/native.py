@@ -29,8 +29,7 @@ def _project(
 ) -> None:
     """``out = (accumulate ? out : 0) + left (update - alpha (update U) U^T)`` for ``out [count, n, d]``."""
     update, factor = native.merged(update), None if left is None else native.merged(left)
-    # A shared basis is passed with a stride of zero, not copied.
-    basis = native.merged(basis) if basis.ndim > 2 else basis.resolve_neg().expand(len(update), *basis.shape)
+    basis = native.repeated(basis, len(update))
     native.cpu.project(
         native.view(update),
         native.view(basis),

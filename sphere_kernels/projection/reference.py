@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from functools import reduce
-
-import torch
 from torch import Tensor
 
 from sphere_kernels.dispatch import register
-from sphere_kernels.rows import row_chunks
-
-
-def _wide(*tensors: Tensor) -> torch.dtype:
-    return reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+from sphere_kernels.rows import compute_dtype, row_chunks
 
 
 def _project(update: Tensor, basis: Tensor, alpha: float) -> Tensor:
@@ -22,7 +15,7 @@ def _project(update: Tensor, basis: Tensor, alpha: float) -> Tensor:
 @register("sparse_projection", "reference")
 def sparse_projection(update: Tensor, basis: Tensor, alpha: float) -> Tensor:
     """``update - alpha (update U) U^T``, rounded once to the dtype of ``update``."""
-    wide = _wide(update, basis)
+    wide = compute_dtype(update, basis)
     projected = _project(update.to(wide), basis.to(wide), alpha)
     return projected.to(update.dtype).contiguous()  # as the fake promises; matmul's result already is
 
@@ -30,7 +23,7 @@ def sparse_projection(update: Tensor, basis: Tensor, alpha: float) -> Tensor:
 @register("apply_projected_update_", "reference")
 def apply_projected_update_(weight: Tensor, left: Tensor | None, right: Tensor, basis: Tensor, alpha: float) -> None:
     """``weight += left @ projected(right)`` in chunks of rows; without ``left``, ``right`` is the update itself."""
-    wide = _wide(weight, right, basis) if left is None else _wide(weight, left, right, basis)
+    wide = compute_dtype(weight, right, basis) if left is None else compute_dtype(weight, left, right, basis)
     basis = basis.to(wide)
     if left is not None:
         right = _project(right.to(wide), basis, alpha)

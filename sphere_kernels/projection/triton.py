@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sphere_kernels import gpu
+from sphere_kernels.rows import compute_dtype
 from sphere_kernels.triton_kernels.launch import product
 
 
@@ -13,7 +14,7 @@ def sparse_projection(update: Tensor, basis: Tensor, alpha: float) -> Tensor:
     """``update - alpha (update U) U^T``, rounded once to the dtype of ``update``."""
     rows = gpu.merged(update)
     out = gpu.fresh(update, tuple(rows.shape), update.dtype)
-    _project(rows, update.dtype, basis, alpha, _wide(update, basis), out)
+    _project(rows, update.dtype, basis, alpha, compute_dtype(update, basis), out)
     return out.view(update.shape).to(update.dtype)
 
 
@@ -22,9 +23,9 @@ def apply_projected_update_(weight: Tensor, left: Tensor | None, right: Tensor, 
     rows = gpu.merged(right)
     with gpu.written(weight) as matrices:
         if left is None:
-            _project(rows, right.dtype, basis, alpha, _wide(weight, right, basis), matrices, accumulate=True)
+            _project(rows, right.dtype, basis, alpha, compute_dtype(weight, right, basis), matrices, accumulate=True)
             return
-        wide = _wide(weight, left, right, basis)
+        wide = compute_dtype(weight, left, right, basis)
         projected = rows.new_empty(rows.shape, dtype=wide)
         _project(rows, right.dtype, basis, alpha, wide, projected)
         product(gpu.merged(left), projected, matrices, accumulate=True, dtypes=(left.dtype, wide))
@@ -44,7 +45,3 @@ def _project(
     inner = update.new_empty(*update.shape[:2], basis.shape[-1], dtype=wide)
     product(update, directions, inner, dtypes=(dtype, basis.dtype))
     product(inner.mul_(-alpha), directions.mT, out, addend=update, accumulate=accumulate, dtypes=(wide, basis.dtype))
-
-
-def _wide(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
