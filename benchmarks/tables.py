@@ -73,6 +73,20 @@ def values(stored: dict[str, Any]) -> str:
     return table([head, "facts", "losses of the shared facts", "seconds per fact", "ratio"], rows)
 
 
+def evaluation(stored: dict[str, Any]) -> str:
+    """Milliseconds per target scored, both ways, out of one run of the benchmark."""
+    ways = {"test_one_by_one": "one forward pass per prompt and target", "test_batched": "batched, prompts run once"}
+    found = {b["name"]: b for b in stored["benchmarks"]}
+    per = {name: found[name]["stats"]["median"] / found[name]["extra_info"]["targets"] for name in ways}
+    rows = []
+    for name, way in ways.items():
+        info, ratio = found[name]["extra_info"], per["test_one_by_one"] / per[name]
+        floor = "5×" if name == "test_batched" else ""
+        rows.append([way, f"{info['facts']}", f"{info['targets']}", f"{1e3 * per[name]:.1f}", f"{ratio:.1f}×", floor])
+    head = f"{found['test_batched']['extra_info']['threads']} threads"
+    return table([head, "facts", "targets", "ms per target", "ratio", "floor"], rows)
+
+
 def preset(stored: dict[str, Any]) -> str:
     """The figures that decided the preset."""
     names = [name for name in _METRICS if name != "generalization_accuracy"]
@@ -86,6 +100,7 @@ def preset(stored: dict[str, Any]) -> str:
 # Each with the file it is made of.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "values": ("values", values),
+    "evaluation": ("evaluation", evaluation),
     "preset": ("preset", preset),
     "demo": ("demo", scores),
     "counterfact": ("counterfact100", scores),

@@ -6,15 +6,9 @@ from typing import Any
 
 import torch
 
+from sphere_edit.generation import TOP_5, continue_rows
 from sphere_edit.tokens import encode
 
-# A model's own settings of generation would change what it says here.
-PLAIN_GENERATION: dict[str, Any] = {
-    "repetition_penalty": 1.0,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "return_dict_in_generate": False,
-}
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -35,19 +29,8 @@ def generate_contexts(model: Any, tokenizer: Any, count: int, length: int, seed:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for i in range(count):
-            ids = torch.tensor([encode(tokenizer, _OPENINGS[i % len(_OPENINGS)]).ids], device=device)
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=length,
-                min_new_tokens=length,
-                do_sample=True,
-                top_k=5,
-                top_p=1.0,
-                temperature=1.0,
-                **PLAIN_GENERATION,
-                pad_token_id=tokenizer.eos_token_id,
-            )
+            row = encode(tokenizer, _OPENINGS[i % len(_OPENINGS)]).ids
+            out = continue_rows(model, tokenizer, [row], length, min_new_tokens=length, **TOP_5)
             text = tokenizer.decode(out[0], skip_special_tokens=True)
             templates.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". {}")
     return templates

@@ -6,21 +6,23 @@ papers of ROME, MEMIT and AlphaEdit. *Accuracy* asks more: every token of the wa
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sphere_edit.replay import frozen, last_logits
 from sphere_edit.requests import EditRequest
 from sphere_edit.text import token_windows
-from sphere_edit.tokens import Row, check_fits, check_tokenizer, encode, pad_left
+from sphere_edit.tokens import check_fits, check_tokenizer, encode, pad_left
 
 PERPLEXITY_TOKENS = 10_000
 _TOKENS_PER_BATCH = 2048
+_PADDING_PER_BATCH = 64
 _WINDOW = 256
 
 
@@ -57,11 +59,22 @@ class Evaluation:
     scores: dict[str, Score]
     per_request: list[dict[str, float]]
 
+    @classmethod
+    def of(cls, per_request: Sequence[dict[str, float]], names: Iterable[str] | None = None) -> Evaluation:
+        """The means of ``names`` (those of `evaluate` unless given) over the requests that have them."""
+        chosen = SCORES if names is None else names
+        return cls({n: Score.of([r[n] for r in per_request if n in r]) for n in chosen}, list(per_request))
+
+    def subset(self, indices: Iterable[int]) -> Evaluation:
+        """The evaluation of some of the requests, in this order; nothing is computed anew."""
+        return Evaluation.of([self.per_request[i] for i in indices], self.scores)
+
     def to_dict(self) -> dict[str, Any]:
         return {name: score.to_dict() for name, score in self.scores.items()}
 
 
 METRICS = ("efficacy", "generalization", "specificity")
+SCORES = tuple(f"{metric}_{kind}" for metric in METRICS for kind in ("success", "accuracy"))
 
 
 def evaluate(
@@ -72,8 +85,9 @@ def evaluate(
 ) -> Evaluation:
     """Efficacy (the prompt), generalization (paraphrases) and specificity (neighbourhood), success and accuracy each.
 
-    Efficacy and generalization want ``target_new``, specificity wants ``target_true``. Success needs both targets;
-    requests without ``target_true`` count in accuracy only, and ``n`` says how many were scored.
+    Efficacy and generalization want ``target_new``, specificity wants ``target_true``, or ``neighborhood_answers``
+    where a request has them. Success needs two targets: requests without ``target_true``, and neighbourhoods with
+    answers of their own, count in accuracy only. ``n`` says how many were scored.
 
     Args:
         model: causal LM; evaluated in evaluation mode, left as it was.
@@ -86,12 +100,14 @@ def evaluate(
 
     wanted = []
     for r in requests:
-        groups = (
-            ("efficacy", [r.text], r.target_new, r.target_true),
-            ("generalization", r.paraphrases, r.target_new, r.target_true),
-            ("specificity", r.neighborhood if r.target_true else (), r.target_true, r.target_new),
-        )
-        wanted.append({name: [(ask(p, want), ask(p, other)) for p in ps] for name, ps, want, other in groups})
+        new, true, own = r.target_new, r.target_true, r.neighborhood_answers
+        answers = own or (true,) * len(r.neighborhood)
+        groups = {
+            "efficacy": [(r.text, new, true)],
+            "generalization": [(p, new, true) for p in r.paraphrases],
+            "specificity": [(p, a, None if own else new) for p, a in zip(r.neighborhood, answers, strict=True) if a],
+        }
+        wanted.append({name: [(ask(p, want), ask(p, other)) for p, want, other in g] for name, g in groups.items()})
     log_probs, correct = score_targets(model, tokenizer, list(asked), progress)
     per_request = []
     for places in wanted:
@@ -103,9 +119,7 @@ def evaluate(
             if pairs:
                 record[f"{name}_accuracy"] = sum(correct[w] for w, _ in pairs if w is not None) / len(pairs)
         per_request.append(record)
-    names = [f"{metric}_{kind}" for metric in METRICS for kind in ("success", "accuracy")]
-    scores = {name: Score.of([r[name] for r in per_request if name in r]) for name in names}
-    return Evaluation(scores, per_request)
+    return Evaluation.of(per_request)
 
 
 def score_targets(
@@ -116,64 +130,101 @@ def score_targets(
 ) -> tuple[list[float], list[bool]]:
     """For each (prompt, target): mean log-probability of a target token, and whether all of them are the argmax.
 
-    A row whose tokens begin another row is read off that row's logits, so the two targets of a prompt mostly cost one
-    pass. Rows of like length run together, padded on the left so that they end in the same column.
+    A prompt is run once, whatever number of targets it has: its last position gives the first token of each, and those
+    of more tokens go on from its keys and values. Rows of like length run together.
     """
     rows = [encode(tokenizer, prompt, None, target) for prompt, target in asked]
-    for row, (prompt, _) in zip(rows, asked, strict=True):
+    of_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, (row, (prompt, _)) in enumerate(zip(rows, asked, strict=True)):
         check_fits(model, row, prompt)
-    carried = _carriers(rows)
-    order = sorted(carried, key=lambda i: (len(rows[i].ids), i))
+        of_prompt.setdefault(row.ids[: len(row.ids) - len(row.target) + 1], []).append(i)
+    prompts = list(of_prompt)
     log_probs, correct = [0.0] * len(rows), [False] * len(rows)
-    device = next(model.parameters()).device
-    at = 0
-    with frozen(model), torch.no_grad():
-        while at < len(order):
-            batch = _take(order, rows, at)
-            at += len(batch)
-            for i, mean, right in _score(model, rows, batch, carried, device):
-                log_probs[i], correct[i] = mean, right
+    done = 0
+    with frozen(model), torch.no_grad(), _compact_head(model):
+        for batch in _batches([len(prompt) for prompt in prompts]):
+            targets = [{i: rows[i].target for i in of_prompt[prompts[b]]} for b in batch]
+            for i, found in _score(model, [prompts[b] for b in batch], targets).items():
+                log_probs[i] = math.fsum(value for value, _ in found) / len(found)
+                correct[i] = all(right for _, right in found)
+            done += len(batch)
             if progress is not None:
-                progress(at, len(order))
+                progress(done, len(prompts))
     return log_probs, correct
 
 
-def _carriers(rows: Sequence[Row]) -> dict[int, list[int]]:
-    """{row to run: rows to read off it}. In sorted order a row directly precedes those that it begins."""
-    carried: dict[int, list[int]] = {}
-    carrier = -1
-    for i in sorted(range(len(rows)), key=lambda i: rows[i].ids, reverse=True):
-        if carrier < 0 or rows[carrier].ids[: len(rows[i].ids)] != rows[i].ids:
-            carrier = i
-        carried.setdefault(carrier, []).append(i)
-    return carried
+@contextmanager
+def _compact_head(model: Any) -> Iterator[None]:
+    """The head's input made contiguous: a slice of positions is multiplied row by row, ten times as slowly on a CPU."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-def _take(order: Sequence[int], rows: Sequence[Row], at: int) -> Sequence[int]:
-    """The next rows, as many as keep rows × longest within the budget."""
-    end = at + 1
-    while end < len(order) and (end - at + 1) * len(rows[order[end]].ids) <= _TOKENS_PER_BATCH:
-        end += 1
-    return order[at:end]
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of rows to run together, shorter ones first: rows × longest within the budget, little of it padding."""
+    batch: list[int] = []
+    tokens = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        padded = (len(batch) + 1) * lengths[i]
+        tokens += lengths[i]
+        if batch and (padded > _TOKENS_PER_BATCH or padded - tokens > _PADDING_PER_BATCH):
+            yield batch
+            batch, tokens = [], lengths[i]
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def _score(
-    model: Any, rows: Sequence[Row], batch: Sequence[int], carried: dict[int, list[int]], device: torch.device
-) -> Iterator[tuple[int, float, bool]]:
-    def first(carrier: int, i: int) -> int:
-        """Where row i's target begins, counted from the end of its carrier."""
-        return len(rows[carrier].ids) - len(rows[i].ids) + len(rows[i].target)
+    model: Any, prompts: Sequence[Sequence[int]], targets: Sequence[dict[int, tuple[int, ...]]]
+) -> dict[int, list[tuple[float, bool]]]:
+    """Log-probability of each token of each target, and whether it is the argmax, by the target's number.
 
-    keep = max(first(carrier, i) for carrier in batch for i in carried[carrier])
-    inputs: dict[str, Any] = pad_left([rows[i].ids for i in batch], device)
-    logits: Tensor = model(**inputs, use_cache=False, **last_logits(model, keep)).logits[:, -keep:]
-    for carrier, own in zip(batch, logits, strict=True):
-        for i in carried[carrier]:
-            target = torch.tensor(rows[i].target, device=device)
-            start = keep - first(carrier, i)
-            at = own[start : start + len(target)].float()
-            picked = at.log_softmax(-1).gather(1, target[:, None])
-            yield i, float(picked.mean()), bool((at.argmax(-1) == target).all())
+    Args:
+        prompts: token ids.
+        targets: of each prompt, by number.
+    """
+    device = next(model.parameters()).device
+    inputs: dict[str, Any] = pad_left(prompts, device)
+    longer = [(at, i) for at, group in enumerate(targets) for i, target in group.items() if len(target) > 1]
+    out = model(**inputs, use_cache=bool(longer), **last_logits(model, 1))
+    log_probs = out.logits[:, -1].float().log_softmax(-1)
+    likeliest = log_probs.argmax(-1).tolist()
+    found = {
+        i: [(float(log_probs[at, target[0]]), likeliest[at] == target[0])]
+        for at, group in enumerate(targets)
+        for i, target in group.items()
+    }
+    for batch in _batches([len(targets[at][i]) - 1 for at, i in longer]):
+        chosen = [longer[b] for b in batch]
+        read = [targets[at][i][:-1] for at, i in chosen]
+        width = max(map(len, read))
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in read], device=device)
+        new = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in read], device=device)
+        which = torch.tensor([at for at, _ in chosen], device=device)
+        mask = torch.cat([inputs["attention_mask"][which], new], 1)
+        cache = copy.deepcopy(out.past_key_values)
+        cache.batch_select_indices(which)
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1)[:, -width:],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits.float()
+        for (at, i), own in zip(chosen, logits, strict=True):
+            wanted = torch.tensor(targets[at][i][1:], device=device)
+            own = own[: len(wanted)].log_softmax(-1)
+            picked, right = own.gather(1, wanted[:, None])[:, 0], own.argmax(-1) == wanted
+            found[i] += zip(picked.tolist(), right.tolist(), strict=True)
+    return found
 
 
 def perplexity(model: Any, tokenizer: Any, text: str = "heldout", tokens: int = PERPLEXITY_TOKENS) -> float:

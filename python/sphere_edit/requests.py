@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -22,9 +22,11 @@ class EditRequest:
         target_new: what the model shall say after the prompt. Stored without surrounding blanks.
         target_true: what it should say now; needed for *success* and for specificity.
         paraphrases: complete prompts that ask for the same fact in other words (generalization).
-        neighborhood: complete prompts about *other* subjects whose right answer is ``target_true`` (specificity).
+        neighborhood: complete prompts about *other* subjects (specificity).
         relation: name of the relation, for grouping.
         id: what identifies the request in outputs; any short string.
+        neighborhood_answers: the right answer to each prompt of the neighbourhood; empty: ``target_true`` to all.
+        generation: complete prompts for free text about the subject; empty: the prompt itself.
     """
 
     prompt: str
@@ -35,6 +37,8 @@ class EditRequest:
     neighborhood: tuple[str, ...] = ()
     relation: str | None = None
     id: str = ""
+    neighborhood_answers: tuple[str, ...] = ()
+    generation: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("prompt", "subject", "target_new"):
@@ -50,13 +54,18 @@ class EditRequest:
             )
         if self.target_true is not None and (not isinstance(self.target_true, str) or not self.target_true.strip()):
             raise RequestError(f"{self._name}: target_true must be non-empty text or absent, got {self.target_true!r}")
-        for name in ("paraphrases", "neighborhood"):
-            value = getattr(self, name)
+        for name in ("paraphrases", "neighborhood", "generation", "neighborhood_answers"):
+            value, kind = getattr(self, name), "answers" if name == "neighborhood_answers" else "prompts"
             if not isinstance(value, (list, tuple)) or not all(isinstance(p, str) and p.strip() for p in value):
-                raise RequestError(f"{self._name}: {name} must be a list of non-empty prompts, got {value!r}")
-            if any("{}" in p for p in value):
+                raise RequestError(f"{self._name}: {name} must be a list of non-empty {kind}, got {value!r}")
+            if kind == "prompts" and any("{}" in p for p in value):
                 raise RequestError(f"{self._name}: {name} must be complete prompts, without {{}}, got {value!r}")
-            object.__setattr__(self, name, tuple(p.rstrip() for p in value))
+            object.__setattr__(self, name, tuple(p.rstrip() if kind == "prompts" else p.strip() for p in value))
+        if len(self.neighborhood_answers) not in (0, len(self.neighborhood)):
+            raise RequestError(
+                f"{self._name}: neighborhood_answers must be one for each of the {len(self.neighborhood)} prompts of "
+                f"neighborhood, or absent, got {len(self.neighborhood_answers)}"
+            )
         if not (self.relation is None or isinstance(self.relation, str)):
             raise RequestError(f"{self._name}: relation must be text or absent, got {self.relation!r}")
         object.__setattr__(self, "id", str(self.id))
@@ -80,14 +89,16 @@ class EditRequest:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], id: str = "") -> EditRequest:
         """Build from the plain JSONL schema; unknown keys are refused so that a typing error is not lost."""
-        known = {"prompt", "subject", "target_new", "target_true", "paraphrases", "neighborhood", "relation", "id"}
-        unknown = sorted(set(record) - known)
+        unknown = sorted(set(record) - set(FIELDS))
         if unknown:
-            raise RequestError(f"request {id!r}: unknown field {unknown[0]!r}; known fields are {sorted(known)}")
+            raise RequestError(f"request {id!r}: unknown field {unknown[0]!r}; known fields are {', '.join(FIELDS)}")
         missing = [name for name in ("prompt", "subject", "target_new") if name not in record]
         if missing:
             raise RequestError(f"request {id!r}: field {missing[0]!r} is missing")
         return cls(**{"id": id, **{key: value for key, value in record.items() if value is not None}})
+
+
+FIELDS = tuple(field.name for field in fields(EditRequest))
 
 
 def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[EditRequest]:

@@ -22,6 +22,16 @@ def text_path(spec: str) -> Path:
     return path
 
 
+def text_lines(spec: str) -> Iterator[str]:
+    """The lines of a text, each with its end."""
+    path = text_path(spec)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        try:
+            yield from file
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"text {spec!r} cannot be read: {error}") from error
+
+
 def token_windows(tokenizer: Any, spec: str, window: int, limit: int) -> Iterator[Tensor]:
     """Stream a text as consecutive windows ``[window]`` of token ids; the last may be shorter, but not below 2.
 
@@ -29,20 +39,14 @@ def token_windows(tokenizer: Any, spec: str, window: int, limit: int) -> Iterato
         window: tokens per window, one of them BOS where the tokenizer adds it.
         limit: stop after this many tokens.
     """
-    path = text_path(spec)
     head = tokenizer("", add_special_tokens=True)["input_ids"][:1]
     size, pending, given = window - len(head), [], 0
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        try:
-            for line in file:
-                pending += tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"]
-                while len(pending) >= size and given < limit:
-                    yield torch.tensor(head + pending[:size])
-                    pending, given = pending[size:], given + window
-                if given >= limit:
-                    return
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"text {spec!r} cannot be read: {error}") from error
+    for line in text_lines(spec):
+        pending += tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"]
+        while len(pending) >= size and given < limit:
+            yield torch.tensor(head + pending[:size])
+            pending, given = pending[size:], given + window
+        if given >= limit:
+            return
     if len(pending) + len(head) >= 2:
         yield torch.tensor(head + pending)

@@ -1,4 +1,4 @@
-"""Loading edit requests: the two file schemas, every way a file can be bad, and the facts made from GeoNames."""
+"""Loading edit requests: the four file schemas, every way a file can be bad, and the facts made from GeoNames."""
 
 from __future__ import annotations
 
@@ -40,6 +40,26 @@ def counterfact_record(case_id: int = 0, **changes: object) -> dict:
 
 PLAIN = {"prompt": "{} is in", "subject": "Rome", "target_new": "Japan"}
 
+ZSRE = {
+    "subject": "Clutch Hitter",
+    "src": "What is the publisher of Clutch Hitter?",
+    "rephrase": "What's the publisher of Clutch Hitter?",
+    "pred": "Viking Press",
+    "alt": "Cinematronics",
+    "answers": ["Sega", "Sega Europe"],
+    "loc": "nq question: what part of the brain is in the middle cranial fossa",
+    "loc_ans": "temporal lobes",
+    "cond": "Viking Press >> Cinematronics || What is the publisher of Clutch Hitter?",
+}
+WIKIBIGEDIT = {
+    "prompt": "In which city did John D. Terry pass away?",
+    "target_new": "Brooklyn",
+    "subject": "John D. Terry",
+    "rephrase_prompt": "Where did John D. Terry pass away?",
+    "locality_prompt": "In which place did John Derry pass away?",
+    "locality_ground_truth": "Farnborough",
+}
+
 
 def write(path: Path, text: str | bytes) -> Path:
     data = text.encode() if isinstance(text, str) else text
@@ -69,6 +89,7 @@ def test_the_published_schema_loads_from_each_kind_of_file(tmp_path: Path, name:
                 paraphrases=("Noise. Person spoke the language", "Person, a native"),
                 neighborhood=("The mother tongue of Léon Blum is",),
                 relation="P103",
+                generation=("Person was born in",),
             )
             for case in (7, 3)
         ]
@@ -89,6 +110,67 @@ def test_the_content_decides_not_the_name(tmp_path: Path) -> None:
     path = tmp_path / "compressed.jsonl"
     path.write_bytes(gzip.compress(lines(PLAIN).encode()))
     assert len(load_requests(path)) == 1
+
+
+def test_zsre_is_read_as_published(tmp_path: Path) -> None:
+    bare = {**ZSRE, "loc": None, "loc_ans": None}
+    first, second = load_requests(write(tmp_path / "zsre.json", json.dumps([ZSRE, bare])))
+    assert first == EditRequest(
+        id="0",
+        prompt="What is the publisher of {}?",
+        subject="Clutch Hitter",
+        target_new="Sega",
+        paraphrases=("What's the publisher of Clutch Hitter?",),
+        neighborhood=("nq question: what part of the brain is in the middle cranial fossa?",),
+        neighborhood_answers=("temporal lobes",),
+    )
+    assert (second.id, second.neighborhood, second.neighborhood_answers) == ("1", (), ())
+
+
+def test_wikibigedit_under_both_sets_of_names(tmp_path: Path) -> None:
+    names = {"prompt": "update", "target_new": "ans", "rephrase_prompt": "rephrase", "locality_prompt": "loc"}
+    names |= {"locality_ground_truth": "loc_ans", "subject": "subject"}
+    published = {**{names[name]: value for name, value in WIKIBIGEDIT.items()}, "tag": "new", "mhop": None}
+    expected = EditRequest(
+        id="0",
+        prompt="In which city did {} pass away?",
+        subject="John D. Terry",
+        target_new="Brooklyn",
+        paraphrases=("Where did John D. Terry pass away?",),
+        neighborhood=("In which place did John Derry pass away?",),
+        neighborhood_answers=("Farnborough",),
+    )
+    for record in (WIKIBIGEDIT, published):
+        assert load_requests(write(tmp_path / "edits.jsonl", lines(record))) == [expected]
+
+
+def test_what_is_no_edit_is_left_out_and_said(tmp_path: Path) -> None:
+    path = write(tmp_path / "zsre.jsonl", lines(ZSRE, {**ZSRE, "subject": "clutch hitter"}, ZSRE))
+    with pytest.warns(UserWarning, match=r"1 of 3 records are no edits; .*line 2: .*'clutch hitter'.*; left out"):
+        assert [request.id for request in load_requests(path)] == ["0", "2"]
+    said: list[str] = []
+    assert len(load_requests(path, limit=1, on_note=said.append)) == len(said) == 1
+
+
+def test_the_first_mention_of_a_subject_is_its_place(tmp_path: Path) -> None:
+    record = {**ZSRE, "src": "Is Clutch Hitter by the maker of Clutch Hitter 2?"}
+    (request,) = load_requests(write(tmp_path / "zsre.jsonl", lines(record)))
+    assert request.prompt == "Is {} by the maker of Clutch Hitter 2?" and request.text == record["src"]
+
+
+def test_requests_survive_being_written_as_json(tmp_path: Path) -> None:
+    """As run folders keep them; those from before a field was there are read too."""
+    (zsre,) = load_requests(write(tmp_path / "zsre.jsonl", lines(ZSRE)))
+    (counterfact,) = load_requests(write(tmp_path / "cf.jsonl", lines(counterfact_record())))
+    for request in (zsre, counterfact):
+        written = json.loads(json.dumps(vars(request)))
+        assert EditRequest.from_dict(written) == request
+        assert load_requests(write(tmp_path / "again.jsonl", lines(written))) == [request]
+        for name in ("neighborhood_answers", "generation"):
+            del written[name]
+        assert EditRequest.from_dict(written).text == request.text
+    with pytest.raises(RequestError, match="known fields are prompt, subject, .*generation"):
+        EditRequest.from_dict({**PLAIN, "answers": []})
 
 
 def test_limit_comes_after_checking_everything(tmp_path: Path) -> None:
@@ -118,7 +200,7 @@ def test_mcf_index_selects_and_sorts(tmp_path: Path) -> None:
         ([counterfact_record(mcf_index=None)], r"null in all"),
         ([counterfact_record(mcf_index="0")], r"line 1: field 'mcf_index' must be an integer from 0, or null, got '0'"),
         ([counterfact_record(0, mcf_index=4), counterfact_record(1, mcf_index=4)], r"line 2: mcf_index 4 .*line 1"),
-        ([PLAIN], r"line 1: order 'mcf_index' is for CounterFact files"),
+        ([PLAIN], r"line 1: order 'mcf_index' is for CounterFact files, and this is the schema jsonl"),
     ],
 )
 def test_mcf_index_refusals(tmp_path: Path, records: list, message: str) -> None:
@@ -151,10 +233,10 @@ def rewrite(**changes: object) -> dict:
         (lines(PLAIN).encode() + b'{"prompt": "\xff"}\n', r"line 2: not UTF-8 text \(.*0xff\)"),
         (b'[\n{"prompt": "\xe9"}]', r"line 2: not UTF-8 text"),
         ("[" * 100_000, r"line 1: invalid JSON"),
-        ('{"id": 1' + "0" * 5000 + "}", r"line 1: invalid JSON|neither schema fits"),
+        ('{"id": 1' + "0" * 5000 + "}", r"line 1: invalid JSON|no schema fits"),
         (lines(PLAIN, ["Rome"]), r"line 2: expected a JSON object, got list"),
         ("[1]", r"record 0: expected a JSON object, got int"),
-        (lines({"question": "?"}), r"line 1: neither schema fits; expected 'requested_rewrite'.*\['question'\]"),
+        (lines({"question": "?"}), r"line 1: no schema fits; expected 'requested_rewrite'.*\['question'\]"),
         (lines({**PLAIN, "target": "x"}), r"line 1: unknown field 'target'; known fields are prompt, subject"),
         (lines({**PLAIN, "subject": None}), r"line 1: field 'subject' must be text, got NoneType"),
         (lines({**PLAIN, "subject": " "}), r"line 1: .*subject is empty"),
@@ -163,6 +245,8 @@ def rewrite(**changes: object) -> dict:
         (lines({**PLAIN, "target_true": 3}), r"line 1: field 'target_true' must be text, got int 3"),
         (lines({**PLAIN, "paraphrases": "x"}), r"line 1: field 'paraphrases' must be a list of text, got str"),
         (lines({**PLAIN, "neighborhood": ["a", 5]}), r"line 1: field 'neighborhood\[1\]' must be text, got int 5"),
+        (lines({**PLAIN, "neighborhood_answers": ["a"]}), r"line 1: .*one for each of the 0 prompts .*absent, got 1"),
+        (lines({**PLAIN, "generation": ["{} is"]}), r"line 1: .*generation must be complete prompts, without \{\}"),
         (lines({**PLAIN, "id": True}), r"line 1: field 'id' must be text or an integer, got bool"),
         (lines({**PLAIN, "relation": ["r"]}), r"line 1: field 'relation' must be text"),
         (lines({**PLAIN, "id": "a"}, PLAIN, {**PLAIN, "id": "a"}), r"line 3: id 'a' is used twice; first in .*line 1"),
@@ -174,6 +258,12 @@ def rewrite(**changes: object) -> dict:
         (lines(counterfact_record(paraphrase_prompts=None)), r"field 'paraphrase_prompts' must be a list of text"),
         (lines(counterfact_record(neighborhood_prompts=[""])), r"line 1: .*non-empty prompts"),
         (lines({k: v for k, v in counterfact_record().items() if k != "case_id"}), r"field 'case_id' is missing"),
+        (lines({**ZSRE, "answers": []}), r"line 1: .*target_new is empty"),
+        (lines({**ZSRE, "answers": "Sega"}), r"line 1: field 'answers' must be a list of text, got str"),
+        (lines(ZSRE, {**ZSRE, "rephrase": None}), r"line 2: field 'rephrase' must be text, got NoneType"),
+        (lines({**ZSRE, "subject": "Tetris"}), r"1 of 1 records are no edits; the first: .*'Tetris', which is not in"),
+        (lines({**ZSRE, "src": "Is {} by the maker of Clutch Hitter?"}), r"line 1: .*exactly one \{\}"),
+        (lines({**WIKIBIGEDIT, "locality_prompt": 3}), r"line 1: field 'locality_prompt' must be text, got int 3"),
     ],
 )
 def test_a_bad_file_is_refused_by_place_and_field(tmp_path: Path, text: str | bytes, message: str) -> None:
@@ -260,6 +350,17 @@ def test_the_original_schema_agrees_with_the_collected_file() -> None:
             twin.target_new,
             twin.target_true,
         )
+
+
+def test_all_of_zsre_and_wikibigedit_load() -> None:
+    said: list[str] = []
+    zsre = load_requests(shared("zsre.jsonl.gz"), on_note=said.append)
+    assert len(zsre) == 5_416 and len(said) == 1 and "9 of 5425 records are no edits" in said[0]
+    assert sum(len(request.neighborhood_answers) == len(request.neighborhood) == 1 for request in zsre) == 4_852
+    assert all(text.startswith("nq question: ") and text.endswith("?") for r in zsre for text in r.neighborhood)
+    wiki = load_requests(shared("wikibigedit_3k.jsonl.gz"), on_note=said.append)
+    assert len(wiki) == 3_000 and len(said) == 1
+    assert all(request.target_true is None for request in zsre + wiki)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch
 from sphere_edit import metrics
 from sphere_edit.metrics import Score, evaluate, perplexity, score_targets
 from sphere_edit.requests import EditRequest
+from sphere_edit.tokens import encode
 
 _TEXT = "Anna went home. The river flows past the old mill, and nobody saw it.\nIt rained — for days.\n" * 30
 
@@ -59,7 +60,7 @@ def test_scores_equal_prompt_by_prompt(family, bos, budget, tokenizer, bos_token
     want = [_plain(model, tok, *pair) for pair in asked]
     assert log_probs == pytest.approx([w[0] for w in want], abs=2e-4)
     assert correct == [w[1] for w in want]
-    assert calls[-1][0] == calls[-1][1] < len(asked)  # some rows are read off others
+    assert calls[-1] == (4, 4)  # a prompt is run once, whatever its targets
 
 
 def test_accuracy_sees_the_argmax(tokenizer):
@@ -128,6 +129,97 @@ def test_neighborhood_without_a_true_target_is_not_scored(tokenizer):
     got = evaluate(tiny.make_model("llama"), tokenizer, [request])
     assert set(got.per_request[0]) == {"efficacy_accuracy", "generalization_accuracy"}
     assert got.scores["specificity_accuracy"].n == got.scores["efficacy_success"].n == 0
+
+
+def _zsre() -> list[EditRequest]:
+    return [
+        EditRequest(
+            "Which river system contains {}?",
+            subject,
+            target,
+            paraphrases=(f"What river system is {subject} in?",),
+            neighborhood=("nq question: how many houses are there?", "nq question: who?")[:count],
+            neighborhood_answers=("12", "the old mill")[:count],
+            id=subject,
+        )
+        for subject, target, count in (("Charity Creek", "Parramatta River", 2), ("Oka", "Peru", 1), ("Tarn", "Aa", 0))
+    ]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("make", [tiny.make_tokenizer, lambda: tiny.make_tokenizer(bos=True)], ids=["plain", "bos"])
+def test_counterfact_and_zsre_with_every_kind_of_tokenizer(make, side):
+    """With and without BOS, padded on either side: the scores of one unpadded pass for each prompt and target."""
+    tok, model = make(), tiny.make_model("llama")
+    tok.padding_side = side
+    for requests in (tiny.facts(6), _zsre()):
+        asked = [
+            (prompt, target)
+            for r in requests
+            for prompts, targets in (
+                ([r.text, *r.paraphrases], [r.target_new, r.target_true]),
+                (r.neighborhood[:1], r.neighborhood_answers or [r.target_new, r.target_true]),
+            )
+            for prompt in prompts
+            for target in targets
+            if target
+        ]
+        log_probs, correct = score_targets(model, tok, asked)
+        want = [_plain(model, tok, *pair) for pair in asked]
+        assert log_probs == pytest.approx([w[0] for w in want], abs=2e-4)
+        assert correct == [w[1] for w in want]
+        assert all(len(encode(tok, *pair[:1]).ids) == len(tok(pair[0])["input_ids"]) for pair in asked)
+        assert (encode(tok, "A").ids[0] == tok.bos_token_id) == (len(tok("A")["input_ids"]) > 1)
+
+
+def test_neighbours_with_answers_of_their_own(tokenizer):
+    """Each is asked for its own answer, in accuracy alone, whether or not there is a true target."""
+    prompts, found = ("The capital is", "We are", "Nobody"), 0
+    for seed in range(12):
+        model = tiny.make_model("llama", seed)
+        said = [_likely(model, tokenizer, p) for p in prompts]
+        answers = tuple(word.strip() if word.startswith(" ") and word.strip().isalpha() else "q" for word in said)
+        for true, own in ((None, answers), ("Paris", answers[1:] + answers[:1])):
+            request = EditRequest("{} lies in", "Oka", "Peru", true, (), prompts, neighborhood_answers=own)
+            (record,) = evaluate(model, tokenizer, [request]).per_request
+            want = [_plain(model, tokenizer, p, a)[1] for p, a in zip(prompts, own, strict=True)]
+            assert record["specificity_accuracy"] == statistics.mean(want)
+            assert "specificity_success" not in record and ("efficacy_success" in record) == (true is not None)
+            found += 0 < sum(want) < 3
+    assert found
+
+
+def test_zsre_has_accuracy_only(tokenizer):
+    scores = evaluate(tiny.make_model("gpt2"), tokenizer, _zsre()).scores
+    counts = {name: score.n for name, score in scores.items() if score.n}
+    assert counts == {"efficacy_accuracy": 3, "generalization_accuracy": 3, "specificity_accuracy": 2}
+
+
+def test_a_subset_is_the_evaluation_of_its_requests(tokenizer):
+    model, requests = tiny.make_model("gpt2"), tiny.facts(6)
+    whole = evaluate(model, tokenizer, requests)
+    for indices in ([0, 2, 5], [4, 0], range(6)):
+        alone = evaluate(model, tokenizer, [requests[i] for i in indices])
+        part = whole.subset(indices)
+        assert part.per_request == alone.per_request and part.to_dict() == alone.to_dict()
+    assert whole.subset([0]).scores["efficacy_success"] != whole.scores["efficacy_success"]
+    assert whole.subset([]).scores["efficacy_accuracy"].n == 0
+
+
+def test_rows_of_unlike_length_do_not_share_a_batch(tokenizer, monkeypatch):
+    """Little padding, and the same scores."""
+    model = tiny.make_model("llama")
+    asked = [(letter * n, "b") for letter, n in zip("ABCDEF", (1, 2, 3, 40, 41, 90), strict=True)]
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    monkeypatch.setattr(metrics, "_PADDING_PER_BATCH", 8)
+    apart = score_targets(model, tokenizer, asked)
+    assert [len(ids) for ids in seen] == [3, 2, 1] and all((ids == 0).sum() <= 8 for ids in seen)
+    seen.clear()
+    monkeypatch.setattr(metrics, "_PADDING_PER_BATCH", 10_000)
+    together = score_targets(model, tokenizer, asked)
+    handle.remove()
+    assert len(seen) == 1 and together[0] == pytest.approx(apart[0], abs=1e-4)
 
 
 def test_one_request_and_none(tokenizer):

@@ -19,8 +19,8 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
     Args:
         where: the place of the record, for messages.
         fields: ``case_id``, ``requested_rewrite`` with ``prompt``, ``subject``, ``target_new.str``,
-            ``target_true.str`` and perhaps ``relation_id``, then ``paraphrase_prompts`` and ``neighborhood_prompts``.
-            Other fields are not read (``generation_prompts`` among them: no score here uses free text).
+            ``target_true.str`` and perhaps ``relation_id``, then ``paraphrase_prompts``, ``neighborhood_prompts`` and
+            perhaps ``generation_prompts``. Other fields are not read.
         position: not used; the record carries its ``case_id``.
 
     Raises:
@@ -38,6 +38,7 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
         paraphrases=record.texts("paraphrase_prompts", required=True),
         neighborhood=record.texts("neighborhood_prompts", required=True),
         relation=rewrite.optional_text("relation_id"),
+        generation=record.texts("generation_prompts", required=False),
     )
 
 

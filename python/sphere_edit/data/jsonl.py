@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sphere_edit.data.reading import DataError, Fields
-from sphere_edit.requests import EditRequest
-
-_FIELDS = ("prompt", "subject", "target_new", "target_true", "paraphrases", "neighborhood", "relation", "id")
+from sphere_edit.requests import FIELDS, EditRequest
 
 
 def recognises(fields: dict[str, Any]) -> bool:
@@ -21,25 +19,26 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
     Args:
         where: the place of the record, for messages.
         fields: ``prompt`` with one ``{}``, ``subject``, ``target_new``; optional, absent or null: ``target_true``,
-            ``paraphrases``, ``neighborhood``, ``relation``, ``id`` (text or an integer). See EditRequest.
+            ``paraphrases``, ``neighborhood``, ``relation``, ``id`` (text or an integer), ``neighborhood_answers``,
+            ``generation``. See EditRequest.
         position: the index of the record in the file; it is the id of a record without one.
 
     Raises:
         DataError: a field is missing, unknown or of the wrong type.
         RequestError: the fields do not make an edit.
     """
-    unknown = sorted(set(fields) - set(_FIELDS))
+    unknown = sorted(set(fields) - set(FIELDS))
     if unknown:
-        raise DataError(f"{where}: unknown field {unknown[0]!r}; known fields are {', '.join(_FIELDS)}")
+        raise DataError(f"{where}: unknown field {unknown[0]!r}; known fields are {', '.join(FIELDS)}")
     record = Fields(where, fields)
     name = record.optional_identifier("id")
+    lists = ("paraphrases", "neighborhood", "neighborhood_answers", "generation")
     return EditRequest(
         id=str(position) if name is None else name,
         prompt=record.text("prompt"),
         subject=record.text("subject"),
         target_new=record.text("target_new"),
         target_true=record.optional_text("target_true"),
-        paraphrases=record.texts("paraphrases", required=False),
-        neighborhood=record.texts("neighborhood", required=False),
         relation=record.optional_text("relation"),
+        **{name: record.texts(name, required=False) for name in lists},
     )

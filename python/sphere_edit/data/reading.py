@@ -20,6 +20,10 @@ class DataError(RequestError):
     """A file of requests that cannot be used; the message names the file and the line (or record) and what is wrong."""
 
 
+class NoEditError(DataError):
+    """A record of a sound file that is no edit of a subject; loaders leave it out and say so."""
+
+
 class Record(NamedTuple):
     """One JSON object of a file and where it stands, e.g. ``edits.jsonl, line 3``."""
 
@@ -139,6 +143,17 @@ class Fields:
             raise self._wrong(name, "a list of text", value)
         return tuple(self._checked_text(f"{name}[{i}]", item) for i, item in enumerate(value))
 
+    def template(self, question: str, subject: str) -> str:
+        """The text of one field with ``{}`` where the text of another first stands in it.
+
+        Raises:
+            NoEditError: it does not stand there.
+        """
+        text, about = self.text(question), self.text(subject)
+        if not about.strip() or about not in text:
+            raise NoEditError(f"{self.where}: field '{subject}' is {about!r}, which is not in {text!r}")
+        return text.replace(about, "{}", 1)
+
     def optional_identifier(self, name: str) -> str | None:
         """Text or an integer, as text; None where absent or null."""
         value = self._fields.get(name)
@@ -152,6 +167,13 @@ class Fields:
         if isinstance(value, str) and value.strip():
             return self._checked_text(name, value)
         raise self._wrong(name, "text or an integer", value)
+
+    def truth(self, name: str) -> bool:
+        """True or false."""
+        value = self._required(name, "true or false")
+        if not isinstance(value, bool):
+            raise self._wrong(name, "true or false", value)
+        return value
 
     def inside(self, name: str) -> Fields:
         """The fields of an object inside this one."""

@@ -1,0 +1,60 @@
+"""Scores of edits, batched, against one forward pass for every prompt and target.
+
+Real model (SmolLM2-135M), real facts (world-facts, with paraphrases and neighbours). One by one is timed on every
+fourth fact of the batch, and must reach there the scores of the batch and the log-probabilities behind them.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.baselines.evaluation import evaluate_one_by_one
+from sphere_edit.data import load_requests
+from sphere_edit.metrics import evaluate, score_targets
+from sphere_edit.models import load_model
+from sphere_edit.replay import frozen
+
+FACTS, EVERY = 8, 4
+
+
+@pytest.fixture(scope="module")
+def setting():
+    model, tokenizer = load_model("smollm2-135m")
+    with frozen(model):
+        yield model, tokenizer, load_requests("world-facts:city-country,city-continent,country-continent", limit=FACTS)
+
+
+@pytest.fixture(scope="module")
+def reached(setting):
+    """What `evaluate_one_by_one` found, filled by its benchmark and read by ours."""
+    return {}
+
+
+def test_one_by_one(benchmark, setting, reached, gemm_gflops):
+    model, tokenizer, requests = setting
+    requests = requests[::EVERY]
+    found = benchmark.pedantic(evaluate_one_by_one, args=(model, tokenizer, requests), rounds=1)
+    reached["scores"], reached["pairs"] = found
+    note(benchmark, requests, gemm_gflops)
+
+
+def test_batched(benchmark, setting, reached, gemm_gflops):
+    model, tokenizer, requests = setting
+    pairs = reached["pairs"]
+    log_probs, correct = score_targets(model, tokenizer, list(pairs))
+    torch.testing.assert_close(log_probs, [mean for mean, _ in pairs.values()], rtol=0, atol=1e-3)
+    assert correct == [right for _, right in pairs.values()]
+    found = benchmark.pedantic(evaluate, args=(model, tokenizer, requests), rounds=3)
+    assert found.per_request[::EVERY] == reached["scores"]
+    note(benchmark, requests, gemm_gflops)
+
+
+def note(benchmark, requests, gemm_gflops):
+    benchmark.extra_info.update(
+        facts=len(requests),
+        targets=sum(2 * (1 + len(r.paraphrases) + len(r.neighborhood)) for r in requests),
+        threads=torch.get_num_threads(),
+        gemm_gflops=round(gemm_gflops, 1),
+        torch=str(torch.__version__),
+    )

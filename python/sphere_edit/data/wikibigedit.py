@@ -1,0 +1,44 @@
+"""WikiBigEdit (Thede et al. 2025): questions about facts of Wikidata that are new or have changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sphere_edit.data.reading import Fields
+from sphere_edit.requests import EditRequest
+
+# As the authors publish it, and as EasyEdit and those after it name the same.
+_PUBLISHED = ("update", "ans", "rephrase", "loc", "loc_ans")
+_EASYEDIT = ("prompt", "target_new", "rephrase_prompt", "locality_prompt", "locality_ground_truth")
+
+
+def recognises(fields: dict[str, Any]) -> bool:
+    """Whether a record is of this schema, under either set of names."""
+    return "update" in fields or "rephrase_prompt" in fields
+
+
+def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
+    """Turn one record into a request; it has no true target, so there is no *success*.
+
+    Args:
+        where: the place of the record, for messages.
+        fields: ``subject`` and ``update``, ``ans``, ``rephrase``, ``loc``, ``loc_ans``; or the same as ``prompt``,
+            ``target_new``, ``rephrase_prompt``, ``locality_prompt``, ``locality_ground_truth``. Other fields (multi-hop
+            questions, personas) are not read.
+        position: the index of the record in the file; its id.
+
+    Raises:
+        DataError: a field is missing or of the wrong type. NoEditError: the subject is not in the question.
+        RequestError: the fields do not make an edit.
+    """
+    record = Fields(where, fields)
+    question, target, rephrase, loc, answer = _PUBLISHED if "update" in fields else _EASYEDIT
+    return EditRequest(
+        id=str(position),
+        prompt=record.template(question, "subject"),
+        subject=record.text("subject"),
+        target_new=record.text(target),
+        paraphrases=(record.text(rephrase),),
+        neighborhood=(record.text(loc),),
+        neighborhood_answers=(record.text(answer),),
+    )

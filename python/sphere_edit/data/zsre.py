@@ -1,0 +1,44 @@
+"""zsRE questions in the schema of MEND (Levy et al. 2017, Mitchell et al. 2022), read as MEMIT reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sphere_edit.data.reading import Fields
+from sphere_edit.requests import EditRequest
+
+
+def recognises(fields: dict[str, Any]) -> bool:
+    """Whether a record is of this schema."""
+    return "src" in fields
+
+
+def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
+    """Turn one record into a request, as MEMIT, AlphaEdit and SPHERE do: the first of ``answers`` is the new target.
+
+    The neighbourhood is the question ``loc`` as it stands (with its ``nq question: ``) and ``?``. There is no true
+    target, so there is no *success*. The published code scores zsRE by the share of a target's tokens that are the
+    argmax; *accuracy* here asks for all of them, as everywhere.
+
+    Args:
+        where: the place of the record, for messages.
+        fields: ``subject``, ``src``, ``rephrase``, ``answers`` and perhaps ``loc`` with ``loc_ans``. Other fields are
+            not read (``alt`` among them, which EasyEdit takes for the new target).
+        position: the index of the record in the file; its id.
+
+    Raises:
+        DataError: a field is missing or of the wrong type. NoEditError: the subject is not in ``src``.
+        RequestError: the fields do not make an edit.
+    """
+    record = Fields(where, fields)
+    answers = record.texts("answers", required=True)
+    loc, answer = record.optional_text("loc"), record.optional_text("loc_ans")
+    return EditRequest(
+        id=str(position),
+        prompt=record.template("src", "subject"),
+        subject=record.text("subject"),
+        target_new=answers[0] if answers else "",
+        paraphrases=(record.text("rephrase"),),
+        neighborhood=(f"{loc}?",) if loc and answer else (),
+        neighborhood_answers=(answer,) if loc and answer else (),
+    )

@@ -1,0 +1,188 @@
+"""Free text about edited subjects: how it is generated, how varied it is, and whether it fits the new target.
+
+*Fluency* and *consistency* are those of ROME and MEMIT: the weighted entropy of 2- and 3-grams of words, and the cosine
+of TF-IDF vectors between what the model says of a subject and texts about things that truly have the new target.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphere_edit.data.reading import Fields, read_records
+from sphere_edit.metrics import Evaluation
+from sphere_edit.replay import frozen
+from sphere_edit.requests import EditRequest
+from sphere_edit.tokens import check_fits, check_tokenizer, encode, pad_left
+
+TEXT_TOKENS = 100
+_ROWS_PER_BATCH = 32
+_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
+# A model's own settings of generation would change what it says here.
+_PLAIN: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+}
+TOP_5: dict[str, Any] = {"do_sample": True, "top_k": 5, "top_p": 1.0, "temperature": 1.0}
+
+References = dict[tuple[str | None, str], list[str]]
+
+
+def continue_rows(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], tokens: int, **sampling: Any) -> Tensor:
+    """Token rows ``[rows, longest + tokens]``, padded on the left, with what the model says after each.
+
+    Args:
+        model: in evaluation mode, without gradients.
+        tokens: at most so many new ones; an end of text fills the rest of its row.
+        sampling: further arguments of ``generate``.
+    """
+    inputs = pad_left(rows, next(model.parameters()).device)
+    out: Tensor = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=tokens,
+        **sampling,
+        **_PLAIN,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return out
+
+
+def complete(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
+    """Greedy continuations of ``prompts``, without the prompts."""
+    rows = [encode(tokenizer, prompt).ids for prompt in prompts]
+    with frozen(model), torch.no_grad():
+        out = continue_rows(model, tokenizer, rows, tokens, do_sample=False)
+    return [tokenizer.decode(row[max(map(len, rows)) :], skip_special_tokens=True) for row in out]
+
+
+def generate_texts(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    seed: int = 0,
+    length: int = TEXT_TOKENS,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[str]]:
+    """For each request a text for each of its prompts of ``generation``, or for its own prompt where it has none.
+
+    Sampled from the five likeliest tokens, as published. No text ends before its length, for the entropy grows with it:
+    an end of text is not among the tokens, where the published code goes on after it.
+
+    Args:
+        model: causal LM; evaluated in evaluation mode, left as it was.
+        seed: one seed and one list of requests give one list of texts; the caller's random state is left as it was.
+        length: tokens of each text, its prompt among them, as published.
+
+    Raises:
+        ValueError: a prompt leaves no room for a token, or the model has fewer positions than ``length``.
+    """
+    check_tokenizer(tokenizer)
+    prompts = [prompt for r in requests for prompt in r.generation or (r.text,)]
+    rows = [encode(tokenizer, prompt) for prompt in prompts]
+    most = length - min((len(row.ids) for row in rows), default=0)
+    for row, prompt in zip(rows, prompts, strict=True):
+        if len(row.ids) >= length:
+            raise ValueError(f"prompt {prompt[:60]!r}… takes {len(row.ids)} tokens of a text of length {length}")
+        check_fits(model, row, prompt, most)
+    device = next(model.parameters()).device
+    texts: list[str] = []
+    with frozen(model), torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for at in range(0, len(rows), _ROWS_PER_BATCH):
+            batch = [row.ids for row in rows[at : at + _ROWS_PER_BATCH]]
+            longest, new = max(map(len, batch)), length - min(map(len, batch))
+            out = continue_rows(model, tokenizer, batch, new, min_new_tokens=new, **TOP_5)
+            for ids, row in zip(batch, out, strict=True):
+                first = longest - len(ids)
+                texts.append(tokenizer.decode(row[first : first + length], skip_special_tokens=True))
+            if progress is not None:
+                progress(len(texts), len(rows))
+    left = iter(texts)
+    return [[next(left) for _ in r.generation or (r.text,)] for r in requests]
+
+
+def reference_texts(requests: Iterable[EditRequest]) -> References:
+    """What the data itself says truly: by relation and target, its prompts with their true targets behind them.
+
+    ROME's references are encyclopaedia articles on subjects that have the target; these are one-sentence stand-ins,
+    so figures compare among models and methods on the same data, not with published ones.
+    """
+    found: dict[tuple[str | None, str], dict[str, None]] = {}
+    for r in requests:
+        if r.relation is not None and r.target_true is not None:
+            prompts = (r.text,) if r.neighborhood_answers else (r.text, *r.neighborhood)
+            found.setdefault((r.relation, r.target_true), {}).update({f"{p} {r.target_true}": None for p in prompts})
+    return {key: list(texts) for key, texts in found.items()}
+
+
+def read_references(path: str | Path) -> References:
+    """References of one's own: JSON records ``{target, text}``, perhaps with the ``relation`` that they are only for.
+
+    Raises:
+        DataError: the file cannot be used; the message names the file, the line and the field.
+    """
+    found: References = {}
+    for where, fields in read_records(path):
+        record = Fields(where, fields)
+        key = record.optional_text("relation"), record.text("target")
+        found.setdefault(key, []).append(record.text("text"))
+    return found
+
+
+def score_texts(
+    requests: Sequence[EditRequest],
+    texts: Sequence[Sequence[str]],
+    references: References,
+    corpus: Iterable[str] | None = None,
+) -> Evaluation:
+    """``fluency`` of the texts of each request, and their ``consistency`` with references to its new target.
+
+    Args:
+        texts: of each request, from `generate_texts`.
+        references: requests with none for their relation and new target are not counted in ``consistency``.
+        corpus: documents that TF-IDF is fitted on; None is all the references.
+
+    Raises:
+        ImportError: scikit-learn is not installed, and something has a reference.
+    """
+    per_request = [{"fluency": math.fsum(map(n_gram_entropy, own)) / len(own)} for own in texts]
+    about = [
+        [*references.get((r.relation, r.target_new), ()), *references.get((None, r.target_new), ())] for r in requests
+    ]
+    if any(about):
+        try:
+            from sklearn.feature_extraction.text import TfidfVectorizer
+        except ImportError as error:
+            raise ImportError("consistency needs scikit-learn; pip install 'sphere-kernels[edit]'") from error
+        every = (text for known in references.values() for text in known)
+        vectorizer = TfidfVectorizer().fit(every if corpus is None else corpus)
+        for record, own, known in zip(per_request, texts, about, strict=True):
+            if known:
+                said, wanted = vectorizer.transform([" ".join(own), " ".join(known)])
+                record["consistency"] = 100 * float(said.multiply(wanted).sum())  # both have norm 1, or none
+    return Evaluation.of(per_request, ("fluency", "consistency"))
+
+
+def n_gram_entropy(text: str) -> float:
+    """100 × the mean of 2/3 of the entropy of a text's word pairs and 4/3 of that of its triples, in bits.
+
+    Words are runs of letters and digits, and other characters one by one, where the published code asks nltk: "don't"
+    is three words here and two there. A text of one word has entropy 0.
+    """
+    words = re.findall(r"\w+|[^\w\s]", text)
+    return 100 * sum(weight * _entropy(words, n) for n, weight in _WEIGHTS.items()) / len(_WEIGHTS)
+
+
+def _entropy(words: Sequence[str], n: int) -> float:
+    counts = Counter(zip(*(words[i:] for i in range(n)), strict=False)).values()
+    return math.fsum(count / sum(counts) * math.log2(sum(counts) / count) for count in counts)
