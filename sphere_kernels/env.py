@@ -48,7 +48,8 @@ EDIT_CACHE = Variable(
 EDIT_DATA = Variable(
     "SPHERE_EDIT_DATA",
     "",
-    "Folder with published data sets for the tests that read some; empty: those tests are skipped.",
+    "Folder with published data sets, for sphere-edit harness and the tests that read some; "
+    "empty: those tests are skipped.",
 )
 VARIABLES = (KERNELS_IMPL, KERNELS_ISA, KERNELS_DOT, EDIT_CACHE, EDIT_DATA)
 

@@ -124,6 +124,17 @@ def scores_table(events: list[dict[str, Any]]) -> Table:
     return table
 
 
+def ability_table(found: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    """Every metric of every task, from `general_ability`."""
+    table = Table(title="general ability (mean ± standard error over the records)")
+    for name in ("task", "metric", "score", "n"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for task, scores in found.items():
+        for metric, score in scores.items():
+            table.add_row(task, metric.replace("_", " "), _score_text(score), str(score["n"]))
+    return table
+
+
 def _score_text(score: dict[str, Any]) -> str:
     if score["mean"] is None:
         return "-"
