@@ -14,12 +14,14 @@ from sphere_edit.options import (
     check_same,
     check_same_requests,
     given_settings,
+    import_method,
     load,
     load_as,
     numbers,
     settings,
 )
 from sphere_edit.terminal import (
+    ability_table,
     bars,
     console,
     energy_table,
@@ -46,7 +48,7 @@ ModelArgument = Annotated[str, typer.Argument(help="'smollm2-135m', or a Hugging
 _DATA = typer.Option(
     "--data",
     "-d",
-    help="'world-facts[:RELATION,...]', a CounterFact file (.json, .jsonl, .gz), or JSONL of "
+    help="'world-facts[:RELATION,...]', a file of CounterFact, zsRE or WikiBigEdit (.json, .jsonl, .gz), or JSONL of "
     "{prompt with {}, subject, target_new[, target_true, paraphrases, neighborhood]}, the last two whole prompts.",
 )
 DataOption = Annotated[str, _DATA]
@@ -57,7 +59,8 @@ OrderOption = Annotated[
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as stored).")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 RemoteOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Only if you trust it.")
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that the model or a run's settings name. Only if you trust it."),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; results depend on their number.", min=1)]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder made by 'sphere-edit run'.")]
@@ -82,7 +85,9 @@ def run_command(
         typer.Option("--preset", help=f"One of {', '.join(PRESETS)}; by default the model's own, else auto."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings, e.g. a run's config.yaml.")] = None,
-    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(METHODS)}, or package.module:Class of your own.")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks to edit, e.g. 4,5,6,7,8.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Facts solved for together.")] = None,
     sphere: Annotated[bool | None, typer.Option("--sphere/--no-sphere", help="SPHERE's projection.")] = None,
@@ -109,6 +114,15 @@ def run_command(
     checkpoint_every: Annotated[
         int, typer.Option(help="Batches between two copies of the whole state, of which two are kept.", min=1)
     ] = 10,
+    curve_every: Annotated[
+        int, typer.Option(help="Batches between two evaluations on the way, of the report's curves; 0 for none.", min=0)
+    ] = 0,
+    curve_sample: Annotated[
+        int, typer.Option(help="Requests scored there at most: of those so far, the first, and the newest each.", min=1)
+    ] = 200,
+    score_sample: Annotated[
+        int | None, typer.Option(help="Requests scored before and after, drawn at random; by default all.", min=1)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run at OUT when done.")] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
@@ -145,7 +159,7 @@ def run_command(
             raise ConfigError(f"{missing} is missing; expected --data and --out, or --resume")
         if preset_name is None:
             preset_name = model if model in PRESETS else "auto"
-        chosen = settings(preset_name, config, set_ or [], named)
+        chosen = settings(preset_name, config, set_ or [], named, trust_remote_code)
         from sphere_edit import runs
         from sphere_edit.data import load_requests
         from sphere_edit.procedure import RunOptions, run
@@ -153,7 +167,7 @@ def run_command(
         with runs.new_run(out, overwrite) as journal:
             if journal.folder != out.resolve():
                 say(f"{out} stays until this run is complete; till then it is in {journal.folder}")
-            requests = load_requests(data, limit=limit, order=order)
+            requests = load_requests(data, limit=limit, order=order, on_note=note)
             loaded, tokenizer = load(model, dtype, device, threads, trust_remote_code)
             options = RunOptions(
                 model,
@@ -161,6 +175,9 @@ def run_command(
                 out,
                 perplexity_text=perplexity_text,
                 checkpoint_every=checkpoint_every,
+                curve_every=curve_every,
+                curve_sample=curve_sample,
+                score_sample=score_sample,
                 save_model=save_model,
                 overwrite=overwrite,
                 given={"limit": limit, "order": order, "preset": preset_name, "dtype": dtype},
@@ -184,13 +201,14 @@ def _resume(folder: Path, given: dict[str, Any], chosen: dict[str, Any], trust_r
         check_same(given, chosen, recorded)
         if "data" in given:
             limit, order = recorded["given"].get("limit"), recorded["given"].get("order")
-            again = load_requests(given["data"], limit=limit, order=order)
+            again = load_requests(given["data"], limit=limit, order=order, on_note=note)
             check_same_requests(again, runs.read_requests(journal.folder), given["data"])
         if runs.is_finished(journal):
             beside = ", ".join(map(str, runs.beside(journal.folder)))
             say(f"{folder} is finished; nothing to do" + (f" (not finished: {beside})" if beside else ""))
             runs.replace_earlier(journal.folder, recorded["replaces"])
         else:
+            import_method(recorded["settings"]["method"], trust_remote_code or "method" in given)
             model = given.get("model", recorded["model"])
             loaded, tokenizer = load_as(model, recorded, trust_remote_code)
             say(f"{folder}: going on after batch {journal.batches}")
@@ -233,6 +251,7 @@ def rollback_command(
             journal.on_note = note
             check_batch(journal, to_batch)
             recorded = runs.read_config(journal.folder)
+            import_method(recorded["settings"]["method"], trust_remote_code)
             loaded, tokenizer = load_as(model or recorded["model"], recorded, trust_remote_code)
             with bars() as progress:
                 aside = rollback(loaded, tokenizer, run, to_batch, progress, journal)
@@ -247,32 +266,88 @@ def evaluate_command(
     limit: LimitOption = None,
     order: OrderOption = None,
     perplexity_text: Annotated[str, typer.Option(help="heldout, or a text file.")] = "heldout",
+    generate: Annotated[
+        int | None, typer.Option(help="Also let it write about the first N requests: fluency and consistency.", min=1)
+    ] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL of {target, text[, relation]} to be consistent with; by default the data's own facts."
+        ),
+    ] = None,
+    tfidf_text: Annotated[
+        str | None, typer.Option(help="Text whose lines TF-IDF is fitted on: builtin, or a file; else the references.")
+    ] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     trust_remote_code: RemoteOption = False,
 ) -> None:
-    """Success, accuracy (each with its standard error) and perplexity of any model on a data set."""
+    """Success, accuracy (each with its standard error) and perplexity of any model on a data set.
+
+    With --generate also fluency and consistency of what it writes.
+    """
     with plain_errors():
         from sphere_edit.data import load_requests
+        from sphere_edit.generation import generate_texts, read_references, reference_texts, score_texts
         from sphere_edit.metrics import evaluate, finite, perplexity
         from sphere_edit.structure import check_weights_finite
+        from sphere_edit.text import text_lines
 
-        requests = load_requests(data, limit=limit, order=order)
+        for option, text in (("--references", references), ("--tfidf-text", tfidf_text)):
+            if text is not None and generate is None:
+                raise ConfigError(f"{option} {text}: expected --generate with it")
+        known = load_requests(data, limit=None if generate else limit, order=order, on_note=note)
+        requests = known[:limit]
+        about = read_references(references) if references else reference_texts(known)
+        corpus = None if tfidf_text is None else list(text_lines(tfidf_text))
         loaded, tokenizer = load(model, dtype, device, threads, trust_remote_code)
         check_weights_finite(loaded)
         with bars() as progress:
             found = evaluate(loaded, tokenizer, requests, lambda done, n: progress("scores", done, n))
-        value = perplexity(loaded, tokenizer, perplexity_text)
-        event = {
-            "event": "evaluation",
-            "when": "now",
-            "scores": found.to_dict(),
-            "perplexity": finite(value),
-        }
+            value = perplexity(loaded, tokenizer, perplexity_text)
+            scores, written = found.to_dict(), {}
+            if generate:
+                chosen = requests[:generate]
+                texts = generate_texts(loaded, tokenizer, chosen, progress=lambda done, n: progress("texts", done, n))
+                scores |= score_texts(chosen, texts, about, corpus).to_dict()
+                written = {"texts": {r.id: own for r, own in zip(chosen, texts, strict=True)}}
+        event = {"event": "evaluation", "when": "now", "scores": scores, "perplexity": finite(value)}
         console.print(scores_table([event]))
-        _write_json(as_json, {"model": model, "data": data, **event})
+        _write_json(as_json, {"model": model, "data": data, **event, **written})
+
+
+@app.command("harness")
+def harness_command(
+    model: ModelArgument,
+    tasks: Annotated[str, typer.Option(help="Some of boolq, rte, nq, gsm8k.")] = "boolq,rte,nq,gsm8k",
+    data: Annotated[
+        Path | None, typer.Option("--data", "-d", help="Folder of their files; SPHERE_EDIT_DATA by default.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first N records of each task only.", min=1)] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Worked examples before a question; by default 5 for gsm8k, else none.", min=0)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts that run together.", min=1)] = 8,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """General ability of any model, such as one made by apply, by lm-evaluation-harness on local files."""
+    with plain_errors():
+        from sphere_edit.harness import general_ability, read_tasks
+        from sphere_edit.structure import check_weights_finite
+
+        names = [name.strip() for name in tasks.split(",")]
+        read_tasks(names, data, limit, shots)
+        loaded, tokenizer = load(model, dtype, device, threads, trust_remote_code)
+        check_weights_finite(loaded)
+        found = general_ability(loaded, tokenizer, names, data, limit, shots, batch_size)
+        console.print(ability_table(found))
+        _write_json(as_json, {"model": model, "limit": limit, "shots": shots, "tasks": found})
 
 
 @app.command("report")
@@ -282,6 +357,30 @@ def report_command(run: RunArgument) -> None:
         from sphere_edit.report import write_report
 
         say(f"report: {write_report(run)}")
+
+
+@app.command("study")
+def study_command(
+    config: Annotated[Path, typer.Option("--config", help="YAML file of a study, as those in benchmarks/study.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of its runs; by default runs/NAME.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of its JSON, tables and plots; by default 'results' beside the file.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="RUN", help="Make this run only; may be repeated.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep batch files and checkpoints of finished runs.")] = False,
+) -> None:
+    """Make several runs of one model and data, compare them in tables and plots; given again, go on where it stopped.
+
+    Two such commands at once share the runs.
+    """
+    with plain_errors():
+        from sphere_edit.study import Study, go, write_results
+
+        study = Study.read(config)
+        folder = out or Path("runs") / study.name
+        with bars() as progress:
+            go(study, folder, only or (), keep, say, progress)
+        say(f"results: {write_results(study, folder, results or config.parent / 'results')}")
 
 
 @app.command("energy")

@@ -20,14 +20,19 @@ class EditConfig:
     Args:
         layers: decoder blocks whose MLP down-projection is edited, ascending; empty chooses where the published presets
             have theirs: five of them from an eighth of the depth on, for ROME and FT one.
-        method: the editor: ``alphaedit``, ``memit``, ``rect``, ``prune``, ``rome`` or ``ft``; see
-            `sphere_edit.methods`.
+        method: the editor: ``alphaedit``, ``memit``, ``rect``, ``prune``, ``rome`` or ``ft``, or a class of one's own,
+            ``package.module:Class``; see `sphere_edit.methods`. Settings that some methods have no use for may not be
+            given to these.
         null_space: AlphaEdit's projection onto the null space of the key covariance. Off leaves a ridge least-squares.
         sphere: SPHERE's projection of each update away from the weight's principal directions.
         energy_ratio: η, the share of the spectrum's energy that the principal directions hold.
         alpha: α, how much of the update inside the principal directions is suppressed; 0 none, 1 all.
         subspace: principal directions of the ``current`` weight (published code) or of the ``pretrained`` one (paper).
         refresh_every: batches between two computations of the current directions.
+        project: when updates are projected and written: ``layer`` by layer, so that the layers above are solved for
+            the weights that are used; or, as SPHERE's code does for MEMIT and RECT and EasyEdit's for AlphaEdit, after
+            all layers of the ``batch``: each is solved for over the whole updates of those below (RECT's uncut), and
+            what the projection takes away is made up for nowhere. Histories of keys take those of the solve in both.
         batch_size: facts solved for together.
         value_steps, value_lr, value_weight_decay, value_kl, value_clamp: Adam on each fact's value; the clamp is in
             units of the hidden state's norm.
@@ -38,11 +43,17 @@ class EditConfig:
         covariance_weight: weight of the key covariance in the solve of MEMIT, RECT and PRUNE.
         history: those three solve against the keys of earlier batches too; published without.
         rect_share: share of the entries of its update that RECT keeps.
+        prune_in: what PRUNE restrains: the ``weights`` that the next batch is solved for; or, as published, ``copies``
+            of them: the loop goes on with whole updates that are neither restrained nor projected, and what is
+            evaluated and saved (see `SphereEditor.hand_over`) is the weight before all edits plus their sum,
+            restrained, then projected out of that weight's directions. Figures by batch are of the loop's weights.
         ft_steps, ft_lr, ft_stop: FT's Adam on the edited weights, and the mean NLL at which it stops.
         contexts, context_length: generated prefixes per fact besides the bare prompt, and their length in tokens.
         covariance_text: ``builtin`` or the path of a text file (``.txt``, ``.gz``).
         covariance_tokens: how many tokens of it are read at most.
         energy_s: s of the hyperspherical energy that is reported.
+        measure_every: batches between two of which movement, spectrum and bound are measured; 0 none. See
+            `sphere_edit.measures`.
         seed: of everything drawn.
     """
 
@@ -54,6 +65,7 @@ class EditConfig:
     alpha: float = 0.5
     subspace: str = "current"
     refresh_every: int = 1
+    project: str = "layer"
     batch_size: int = 100
     value_steps: int = 25
     value_lr: float = 0.5
@@ -67,6 +79,7 @@ class EditConfig:
     covariance_weight: float = 15000.0
     history: bool = False
     rect_share: float = 0.4
+    prune_in: str = "weights"
     ft_steps: int = 25
     ft_lr: float = 5e-4
     ft_stop: float = 1e-2
@@ -75,6 +88,7 @@ class EditConfig:
     covariance_text: str = "builtin"
     covariance_tokens: int = 100_000
     energy_s: float = 1.0
+    measure_every: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,8 +96,16 @@ class EditConfig:
             object.__setattr__(self, "layers", tuple(self.layers))
         for field in dataclasses.fields(self):
             _check(field.name, getattr(self, field.name))
+        for name in foreign(self.method):
+            _check_unused(name, self.method, getattr(self, name))
+        if self.prune_in == "copies" and self.project == "batch":
+            raise ConfigError("project: expected 'layer' where prune_in is 'copies' and the loop whole, got 'batch'")
 
     def replace(self, **changes: Any) -> EditConfig:
+        """With other values; settings that a new method has no use for go back to their defaults."""
+        method = changes.get("method", self.method)
+        if method != self.method:
+            changes = {name: DEFAULTS[name] for name in foreign(method)} | changes
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,10 +119,53 @@ class EditConfig:
             raise ConfigError(f"unknown setting {unknown[0]!r}; known settings are {sorted(known)}")
         return cls(**values)
 
+    @classmethod
+    def from_run(cls, values: Mapping[str, Any]) -> EditConfig:
+        """As `from_dict`, for settings in a run's ``config.yaml``: what its method has no use for is passed over."""
+        unused = foreign(values.get("method", DEFAULTS["method"]))
+        return cls.from_dict({name: value for name, value in values.items() if name not in unused})
 
-_CHOICES = {"subspace": ("current", "pretrained"), "value_stop_on": ("loss", "nll")}
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(EditConfig)}
+_LEAST_SQUARES = ("memit", "rect", "prune")
+_SOLVING = ("alphaedit", *_LEAST_SQUARES, "rome")
+_METHODS = (*_SOLVING, "ft")
+# Settings that are of use to some methods only.
+_USED_BY = {
+    "null_space": ("alphaedit",),
+    "null_space_threshold": ("alphaedit",),
+    "ridge": ("alphaedit",),
+    "covariance_weight": _LEAST_SQUARES,
+    "history": _LEAST_SQUARES,
+    "rect_share": ("rect",),
+    "prune_in": ("prune",),
+    "project": _SOLVING,
+    **{name: _SOLVING for name in DEFAULTS if name.startswith("value_")},
+    **{name: ("ft",) for name in DEFAULTS if name.startswith("ft_")},
+}
+
+
+def foreign(method: str) -> list[str]:
+    """Settings that a method has no use for; of a method of one's own nothing is known."""
+    return [name for name, methods in _USED_BY.items() if method in _METHODS and method not in methods]
+
+
+def _check_unused(name: str, method: str, value: Any) -> None:
+    if value != DEFAULTS[name]:
+        raise ConfigError(
+            f"{name}: {method} has no use for it, only {', '.join(_USED_BY[name])}; expected {DEFAULTS[name]!r} (the "
+            f"default), got {value!r}"
+        )
+
+
+_CHOICES = {
+    "subspace": ("current", "pretrained"),
+    "value_stop_on": ("loss", "nll"),
+    "prune_in": ("weights", "copies"),
+    "project": ("layer", "batch"),
+}
 _POSITIVE_INT = {"refresh_every", "batch_size", "value_steps", "context_length", "covariance_tokens", "ft_steps"}
-_COUNT = {"contexts", "seed"}
+_COUNT = {"contexts", "measure_every", "seed"}
 _POSITIVE = {"value_lr", "value_clamp", "null_space_threshold", "ridge", "covariance_weight", "ft_lr"}
 _NOT_NEGATIVE = {"value_weight_decay", "value_kl", "value_stop", "energy_s", "ft_stop"}
 _SHARE = {"energy_ratio", "alpha", "rect_share"}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from sphere_edit.config import EditConfig, auto_layers, preset
 from sphere_edit.contexts import generate_contexts
 from sphere_edit.covariance import key_covariances
 from sphere_edit.engine import Clock, Engine, check_finite
-from sphere_edit.files import tensor_sha256
+from sphere_edit.files import file_sha256, tensor_sha256
 from sphere_edit.keys import LayerPass
 from sphere_edit.methods import method_class
 from sphere_edit.models import cache_dir
@@ -28,7 +30,7 @@ from sphere_edit.text import text_path
 from sphere_edit.tokens import check_fits, check_tokenizer, encode
 from sphere_edit.tuning import tune
 from sphere_edit.values import optimise_values
-from sphere_kernels import hyperspherical_energy, orthogonal_energy
+from sphere_kernels import LowRankUpdate, hyperspherical_energy, orthogonal_energy
 
 _Done = dict[int, tuple[LayerRecord, Event]]  # by layer
 
@@ -86,6 +88,7 @@ class SphereEditor:
         self._events: list[Event] = []
         self._fingerprints: dict[str, str] = {}
         self._edits, self._keeping = 0, 0.0
+        self._aside: dict[int, Tensor] | None = None  # the loop's weights where others are handed over
 
     @property
     def batches(self) -> int:
@@ -146,7 +149,38 @@ class SphereEditor:
         self._check_unmoved()
         for layer, weight in self.weights().items():
             weight.copy_(self._original[layer])
-        self._engine, self._edits, self._events = None, 0, []
+        self._engine, self._edits, self._events, self._aside = None, 0, [], None
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """Put into the model what the method hands over, to be evaluated and saved: with ``prune_in: copies`` the
+        restrained weights, else the weights as they are. The editor then edits no more, until it goes back to a
+        state or the beginning, or until the end of `finished`."""
+        if self._aside is not None:
+            return
+        self._check_ours()
+        self._aside = {}
+        if self._engine is not None:
+            for layer, weight in self.weights().items():
+                done = self._engine.finished(layer)
+                if done is not self._engine.states[layer].master:
+                    self._aside[layer] = weight.clone()
+                    weight.copy_(done)
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Within, the model is as `hand_over` leaves it; afterwards it is as before, and editing goes on."""
+        if self._aside is not None:
+            yield
+            return
+        try:
+            self.hand_over()
+            yield
+        finally:
+            aside: dict[int, Tensor] = self._aside or {}
+            for layer, before in aside.items():
+                self.weights()[layer].copy_(before)
+            self._aside = None
 
     def replay(self, record: BatchRecord) -> None:
         """Put a batch of an earlier run into the model, without optimising: the state is then as it was there.
@@ -177,6 +211,7 @@ class SphereEditor:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the next batch depends on besides model, settings and requests, by reference."""
+        self._check_not_handed_over()
         self.prepare()
         assert self._engine is not None
         counts = {"edits": torch.tensor(self._edits), "random_state": torch.get_rng_state()}
@@ -188,11 +223,13 @@ class SphereEditor:
         assert self._engine is not None
         self._check_unmoved()
         self._engine.load_state_dict(under("engine", state))
+        self._aside = None
         self._edits = int(state["edits"])
         torch.set_rng_state(state["random_state"])
 
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of what edits rest on: model as found, tokenizer, context prefixes, each layer's key covariance."""
+        """SHA-256 of what edits rest on: model as found, tokenizer, context prefixes, each layer's key covariance, and
+        the file of a method of one's own."""
         self.prepare()
         return dict(self._fingerprints)
 
@@ -222,8 +259,13 @@ class SphereEditor:
                     f"{original.device} when the editor was made; make a new editor after moving or casting a model"
                 )
 
+    def _check_not_handed_over(self) -> None:
+        if self._aside is not None:
+            raise ValueError("the weights have been handed over; expected a call after finished(), or after revert()")
+
     def _check_ours(self) -> None:
         """The weights are those that the engine writes to, with the bits that it left there."""
+        self._check_not_handed_over()
         self._check_unmoved()
         states = self._engine.states if self._engine else {}
         for layer, state in states.items():
@@ -267,6 +309,9 @@ class SphereEditor:
             "contexts": _sha256(json.dumps(self._contexts)),
         }
         self._fingerprints |= {f"covariance.{layer}": tensor_sha256(value) for layer, value in covariances.items()}
+        source = getattr(sys.modules[method_class(config).__module__], "__file__", None)
+        if ":" in config.method and source is not None:
+            self._fingerprints["method"] = file_sha256(Path(source))
         self._emit(
             "prepared",
             contexts=self._contexts,
@@ -274,7 +319,8 @@ class SphereEditor:
             seconds=time.perf_counter() - start,
         )
         for layer in config.layers:
-            self._emit("energy", batch=0, edits=0, layer=layer, **self.energy(layer))
+            measured = self._engine.measures.of_weight(layer, self._original[layer], 0)
+            self._emit("energy", batch=0, edits=0, layer=layer, **self.energy(layer), **measured)
 
     def _edit_batch(self, batch: Sequence[EditRequest], result: EditResult) -> None:
         assert self._engine is not None
@@ -337,13 +383,21 @@ class SphereEditor:
         )
         clock.lap("values")
         done: _Done = {}
+        solved: dict[int, tuple[Tensor, Tensor, LowRankUpdate]] = {}
         walk = LayerPass(self.model, self.tokenizer, self.structure, batch, self._contexts, layers)
-        for i, layer in enumerate(layers):
-            walk.advance(layer)
-            keys = walk.keys()
-            residuals = (values.target - walk.values()) / (len(layers) - i)
-            clock.lap("keys")
-            done[layer] = engine.write(layer, keys, residuals, clock)
+        with ExitStack() as trials:
+            for i, layer in enumerate(layers):
+                walk.advance(layer)
+                keys = walk.keys()
+                residuals = (values.target - walk.values()) / (len(layers) - i)
+                clock.lap("keys")
+                solved[layer] = keys, residuals, engine.solve(layer, keys, residuals, clock)
+                if config.project == "layer":
+                    done[layer] = engine.write(layer, *solved[layer], clock)
+                else:
+                    trials.enter_context(engine.tried(layer, solved[layer][2]))
+        if config.project == "batch":
+            done = {layer: engine.write(layer, *found, clock) for layer, found in solved.items()}
         parts = {"loss": values.loss, "nll": values.nll, "steps": values.steps.float()}
         return done, {name: float(part.mean()) for name, part in parts.items()}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sphere_edit.config import EditConfig
 from sphere_edit.files import tensor_sha256
+from sphere_edit.measures import Measures
 from sphere_edit.methods import Update, make_method
 from sphere_edit.records import Event, LayerRecord, ReplayError, over, under
 from sphere_kernels import LowRankUpdate
@@ -52,12 +53,13 @@ class Engine:
     ) -> None:
         self.method = make_method(config, covariances)
         self._originals = originals
+        self.measures = Measures(config, originals, covariances)
         self.states = {
             layer: HypersphereState(
                 weight,
                 config.energy_s,
                 config.energy_ratio,
-                config.alpha if config.sphere else 0.0,
+                config.alpha if config.sphere and not self.method.projects else 0.0,
                 config.refresh_every,
                 config.subspace,
             )
@@ -93,17 +95,36 @@ class Engine:
         finally:
             self._undo = {}
 
-    def write(self, layer: int, keys: Tensor, residuals: Tensor, clock: Clock) -> tuple[LayerRecord, Event]:
-        """Solve one layer for keys ``[b, d]`` and residuals ``[b, n]``, project and add; within `batch`.
-
-        Returns:
-            What was done, and what is said about it.
+    def solve(self, layer: int, keys: Tensor, residuals: Tensor, clock: Clock) -> LowRankUpdate:
+        """The method's update of one layer for keys ``[b, d]`` and residuals ``[b, n]``; within `batch`.
 
         Raises:
             FloatingPointError: keys, residuals or update are not finite.
         """
         solved = self.method.solve(layer, keys, residuals)
         check_finite(f"layer {layer}: the update", solved.left, solved.right)
+        clock.lap("solve")
+        return solved
+
+    @contextmanager
+    def tried(self, layer: int, update: LowRankUpdate) -> Iterator[None]:
+        """Within, the model's weight has the whole update; afterwards it is the one from before, bit for bit."""
+        state = self.states[layer]
+        before = state.weight.clone()
+        try:
+            state.weight.copy_(state.master + update.left @ update.right)
+            yield
+        finally:
+            state.weight.copy_(before)
+
+    def write(
+        self, layer: int, keys: Tensor, residuals: Tensor, solved: LowRankUpdate, clock: Clock
+    ) -> tuple[LayerRecord, Event]:
+        """Reshape what `solve` gave for ``keys`` and ``residuals``, project and add; within `batch`.
+
+        Returns:
+            What was done, and what is said about it.
+        """
         shaped = self.method.reshape(layer, solved, self.states[layer].master)
         clock.lap("solve")
         record, event = self.add(layer, keys, shaped, clock)
@@ -111,7 +132,7 @@ class Engine:
         return record, event
 
     def add(self, layer: int, keys: Tensor, solved: Update, clock: Clock) -> tuple[LayerRecord, Event]:
-        """Project an update of one layer and add it; within `batch`. ``keys`` and the rest as for `write`."""
+        """Project an update of one layer and add it; within `batch`. ``keys`` as for `solve`."""
         state = self.states[layer]
         update = (
             LowRankUpdate(solved.left.float(), state.project(solved.right).float())
@@ -129,6 +150,8 @@ class Engine:
         event = self.energy(layer) | event
         event["weight_norm"] = float(state.gram.diagonal().double().sum().sqrt())
         clock.lap("update")
+        event |= self.measures.of_batch(layer, self.batches + 1, self._undo[layer], state, update)
+        clock.lap("measure")
         factor = None if left is None else left.cpu()
         record = LayerRecord(keys.float().cpu(), factor, right.cpu(), tensor_sha256(state.master))
         clock.lap("record")
@@ -150,6 +173,10 @@ class Engine:
                 f"layer {layer}: the weight after this batch has SHA-256 {found[:16]}…, not {record.sha256[:16]}…; "
                 "only the same machine, thread count and versions give the same bits"
             )
+
+    def finished(self, layer: int) -> Tensor:
+        """The weight as the method hands it over, ``[n, d]``."""
+        return self.method.finish(layer, self.states[layer].master, self._originals[layer])
 
     def energy(self, layer: int) -> dict[str, float]:
         state = self.states[layer]

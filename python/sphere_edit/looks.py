@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from sphere_edit.contexts import PLAIN_GENERATION
 from sphere_edit.editor import SphereEditor
 from sphere_edit.files import replacing
+from sphere_edit.generation import complete
+from sphere_edit.measures import cosines
 from sphere_edit.metrics import evaluate, finite, perplexity
 from sphere_edit.records import Event
-from sphere_edit.replay import frozen
 from sphere_edit.requests import EditRequest
-from sphere_edit.tokens import encode, pad_left
 from sphere_kernels import principal_directions
 
 _NEUTRAL = ("Water boils when", "Once upon a time, there was a", "The best way to learn a new language is")
 _SAMPLE_TOKENS = 14
+_NEURONS = 32
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,48 @@ def look(
     tokens: int,
     progress: Callable[[str, int, int], None],
 ) -> Look:
-    """Look at the editor's model as it is.
+    """Look at the editor's model as it would be handed over.
 
     Args:
         when: ``before`` or ``after``.
         text, tokens: of the perplexity.
     """
     model, tokenizer = editor.model, editor.tokenizer
-    found = evaluate(model, tokenizer, requests, lambda done, n: progress(f"scores {when}", done, n))
-    value = perplexity(model, tokenizer, text, tokens)
-    event = {"event": "evaluation", "when": when, "scores": found.to_dict(), "perplexity": finite(value)}
-    said = complete(model, tokenizer, [prompt for _, prompt in sample_prompts(requests)])
-    return Look([event, *_spectra(editor, when)], found.per_request, said)
+    with editor.finished():
+        found = evaluate(model, tokenizer, requests, lambda done, n: progress(f"scores {when}", done, n))
+        value = perplexity(model, tokenizer, text, tokens)
+        event = {"event": "evaluation", "when": when, "scores": found.to_dict(), "perplexity": finite(value)}
+        said = complete(model, tokenizer, [prompt for _, prompt in sample_prompts(requests)], _SAMPLE_TOKENS)
+        return Look([event, *_spectra(editor, when), *_cosines(editor, when)], found.per_request, said)
+
+
+def sample(requests: Sequence[EditRequest], count: int | None, seed: str) -> list[EditRequest]:
+    """``count`` of the requests, drawn, in order; all where there are no more or ``count`` is None."""
+    places = range(len(requests))
+    if count is not None and count < len(requests):
+        return [requests[i] for i in sorted(random.Random(seed).sample(places, count))]
+    return list(requests)
+
+
+def curve(editor: SphereEditor, requests: Sequence[EditRequest], count: int, text: str, tokens: int) -> Event:
+    """The editor's model in the middle of a run: scores of a sample of the edits so far, of the first of them
+    (retention) and of the newest batch, ``count`` each at most, and perplexity; one pass for all three."""
+    done = requests[: editor.edits]
+    newest = (editor.edits - 1) % editor.config.batch_size + 1
+    groups = {
+        "scores": sample(done, count, f"{editor.config.seed}/{editor.edits}"),
+        "first": done[:count],
+        "last": done[-newest:][:count],
+    }
+    asked = list({id(request): request for group in groups.values() for request in group}.values())
+    with editor.finished():
+        found = evaluate(editor.model, editor.tokenizer, asked)
+        value = perplexity(editor.model, editor.tokenizer, text, tokens)
+    places = {id(request): i for i, request in enumerate(asked)}
+    event: Event = {"event": "curve", "batch": editor.batches, "edits": editor.edits}
+    for name, group in groups.items():
+        event[name] = found.subset([places[id(request)] for request in group]).to_dict()
+    return event | {"perplexity": finite(value)}
 
 
 def compare(requests: Sequence[EditRequest], before: Look, after: Look) -> Iterator[Event]:
@@ -91,6 +121,23 @@ def _spectra(editor: SphereEditor, when: str) -> Iterator[Event]:
         }
 
 
+def _cosines(editor: SphereEditor, when: str) -> Iterator[Event]:
+    """Cosines of the same few neurons of each edited weight, of each with those after it; and their mean size over all
+    pairs of the weight."""
+    for layer, weight in editor.weights().items():
+        seeded = torch.Generator().manual_seed(editor.config.seed)
+        neurons = torch.randperm(len(weight), generator=seeded)[:_NEURONS].sort().values
+        found, mean = cosines(weight, neurons.to(weight.device))
+        yield {
+            "event": "cosines",
+            "when": when,
+            "layer": layer,
+            "neurons": neurons.tolist(),
+            "cosines": [[round(value, 4) for value in row[i + 1 :]] for i, row in enumerate(found.tolist())],
+            "mean_abs": finite(mean),
+        }
+
+
 def sample_prompts(requests: Sequence[EditRequest]) -> list[tuple[str, str]]:
     """(kind, prompt) of the completions shown: edited facts, paraphrases of them, neighbours, and neutral ones."""
     chosen = requests[:: max(1, len(requests) // 4)][:4]
@@ -98,20 +145,3 @@ def sample_prompts(requests: Sequence[EditRequest]) -> list[tuple[str, str]]:
     prompts += [("paraphrase", r.paraphrases[0]) for r in chosen[:2] if r.paraphrases]
     prompts += [("neighbor", r.neighborhood[0]) for r in chosen if r.neighborhood][:2]
     return prompts + [("neutral", prompt) for prompt in _NEUTRAL]
-
-
-def complete(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = _SAMPLE_TOKENS) -> list[str]:
-    """Greedy continuations of ``prompts``, without the prompts."""
-    rows = [encode(tokenizer, prompt).ids for prompt in prompts]
-    inputs = pad_left(rows, next(model.parameters()).device)
-    with frozen(model), torch.no_grad():
-        out = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=tokens,
-            do_sample=False,
-            **PLAIN_GENERATION,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    width = inputs["input_ids"].shape[1]
-    return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in out]

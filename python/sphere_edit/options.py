@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,22 +14,56 @@ from typing import Any
 import torch
 import yaml
 
-from sphere_edit.config import ConfigError, EditConfig, preset
+from sphere_edit.config import ConfigError, EditConfig, foreign, preset
 from sphere_edit.methods import method_class
 from sphere_edit.requests import EditRequest
 
 
-def settings(preset_name: str, file: Path | None, pairs: list[str], named: dict[str, Any]) -> EditConfig:
+def settings(
+    preset_name: str, file: Path | None, pairs: list[str], named: dict[str, Any], trust_remote_code: bool = False
+) -> EditConfig:
     """Preset (of the method that is named), then file, then ``--set``, then the named options: the later wins."""
     given = given_settings(file, pairs, named)
     chosen = EditConfig.from_dict(preset(preset_name, str(given.get("method", "alphaedit"))).to_dict() | given)
+    typed = given_settings(None, pairs, named).get("method") == chosen.method
+    import_method(chosen.method, trust_remote_code or typed)
     method_class(chosen)  # the method's name is known
     return chosen
 
 
+def import_method(name: str, trusted: bool) -> None:
+    """Import the module of a method named ``package.module:Class``; its code is run.
+
+    A settings file or a run folder may come from someone else, and what it names must not run for that reason alone.
+
+    Args:
+        trusted: the user has typed the name, or said ``--trust-remote-code``.
+
+    Raises:
+        ConfigError: not trusted, or it cannot be imported.
+    """
+    module, colon, _ = name.partition(":")
+    if not colon:
+        return
+    if not trusted:
+        raise ConfigError(
+            f"method: {name} is code that a file names; if you trust it, give --method {name} or --trust-remote-code"
+        )
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that nothing is hidden by it
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        raise ConfigError(
+            f"method: {name} cannot be imported ({type(error).__name__}: {error}); expected package.module:Class"
+        ) from error
+
+
 def given_settings(file: Path | None, pairs: list[str], named: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the options name, without the preset's."""
+    """The settings that the options name, without the preset's; of a run's ``config.yaml`` those that the method has a
+    use for."""
     values: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
     if file is not None:
         loaded = _yaml(file.read_text(encoding="utf-8"), str(file))
         if not isinstance(loaded, dict):
@@ -35,13 +71,15 @@ def given_settings(file: Path | None, pairs: list[str], named: Mapping[str, Any]
         found = loaded.get("settings", loaded)
         if not isinstance(found, dict):
             raise ConfigError(f"{file}: expected settings as 'name: value' lines, found {found!r}")
-        values |= found
+        recorded, values = ({}, dict(found)) if found is loaded else (found, {})
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"--set {pair}: expected NAME=VALUE")
         values[name] = _yaml(value, f"--set {pair}")
-    return values | {name: value for name, value in named.items() if value is not None}
+    values |= {name: value for name, value in named.items() if value is not None}
+    unused = foreign(values.get("method", recorded.get("method", "alphaedit")))
+    return {name: value for name, value in recorded.items() if name not in unused} | values
 
 
 def _yaml(text: str, where: str) -> Any:
@@ -79,12 +117,14 @@ def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Ma
         ConfigError: naming the option, what the run has, and what was given.
     """
     own = {name: recorded[name] for name in ("perplexity_text", "device", "save_model", "checkpoint_every")}
+    later = {"curve_every": 0, "curve_sample": None, "score_sample": None}  # earlier runs do not have them
+    own |= {name: recorded.get(name, value) for name, value in later.items()}
     own |= {"overwrite": recorded["replaces"] is not None, "threads": recorded["environment"]["threads"]}
     own |= {name: recorded["given"].get(name) for name in ("limit", "order", "preset", "dtype")}
     named = {name.removesuffix("_name"): value for name, value in given.items()}
     compared = {name: value for name, value in named.items() if name in own}
     for name, value in {**compared, **chosen}.items():
-        expected = {**own, **EditConfig.from_dict(recorded["settings"]).to_dict()}.get(name)
+        expected = {**own, **EditConfig().to_dict(), **recorded["settings"]}.get(name)
         if value != expected:
             raise ConfigError(
                 f"{name}: the run was begun with {expected!r}, got {value!r}; begin a new run to change it"

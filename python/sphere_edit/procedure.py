@@ -21,7 +21,7 @@ from sphere_edit.deltas import switch, write_deltas
 from sphere_edit.editor import SphereEditor
 from sphere_edit.files import file_sha256
 from sphere_edit.journal import Journal, RunError
-from sphere_edit.looks import Look, compare, look
+from sphere_edit.looks import Look, compare, curve, look, sample
 from sphere_edit.metrics import PERPLEXITY_TOKENS
 from sphere_edit.records import EditResult, Event, ReplayError
 from sphere_edit.report import write_report
@@ -44,6 +44,9 @@ class RunOptions:
         perplexity_text, perplexity_tokens: see `metrics.perplexity`.
         checkpoint_every: batches between two copies of the whole state, from which a stopped run goes on.
         save_model: also write the edited model.
+        curve_every: batches between two evaluations on the way; 0 for none.
+        curve_sample: how many requests each of their groups has at most; see `looks.curve`.
+        score_sample: how many requests are scored before and after, drawn by the run's seed; None is all.
         overwrite: replace an earlier run at ``out`` once this one is complete.
         given: how model and data were read, for those who go on with the run.
     """
@@ -56,6 +59,9 @@ class RunOptions:
     checkpoint_every: int = 10
     save_model: bool = False
     overwrite: bool = False
+    curve_every: int = 0
+    curve_sample: int = 200
+    score_sample: int | None = None
     given: dict[str, Any] = field(default_factory=dict)
 
 
@@ -82,6 +88,10 @@ def run(
         raise ValueError(f"{options.data_name}: no requests; expected at least one edit")
     if options.checkpoint_every < 1:
         raise ValueError(f"checkpoint_every: expected a whole number of at least 1, got {options.checkpoint_every}")
+    for name, least in (("curve_every", 0), ("curve_sample", 1), ("score_sample", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
     opened = nullcontext(journal) if journal else runs.new_run(options.out, options.overwrite)
     with opened as journal:
         work = _Work(model, tokenizer, requests, config, journal, on_event, on_progress)
@@ -198,7 +208,7 @@ class _Work:
         cls, model: Any, tokenizer: Any, journal: Journal, on_event: OnEvent | None, on_progress: OnProgress | None
     ) -> _Work:
         record = runs.read_config(journal.folder)
-        requests, settings = runs.read_requests(journal.folder), EditConfig.from_dict(record["settings"])
+        requests, settings = runs.read_requests(journal.folder), EditConfig.from_run(record["settings"])
         work = cls(model, tokenizer, requests, settings, journal, on_event, on_progress)
         work.check(record["perplexity_text"])
         device = str(work.editor.structure.device)
@@ -220,7 +230,7 @@ class _Work:
             self.edit()
             self.write_deltas()
             after = self.look("after")
-            for event in (*after.events, *compare(self.requests, before, after)):
+            for event in (*after.events, *compare(self.scored, before, after)):
                 self.emit(event)
             self.finish(known)
         events = runs.read_events(self.folder)
@@ -231,6 +241,7 @@ class _Work:
     def as_recorded(self) -> Iterator[None]:
         """The threads and the random state that the run began with; the caller's own afterwards."""
         self.record = runs.read_config(self.folder)
+        self.scored = sample(self.requests, self.record.get("score_sample"), f"{self.editor.config.seed}/scores")
         recorded, threads = self.record["environment"]["threads"], torch.get_num_threads()
         device = self.editor.structure.device
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
@@ -291,7 +302,7 @@ class _Work:
 
     def look(self, when: str) -> Look:
         text, tokens = self.record["perplexity_text"], self.record["perplexity_tokens_at_most"]
-        return look(self.editor, self.requests, when, text, tokens, self.progress)
+        return look(self.editor, self.scored, when, text, tokens, self.progress)
 
     def restore(self, to: int) -> None:
         """The model and the editor's state as they were after batch ``to``."""
@@ -316,12 +327,25 @@ class _Work:
             for name in (runs.DELTAS, runs.REPORT):
                 (self.folder / name).unlink(missing_ok=True)
         self.editor.on_event = self.emit
+        self.watch()
         for number, batch in enumerate(parts[done:], done + 1):
             self.progress("batches", number - 1, len(parts))
             self.editor.edit(batch)
+            self.watch()
             if number % every == 0:
                 self.journal.add_checkpoint(self.editor.state_dict())
         self.progress("batches", len(parts), len(parts))
+
+    def watch(self) -> None:
+        """Evaluate on the way where that is due, and keep what was found."""
+        number, every = self.journal.batches, self.record.get("curve_every", 0)
+        last = self.journal.last("curve")
+        if not every or not number or number % every or (last is not None and last["number"] == number):
+            return
+        text, tokens = self.record["perplexity_text"], self.record["perplexity_tokens_at_most"]
+        event = curve(self.editor, self.requests, self.record["curve_sample"], text, tokens)
+        self.journal.add("curve", events=[event])
+        self.emit(event)
 
     def finish(self, known: Sequence[Event]) -> None:
         model, tokenizer = self.editor.model, self.editor.tokenizer
@@ -345,14 +369,15 @@ class _Work:
 
     def write_events(self, before: Look) -> list[Event]:
         """Make ``metrics.jsonl`` of what is kept: the events up to the last batch."""
-        batch_events = [event for batch in self.journal.of_kind("batch") for event in batch["events"]]
-        known = before.events + batch_events
+        later = [event for record in self.journal.records for event in record.get("events", [])]
+        known = before.events + later
         with self.journal.writing(runs.METRICS):
             runs.write_jsonl(self.folder / runs.METRICS, known)
         return known
 
     def write_deltas(self) -> None:
         editor = self.editor
+        editor.hand_over()
         names = {layer: editor.structure.down[layer].name for layer in editor.config.layers}
         with self.journal.writing(runs.DELTAS):
             write_deltas(self.folder, names, editor.original_weights(), editor.weights(), self.record["model"])
@@ -371,6 +396,9 @@ def _record(editor: SphereEditor, options: RunOptions, edits: int, folder: Path)
         "device": str(editor.structure.device),
         "checkpoint_every": options.checkpoint_every,
         "save_model": options.save_model,
+        "curve_every": options.curve_every,
+        "curve_sample": options.curve_sample,
+        "score_sample": options.score_sample,
         "replaces": None if folder.name == target else target,
         "given": options.given,
         "settings": editor.config.to_dict(),

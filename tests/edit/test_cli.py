@@ -61,13 +61,15 @@ def folder(tmp_path_factory, tokenizer):
     return base
 
 
-@pytest.mark.parametrize("command", ["", "run", "evaluate", "energy", "report", "apply", "revert", "rollback"])
+@pytest.mark.parametrize(
+    "command", ["", "run", "evaluate", "harness", "energy", "report", "apply", "revert", "rollback"]
+)
 def test_help(command):
     result = _call(*([command] if command else []), "--help")
     assert result.exit_code == 0
     assert "Usage" in result.stdout and not result.stderr
     if not command:
-        for name in ("run", "evaluate", "energy", "report", "apply", "revert", "rollback"):
+        for name in ("run", "evaluate", "harness", "energy", "report", "apply", "revert", "rollback"):
             assert re.search(rf"^\s+{name}\b", result.stdout, re.M)
 
 

@@ -19,6 +19,7 @@ _BAD = {
     "alpha": [-1e-9, 1.0001, _NAN, _INF, True],
     "subspace": ["past", None, 1],
     "refresh_every": [0, -1, 1.0, True],
+    "project": ["all", None, True],
     "batch_size": [0, -1, 2.5, "100", True],
     "value_steps": [0, 1.5],
     "value_lr": [0, -1, _NAN, _INF],
@@ -32,6 +33,7 @@ _BAD = {
     "covariance_weight": [0, -10, _NAN],
     "history": [1, "yes", None],
     "rect_share": [-0.1, 1.1, _NAN, True],
+    "prune_in": ["copy", None, 1],
     "ft_steps": [0, 1.5],
     "ft_lr": [0, -1, _NAN, _INF],
     "ft_stop": [-1, _NAN],
@@ -40,6 +42,7 @@ _BAD = {
     "covariance_text": ["", None, 5],
     "covariance_tokens": [0, 1e5],
     "energy_s": [-1, _NAN, _INF],
+    "measure_every": [-1, 0.5, True, None],
     "seed": [-1, 0.5, None],
 }
 

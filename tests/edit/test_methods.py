@@ -196,9 +196,8 @@ def test_fine_tuning_stops_when_the_facts_are_known(make, tokenizer):
 @pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16)])
 def test_every_method_edits(family, dtype, name, sphere, make):
     layers = {"rome": (2,), "ft": (3,)}.get(name, (1, 2, 3))
-    editor = make(
-        family, dtype, method=name, layers=layers, sphere=sphere, alpha=1.0, covariance_weight=10.0, ft_lr=0.01
-    )
+    own = {"ft": {"ft_lr": 0.01}} | {name: {"covariance_weight": 10.0} for name in LEAST_SQUARES}
+    editor = make(family, dtype, method=name, layers=layers, sphere=sphere, alpha=1.0, **own.get(name, {}))
     before = {layer: weight.clone() for layer, weight in editor.weights().items()}
     inside = {layer: plain.principal_projector(weight, 0.5) for layer, weight in before.items()}
     result = editor.edit(tiny.facts(2))

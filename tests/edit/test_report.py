@@ -15,6 +15,7 @@ import yaml
 
 from sphere_edit import files, runs
 from sphere_edit.config import EditConfig
+from sphere_edit.measures import correlations
 from sphere_edit.report import write_report
 
 HOSTILE = [
@@ -364,6 +365,128 @@ def test_odd_figures(tmp_path: Path) -> None:
     _, page = load(run)
     assert page.body("scores")[0][2] == "100.0 %"
     assert page.body("scores")[-1][2] == "inf"
+
+
+def measure(run: Path, covariance: bool = True, bound: bool = True) -> list[dict]:
+    """Add to a run what newer ones say of weights, cosines and scores on the way."""
+    events: list[dict[str, Any]] = []
+    for i, event in enumerate(runs.read_events(run)):
+        events.append(event)
+        if event["event"] == "energy":
+            event |= {"neurons": 10, "moved_mean": 0.01 * i, "moved_max": 0.02 * i, "weight_rank": 24 - event["batch"]}
+            event |= {"spectral_norm": 3.0 + 0.1 * i, "condition": None if event["batch"] == 3 else 7.5 + i}
+            if event["batch"]:
+                event |= {"step_squared": 0.5 + 0.1 * i} | ({"output_change": 0.02 + 0.001 * i} if covariance else {})
+                extra = {"energy_step": 1.5 - 0.1 * i, "lipschitz": 300.0 + i, "bound": 1e-4 / (i + 1)}
+                event |= extra if bound else {}
+        elif event["event"] == "spectrum":
+            size = 0.01 if event["when"] == "before" else 0.02
+            cosines = [[round(size * (b - a) * (-1) ** b, 4) for b in range(a + 1, 6)] for a in range(6)]
+            rest = {"neurons": list(range(6)), "cosines": cosines, "mean_abs": 0.02 + 0.0011 * i}
+            events.append({"event": "cosines", "when": event["when"], "layer": event["layer"], **rest})
+        elif event["event"] == "batch":
+            number = event["batch"]
+            means = [0.9 - 0.1 * k - 0.05 * number * (k + 1) - 0.3 * (k == 1 == number) for k in range(5)]
+            scores = {name: {"mean": m, "stderr": 0.1, "n": 3} for name, m in zip(NAMES, means, strict=False)}
+            parts = {"scores": scores, "first": {NAMES[0]: scores[NAMES[0]]}, "last": {}}
+            edits = {"batch": number, "edits": event["edits"]}
+            events.append({"event": "curve", **edits, **parts, "perplexity": 20.0 + number})
+    (run / runs.METRICS).write_text("".join(json.dumps(event) + "\n" for event in events))
+    return events
+
+
+def test_what_is_measured_is_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", edits=16, layers=(4, 6))
+    events = measure(run)
+    html, page = load(run)
+    assert page.tags["svg"] == 12 and "None" not in html and "nan" not in "".join(page.texts)
+    labels = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
+    for said in ("Scores over edits; at the end: efficacy success 70", "Efficacy over edits; at the end: first, succe"):
+        assert any(label.startswith(said) for label in labels)
+    assert any("perplexity 24" in label for label in labels)
+    for tag, name, value in page.attributes:
+        assert name.split(":")[-1] not in ("src", "href") or value.startswith("#"), (tag, value)
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) and "$" not in html.split("<svg", 1)[1].split("</svg>")[0]
+    weights, bounds = page.body("weights"), page.body("bounds")
+    assert [row[0] for row in weights] == [row[0] for row in bounds] == ["4", "6"]
+    for row, bounded in zip(weights, bounds, strict=True):
+        first, *batches = [e for e in events if e["event"] == "energy" and str(e["layer"]) == row[0]]
+        last, cosines = batches[-1], [e for e in events if e["event"] == "cosines" and str(e["layer"]) == row[0]]
+        wanted = [last["moved_mean"], last["moved_max"], 20, first["spectral_norm"], last["spectral_norm"]]
+        wanted += [first["condition"], last["condition"], *(e["mean_abs"] for e in cosines)]
+        assert [number(v) for v in row[1:]] == pytest.approx(wanted, abs=0.0051)
+        means = [
+            sum(abs(e[name]) for e in batches) / len(batches)
+            for name in ("energy_step", "lipschitz", "bound", "step_squared")
+        ]
+        wanted = [*means, min(e["step_squared"] / e["bound"] for e in batches), means[3] / 10]
+        wanted.append(sum(e["output_change"] for e in batches) / len(batches))
+        assert [number(v.removesuffix("×")) for v in bounded[1:]] == pytest.approx(wanted, rel=6e-3)
+    rows = page.body("correlations")
+    assert 0 < number(rows[1][2]) < 1
+    assert [row[0] for row in rows] == [name.replace("_", " ") for name in NAMES]
+    for row, found in zip(rows[:5], correlations(events), strict=False):
+        assert [number(v) for v in row[1:3]] == pytest.approx([found["rho"], found["p"]], abs=5e-3)
+        assert row[-1] == str(found["n"])
+    assert rows[-1] == ["specificity accuracy", *["–"] * 4, "0"]
+    assert any("A dash: fewer than 4 points." in " ".join(text.split()) for text in page.texts)
+
+
+def test_cosine_map_has_before_below_and_after_above(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", edits=4, layers=(4,))
+    measure(run)
+    (drawn,) = re.findall(r'<svg role="img" aria-label="Cosines of 6 neurons of layer 4.*?</svg>', load(run)[0], re.S)
+    found = {}
+    for colour, opacity, path in re.findall(r'fill="var\(--s(\d)\)" fill-opacity="([\d.]+)" d="([^"]+)"', drawn):
+        for x, y in re.findall(r"M(\d+) (\d+)h1v1h-1z", path):
+            found[int(x), int(y)] = float(opacity) if colour == "1" else -float(opacity)
+    largest, wanted = 0.02 * 5, {}
+    for a in range(6):
+        for b in range(a + 1, 6):
+            wanted[a, b] = round(0.01 * (b - a) * (-1) ** b / largest, 1)
+            wanted[b, a] = round(0.02 * (b - a) * (-1) ** b / largest, 1)
+    assert found == pytest.approx(wanted)
+
+
+def test_what_is_not_measured_is_left_out(tmp_path: Path, page: Page) -> None:
+    assert not {"weights", "bounds", "correlations"} & set(page.tables)
+    run = make_run(tmp_path / "run", edits=4, layers=(4,))
+    measure(run, covariance=False)
+    ((_, *_, change),) = load(run)[1].body("bounds")
+    assert change == "–" and any("this method has not" in text for text in load(run)[1].texts)
+    other = make_run(tmp_path / "other", edits=4, layers=(4,))
+    events = measure(other, bound=False)
+    for event in events:
+        if event["event"] == "curve":
+            event |= {"perplexity": 20.0, "first": {}, "last": {}}
+    (other / runs.METRICS).write_text("".join(json.dumps(e) + "\n" for e in events if e["event"] != "cosines"))
+    _, found = load(other)
+    assert "weights" in found.tables and "bounds" not in found.tables and found.tags["svg"] == 5 + 3
+    assert all(row[1:] == ["–"] * 4 + [row[-1]] for row in found.body("correlations"))
+    lines = (run / runs.METRICS).read_text().splitlines(keepends=True)
+    for count in range(1, len(lines), 9):
+        (run / runs.METRICS).write_text("".join(lines[:count]))
+        assert "has not finished" in load(run)[0]
+
+
+def test_requests_that_were_not_drawn_are_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", edits=60)
+    config = yaml.safe_load((run / runs.CONFIG).read_text())
+    (run / runs.CONFIG).write_text(yaml.safe_dump({**config, "score_sample": 4}))
+    wanted = [json.loads(line) for line in (run / runs.REQUESTS).read_text().splitlines()]
+    for i, request in enumerate(wanted):
+        request["id"] = f"id {i}"
+    (run / runs.REQUESTS).write_text("".join(json.dumps(request) + "\n" for request in wanted))
+    events = [e for e in runs.read_events(run) if e["event"] != "request"]
+    drawn = {3: 1.0, 17: 0.0, 55: 1.0, 59: 0.0}
+    for i, hit in drawn.items():
+        scores = {"efficacy_success": hit, "efficacy_accuracy": 1 - hit}
+        events.append({"event": "request", "id": f"id {i}", "before": {}, "after": scores})
+    (run / runs.METRICS).write_text("".join(json.dumps(event) + "\n" for event in events))
+    rows = load(run)[1].body("requests")
+    assert [row[0] for row in rows] == [f"The capital of Land {i} is" for i in drawn]
+    assert [row[4] for row in rows] == ["hit" if hit else "miss" for hit in drawn.values()]
 
 
 def test_same_folder_same_bytes(tmp_path: Path, run: Path) -> None:

@@ -234,6 +234,7 @@ def test_stopped_after_every_batch_and_gone_on_with(family, tokenizer, quick, tm
 _METHODS = {
     "memit": {"method": "memit", "covariance_weight": 10.0, "history": True},
     "rect": {"method": "rect", "covariance_weight": 10.0},
+    "rect-batch": {"method": "rect", "covariance_weight": 10.0, "project": "batch"},
     "prune": {"method": "prune", "covariance_weight": 1e-3, "value_clamp": 400.0, "value_lr": 50.0},  # it has to prune
     "rome": {"method": "rome", "layers": (2,)},
     "ft": {"method": "ft", "layers": (3, 4), "ft_steps": 3, "ft_lr": 1e-2},

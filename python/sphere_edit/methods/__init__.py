@@ -1,11 +1,12 @@
 """Editors: how the update of one weight follows from keys and residuals.
 
 A method is a class with `Method`'s functions; SPHERE's projection comes after any of them. To add one, write it in a
-file of its own and name it in `METHODS`.
+file of its own and name it in `METHODS`; or leave it where it is and name it as ``package.module:Class``.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -37,6 +38,25 @@ def make_method(config: EditConfig, covariances: Mapping[int, Tensor]) -> Method
 
 
 def method_class(config: EditConfig) -> type[Method]:
-    if config.method not in METHODS:
-        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {config.method!r}")
-    return METHODS[config.method]
+    """The class that ``config.method`` names.
+
+    A ``package.module:Class`` must have been imported: settings may be read from a file of someone else's, and a name
+    in a file runs no code here. The command imports what its user types as ``--method``, and what a settings file or
+    a run folder names by ``--trust-remote-code`` only.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    name = config.method
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        if module not in sys.modules:
+            raise ConfigError(f"method: {name}: expected {module} to be imported before, found it is not")
+        found = getattr(sys.modules[module], attribute, None)
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise ConfigError(f"method: {name}: expected a class made from sphere_edit.methods.Method, got {found!r}")
+        return found
+    if name not in METHODS:
+        known = ", ".join(METHODS)
+        raise ConfigError(f"method: expected one of {known}, got {name!r}; your own is named package.module:Class")
+    return METHODS[name]

@@ -16,11 +16,13 @@ class Method:
     """Solves for updates layer by layer and remembers what it has written, batch by batch.
 
     A method defines `solve`, and what else differs from the functions here, which do nothing. In a batch every layer is
-    solved for, reshaped, projected (SPHERE), restrained and written before the next one is solved for.
+    solved for, reshaped, projected (SPHERE), restrained and written before the next one is solved for; with ``project:
+    batch`` all are solved for first.
 
     Attributes:
         trains: updates come of training the weights (`sphere_edit.tuning`), and not of `solve`: the method gets no
             covariances.
+        projects: SPHERE's projection is not of the updates; the method does its own in `finish`.
 
     Args:
         config: all settings.
@@ -28,6 +30,7 @@ class Method:
     """
 
     trains = False
+    projects = False
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
         pass
@@ -43,6 +46,10 @@ class Method:
     def restrain(self, layer: int, update: Update, weight: Tensor, original: Tensor) -> Update:
         """The projected update, as it shall be added to ``weight``, which was ``original`` before all edits."""
         return update
+
+    def finish(self, layer: int, weight: Tensor, original: Tensor) -> Tensor:
+        """The weight ``[n, d]`` to evaluate and save where the loop's is ``weight`` and was ``original`` at first."""
+        return weight
 
     def remember(self, layer: int, keys: Tensor) -> None:
         """As `solve`, for a batch whose update is known."""

@@ -10,36 +10,58 @@ from torch import Tensor
 from sphere_edit.config import EditConfig
 from sphere_edit.methods.base import Update
 from sphere_edit.methods.memit import Memit
-from sphere_kernels import LowRankUpdate
+from sphere_kernels import LowRankUpdate, principal_directions, sparse_projection
 
 
 class Prune(Memit):
     """MEMIT; of the sum of all updates, singular values ``s`` above ``m``, the largest of the weight before, are
     written as ``min(s, m + log(s / m))``.
 
-    The sum is not stored: it follows from the weight, since that function has an inverse. Published code writes its
-    updates whole, and this to copies of the weight when it evaluates; here later batches are solved for the weight that
-    is used. Below ``m = 1`` the published ``m + log(s / m)`` would enlarge what is little above m.
+    The sum is not stored: it follows from the weight, since that function has an inverse. Later batches are solved for
+    the weight that is used. Below ``m = 1`` the published ``m + log(s / m)`` would enlarge what is little above m.
+
+    With ``prune_in: copies``, as published, updates are written whole, and that is what `finish` does; SPHERE then
+    projects the restrained sum, out of the directions of the weight before.
 
     Source: Ma et al., Perturbation-Restrained Sequential Model Editing (ICLR 2025).
     """
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
         super().__init__(config, covariances)
-        self._limit: dict[int, Tensor] = {}
+        self._limits: dict[int, Tensor] = {}
+        self.projects = config.prune_in == "copies"
+        self._energy_ratio, self._alpha = config.energy_ratio, config.alpha if config.sphere else 0.0
 
     def restrain(self, layer: int, update: Update, weight: Tensor, original: Tensor) -> Update:
+        if self.projects:
+            return update
         assert isinstance(update, LowRankUpdate)
-        if layer not in self._limit:
-            self._limit[layer] = torch.linalg.matrix_norm(original.double(), 2)
-        limit = self._limit[layer]
-        total = weight.double() - original.double()
+        limit, total = self._limit(layer, original), weight.double() - original.double()
         whole = _changed(total, limit, lambda s: torch.maximum(s, limit * (s - limit).exp()))
         for part in (whole, update):
             total.addmm_(part.left.double(), part.right.double())
-        held = _changed(total, limit, lambda s: torch.minimum(s, limit + (s / limit).log()))
-        parts = (update, whole, held)
+        parts = (update, whole, _held(total, limit))
         return LowRankUpdate(torch.cat([p.left for p in parts], 1), torch.cat([p.right for p in parts]))
+
+    def finish(self, layer: int, weight: Tensor, original: Tensor) -> Tensor:
+        total = weight.double() - original.double()
+        if not self.projects or not total.any():
+            return weight
+        held = _held(total, self._limit(layer, original))
+        total.addmm_(held.left.double(), held.right.double())
+        if self._alpha:
+            total = sparse_projection(total, principal_directions(original, self._energy_ratio), self._alpha)
+        return total.add_(original)
+
+    def _limit(self, layer: int, original: Tensor) -> Tensor:
+        if layer not in self._limits:
+            self._limits[layer] = torch.linalg.matrix_norm(original.double(), 2)
+        return self._limits[layer]
+
+
+def _held(total: Tensor, limit: Tensor) -> LowRankUpdate:
+    """What to add to the sum of updates to restrain it."""
+    return _changed(total, limit, lambda s: torch.minimum(s, limit + (s / limit).log()))
 
 
 def _changed(matrix: Tensor, limit: Tensor, change: Callable[[Tensor], Tensor]) -> LowRankUpdate:

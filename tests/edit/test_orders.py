@@ -1,0 +1,553 @@
+"""The published orders as options against loops written densely in fp64; and methods of one's own by the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+
+import plain
+import pytest
+import tiny
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from sphere_edit import procedure, runs
+from sphere_edit.cli import app
+from sphere_edit.config import ConfigError, EditConfig, foreign, preset
+from sphere_edit.covariance import key_covariances
+from sphere_edit.deltas import switch
+from sphere_edit.editor import SphereEditor
+from sphere_edit.engine import Engine
+from sphere_edit.looks import look
+from sphere_edit.methods import METHODS, method_class
+from sphere_edit.options import import_method, settings
+from sphere_edit.procedure import RunOptions, resume, rollback
+from sphere_edit.requests import EditRequest
+from sphere_edit.structure import find_structure
+from sphere_edit.values import optimise_values
+
+_PRUNING = {"method": "prune", "covariance_weight": 1e-3, "value_clamp": 400.0, "value_lr": 50.0}
+_COPIES = {**_PRUNING, "prune_in": "copies"}
+_ORDERS = {
+    "alphaedit": {},
+    "ridge": {"null_space": False},
+    "memit": {"method": "memit", "covariance_weight": 10.0},
+    "memit-history": {"method": "memit", "covariance_weight": 10.0, "history": True},
+    "rect": {"method": "rect", "covariance_weight": 10.0},
+    "prune": _PRUNING,
+    "rome": {"method": "rome"},
+}
+
+
+@pytest.fixture
+def make(tokenizer, config, tmp_path):
+    def build(family="llama", dtype=torch.float32, **changes):
+        model = tiny.make_model(family, 0, dtype)
+        return SphereEditor(model, tokenizer, config.replace(**changes), cache=tmp_path / "covariance")
+
+    return build
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The covariances, and by batch the values that are optimised for."""
+    found = {"targets": []}
+
+    def keep(*args):
+        made = optimise_values(*args)
+        found["targets"].append(made.target)
+        return made
+
+    monkeypatch.setattr(
+        "sphere_edit.editor.key_covariances", lambda *a: found.setdefault("covariances", key_covariances(*a))
+    )
+    monkeypatch.setattr("sphere_edit.editor.optimise_values", keep)
+    return found
+
+
+def _restrained(total, original):
+    """Singular values above the largest of the weight before, held down."""
+    limit = torch.linalg.matrix_norm(original, 2)
+    left, values, right = torch.linalg.svd(total, full_matrices=False)
+    return (
+        left
+        @ torch.diag(torch.where(values > limit, torch.minimum(values, limit + (values / limit).log()), values))
+        @ right
+    )
+
+
+def _solved(config, covariance, history, k, r):
+    """``Δ [n, d]`` for keys ``k [d, b]`` and residuals ``r [n, b]``, all fp64."""
+    if config.method == "alphaedit":
+        eye = torch.eye(len(k), dtype=k.dtype)
+        values, vectors = torch.linalg.eigh(covariance)
+        small = vectors[:, values < config.null_space_threshold]
+        projector = small @ small.T if config.null_space else eye
+        return torch.linalg.solve(projector @ (k @ k.T + history) + config.ridge * eye, projector @ k @ r.T).T
+    if config.method == "rome":
+        u = torch.linalg.solve(covariance, k)
+        return r @ torch.linalg.pinv(k.T @ u) @ u.T
+    kept = history if config.history else 0
+    return torch.linalg.solve(config.covariance_weight * covariance + kept + k @ k.T, k @ r.T).T
+
+
+def _as_published(editor, seen, facts):
+    """Weights after the batches of ``facts``: every layer solved for over the whole updates of those below."""
+    config, layers = editor.config, editor.config.layers
+    model = tiny.make_model("llama")
+    down = find_structure(model).down
+    first = {layer: down[layer].weight.double() for layer in layers}
+    weights = dict(first)
+    history = {layer: torch.zeros_like(seen["covariances"][layer]) for layer in layers}
+    for i, target in enumerate(seen["targets"]):
+        batch, keys, solved = facts[i * config.batch_size : (i + 1) * config.batch_size], {}, {}
+        for at, layer in enumerate(layers):
+            k, values = plain.keys_and_values(
+                model, editor.tokenizer, find_structure(model), batch, editor._contexts, layer, layers[-1]
+            )
+            keys[layer] = k.double().T
+            residuals = (target - values).double().T / (len(layers) - at)
+            covariance = seen["covariances"][layer]
+            solved[layer] = _solved(config, covariance, history[layer], keys[layer], residuals)
+            down[layer].weight.copy_(weights[layer] + solved[layer])
+        for layer in layers:
+            history[layer] += keys[layer] @ keys[layer].T
+            delta = solved[layer]
+            if config.method == "rect":
+                change = (delta / weights[layer]).abs()
+                least = change.flatten().topk(round(config.rect_share * change.numel())).values[-1]
+                delta = delta.where(change >= least, torch.zeros_like(delta))
+            if config.sphere:
+                delta = delta - config.alpha * delta @ plain.principal_projector(weights[layer], config.energy_ratio)
+            weights[layer] = weights[layer] + delta
+            if config.method == "prune":
+                assert i == 0  # the sum of the whole updates is this one
+                weights[layer] = first[layer] + _restrained(delta, first[layer])
+            down[layer].weight.copy_(weights[layer])
+    return weights
+
+
+@pytest.mark.parametrize("sphere", (True, False), ids=("sphere", "alone"))
+@pytest.mark.parametrize("changes", _ORDERS.values(), ids=_ORDERS)
+def test_projected_after_all_layers(changes, sphere, make, seen):
+    facts = tiny.facts(2 if changes.get("method") == "prune" else 6)
+    editor = make(project="batch", sphere=sphere, alpha=0.8, **changes)
+    editor.edit(facts)
+    other = make(sphere=sphere, alpha=0.8, **changes)
+    want, before = _as_published(editor, seen, facts), editor.original_weights()
+    other.edit(facts)
+    for layer, weight in editor.weights().items():
+        moved = (want[layer] - before[layer].double()).norm()
+        assert moved > 1e-3
+        assert (weight.double() - want[layer]).norm() < 2e-3 * moved
+    # The first layer's own solve is the same in both; the next sees what the first one's projection took away.
+    apart = (editor.weights()[2] - other.weights()[2]).norm() / (other.weights()[2] - before[2]).norm()
+    reshaped = sphere or changes.get("method") in ("rect", "prune")
+    assert apart > 1e-2 if reshaped else apart < 1e-4
+
+
+@pytest.mark.parametrize("error", (FloatingPointError, KeyboardInterrupt))
+@pytest.mark.parametrize("place", ("solve", "write"))
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16)])
+def test_a_batch_cut_short_leaves_no_trial_behind(family, dtype, place, error, make, monkeypatch):
+    editor, undisturbed = make(family, dtype, project="batch"), make(family, dtype, project="batch")
+    facts = tiny.facts(4)
+    editor.edit(facts[:2])
+    before, real = tiny.state(editor.model), getattr(Engine, place)
+
+    def cut(self, layer, *args):
+        if layer == 3:
+            raise error
+        return real(self, layer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, place, cut)
+        with pytest.raises(error):
+            editor.edit(facts[2:])
+    assert tiny.same(editor.model, before)
+    torch.manual_seed(0)
+    editor.edit(facts[2:])
+    undisturbed.edit(facts[:2])
+    torch.manual_seed(0)
+    undisturbed.edit(facts[2:])
+    assert tiny.same(editor.model, tiny.state(undisturbed.model))
+
+
+@pytest.mark.parametrize("sphere", (True, False), ids=("sphere", "alone"))
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", torch.float32), ("gpt2", torch.float32), ("llama", torch.bfloat16)]
+)
+def test_prune_in_copies(family, dtype, sphere, make):
+    """The loop is MEMIT's without SPHERE; what is handed over is the sum of it, restrained and then projected."""
+    editor = make(family, dtype, sphere=sphere, alpha=0.8, **_COPIES)
+    twin = make(family, dtype, **{**_PRUNING, "method": "memit"}, sphere=False)
+    facts, first = tiny.facts(6), editor.original_weights()
+    with editor.finished():
+        assert all(torch.equal(weight, first[layer]) for layer, weight in editor.weights().items())
+    for upto in (4, 6):
+        for each in (editor, twin):
+            each.edit(facts[each.edits : upto])
+        assert tiny.same(editor.model, tiny.state(twin.model))
+        loop = tiny.state(editor.model)
+        masters = {layer: state.master.double() for layer, state in editor._engine.states.items()}
+        with editor.finished():
+            for layer, weight in editor.weights().items():
+                original = first[layer].double()
+                total = _restrained(masters[layer] - original, original)
+                assert (total - (masters[layer] - original)).norm() > 0.1 * total.norm()  # it restrains
+                if sphere:
+                    total = total - 0.8 * total @ plain.principal_projector(original, 0.5)
+                close = 1e-5 if dtype == torch.float32 else 1e-2
+                assert (weight.double() - original - total).norm() < close * total.norm()
+            copies = tiny.state(editor.model)
+            for call in (lambda: editor.edit(facts[:2]), editor.state_dict, lambda: editor.check(facts)):
+                with pytest.raises(
+                    ValueError, match=r"handed over; expected a call after finished\(\), or after revert"
+                ):
+                    call()
+            with editor.finished():  # within itself it changes nothing
+                editor.hand_over()
+                assert tiny.same(editor.model, copies)
+            assert tiny.same(editor.model, copies)
+        assert tiny.same(editor.model, loop)
+    editor.hand_over()
+    assert tiny.same(editor.model, copies)
+    editor.revert()
+    assert all(torch.equal(weight, first[layer]) for layer, weight in editor.weights().items())
+    editor.edit(facts[:2])
+
+
+def test_what_goes_wrong_with_copies_is_taken_back(make):
+    editor = make(**_COPIES)
+    editor.edit(tiny.facts(2))
+    loop = tiny.state(editor.model)
+    with pytest.raises(KeyboardInterrupt), editor.finished():
+        assert not tiny.same(editor.model, loop)
+        raise KeyboardInterrupt
+    assert tiny.same(editor.model, loop)
+    state = {name: value.clone() for name, value in editor.state_dict().items()}
+    editor.hand_over()
+    editor.load_state_dict(state)
+    assert tiny.same(editor.model, loop)
+    editor.edit(tiny.facts(4)[2:])
+
+
+def test_other_methods_hand_their_weights_over_as_they_are(make):
+    editor = make()
+    editor.edit(tiny.facts(2))
+    before = tiny.state(editor.model)
+    editor.hand_over()
+    assert tiny.same(editor.model, before)
+    with pytest.raises(ValueError, match="handed over"):
+        editor.edit(tiny.facts(4)[2:])
+
+
+def test_a_look_is_at_the_copies(make, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Nobody saw the river in the night. " * 12)
+    editor, facts = make(**_COPIES), tiny.facts(4)
+    editor.edit(facts)
+    seen = look(editor, facts, "after", str(text), 100, lambda *_: None)
+    editor.hand_over()
+    copies = SphereEditor(editor.model, editor.tokenizer, editor.config)
+    assert seen == look(copies, facts, "after", str(text), 100, lambda *_: None)
+    editor.revert()
+    assert seen != look(editor, facts, "after", str(text), 100, lambda *_: None)
+
+
+def _facts(count):
+    words = ("Rome", "Peru", "Welsh", "north")
+    return [
+        EditRequest("The town of {} is", f"Place {i}", words[i % 4], words[(i + 1) % 4], id=str(i))
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def edited(tokenizer, config, tmp_path, monkeypatch):
+    """A run of so many facts with PRUNE in copies, interrupted after batch ``stop``: the model, and the folder."""
+    monkeypatch.setattr(procedure, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
+    text = tmp_path / "text.txt"
+    text.write_text("Nobody saw the river in the night. " * 12)
+
+    def build(name, count=10, stop=None):
+        def interrupt(event):
+            if event["event"] == "batch" and event["batch"] == stop:
+                raise KeyboardInterrupt
+
+        model, out = tiny.make_model("llama"), tmp_path / name
+        options = RunOptions(
+            *("tiny", "facts", out, str(text)),
+            perplexity_tokens=100,
+            checkpoint_every=2,
+            curve_every=2,
+            save_model=True,
+        )
+        try:
+            procedure.run(model, tokenizer, _facts(count), config.replace(contexts=1, **_COPIES), options, interrupt)
+        except KeyboardInterrupt:
+            assert stop is not None
+        return model, out
+
+    return build
+
+
+def _events(run):
+    return [{k: v for k, v in event.items() if k != "seconds"} for event in runs.read_events(run)]
+
+
+def test_a_run_in_copies_writes_the_copies(edited, tokenizer, make):
+    model, run = edited("run")
+    found = tiny.make_model("llama")
+    switch(run, find_structure(found), "after")
+    assert tiny.same(found, tiny.state(model))
+    saved = type(model).from_pretrained(run / runs.MODEL)
+    assert tiny.same(saved, tiny.state(model))
+    editor = SphereEditor(tiny.make_model("llama"), tokenizer, EditConfig.from_run(runs.read_config(run)["settings"]))
+    editor.edit(_facts(10))
+    assert not tiny.same(editor.model, tiny.state(model))
+    editor.hand_over()
+    assert tiny.same(editor.model, tiny.state(model))
+
+
+@pytest.mark.parametrize("stop", (1, 2, 3, 5))
+def test_a_run_in_copies_goes_on_to_the_same_bits(stop, edited, tokenizer):
+    """And rolled back it is as a shorter run was, on the disk and in the model."""
+    whole, expected = edited("whole")
+    _, run = edited("run", stop=stop)
+    for _ in range(2):  # the second time it is finished
+        model = tiny.make_model("llama")
+        resume(model, tokenizer, run)
+        assert tiny.same(model, tiny.state(whole))
+    assert (run / runs.DELTAS).read_bytes() == (expected / runs.DELTAS).read_bytes()
+    assert _events(run) == _events(expected)
+    shorter, _ = edited("shorter", 2 * stop)
+    for _ in range(2):
+        model = tiny.make_model("llama")
+        rollback(model, tokenizer, run, stop)
+        assert tiny.same(model, tiny.state(shorter))
+    model = tiny.make_model("llama")
+    resume(model, tokenizer, run)
+    assert tiny.same(model, tiny.state(whole))
+
+
+_ELSEWHERE = [
+    ("rome", "history", True, "memit, rect, prune"),
+    ("alphaedit", "covariance_weight", 3.0, "memit, rect, prune"),
+    ("memit", "ridge", 3.0, "alphaedit"),
+    ("memit", "null_space", False, "alphaedit"),
+    ("rect", "prune_in", "copies", "prune"),
+    ("prune", "rect_share", 0.2, "rect"),
+    ("rome", "ft_lr", 0.1, "ft"),
+    ("ft", "project", "batch", "alphaedit, memit, rect, prune, rome"),
+    ("ft", "value_lr", 0.1, "alphaedit, memit, rect, prune, rome"),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "value", "users"), _ELSEWHERE, ids=lambda value: str(value))
+def test_settings_of_another_method_are_refused(method, name, value, users):
+    message = rf"^{name}: {method} has no use for it, only {users}; expected .* \(the default\), got {value!r}"
+    for call in (
+        lambda: EditConfig(method=method, **{name: value}),
+        lambda: EditConfig(method=method).replace(**{name: value}),
+        lambda: EditConfig().replace(method=method, **{name: value}),
+        lambda: settings("auto", None, [f"{name}={json.dumps(value)}"], {"method": method}),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
+    user = EditConfig(method=users.split(", ")[0], **{name: value})
+    assert getattr(user, name) == value
+    default = getattr(EditConfig(), name)
+    assert getattr(user.replace(method=method), name) == default  # what it has no use for is not carried over
+    assert getattr(EditConfig(method=method, **{name: default}), name) == default
+    assert getattr(EditConfig(method="mine.own:Method", **{name: value}), name) == value
+
+
+def test_copies_of_a_loop_that_projects():
+    with pytest.raises(ConfigError, match="project: expected 'layer' where prune_in is 'copies'"):
+        EditConfig(method="prune", prune_in="copies", project="batch")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ("auto", "llama3-8b", "gpt2-xl", "smollm2-135m"))
+def test_every_preset_fits_every_method(name, method):
+    found = preset(name, method)
+    assert found == EditConfig.from_dict(found.to_dict())
+    assert set(foreign(method)) < {field.name for field in dataclasses.fields(found)}
+
+
+def test_the_settings_of_an_earlier_run_are_read(tmp_path):
+    """From before `project` and `prune_in`, and before what a method does not use was refused."""
+    earlier = EditConfig(method="memit", history=True, alpha=0.3).to_dict() | {"ridge": 3.0, "ft_steps": 2}
+    del earlier["project"], earlier["prune_in"]
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"model": "tiny", "settings": earlier}))
+    assert EditConfig.from_run(earlier) == EditConfig(method="memit", history=True, alpha=0.3)
+    assert settings("auto", file, [], {}) == EditConfig(method="memit", history=True, alpha=0.3)
+    other = settings("auto", file, [], {"method": "alphaedit"})
+    assert other == EditConfig(alpha=0.3, ridge=3.0)
+    with pytest.raises(ConfigError, match="ridge: memit has no use for it"):
+        settings("auto", file, ["ridge=3"], {})
+    file.write_text(yaml.safe_dump(earlier))  # as one writes it oneself
+    with pytest.raises(ConfigError, match="memit has no use for it"):
+        settings("auto", file, [], {})
+
+
+_OWN = """
+from pathlib import Path
+
+import torch
+from sphere_edit.methods import Method
+from sphere_kernels import LowRankUpdate
+
+Path(__file__).with_name("ran").touch()
+NUMBER = 1
+
+
+class Ridge(Method):
+    def solve(self, layer, keys, residuals):
+        system = keys @ keys.T + torch.eye(len(keys))
+        return LowRankUpdate(residuals.T.contiguous(), torch.linalg.solve(system, keys))
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch, tokenizer):
+    """The folder one works in, with ``mine/own.py``, a model and facts; nothing of it has been imported."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own.py").write_text(_OWN)
+    tiny.make_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    runs.write_jsonl(tmp_path / "facts.jsonl", [{k: v for k, v in vars(r).items() if v} for r in _facts(8)])
+    (tmp_path / "text.txt").write_text("Nobody saw the river in the night. " * 12)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(procedure, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
+    _forget()
+    yield tmp_path
+    _forget()
+
+
+def _forget():
+    """As a new process begins."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        del sys.modules[name]
+
+
+def _call(*args):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    _forget()
+    return result
+
+
+def _error(result):
+    assert result.exit_code == 2, result.output + repr(result.exception)
+    return " ".join(result.stderr[result.stderr.index("error: ") :].split())
+
+
+_RUN = [
+    *("run", "--model", "model", "--data", "facts.jsonl", "--set", "layers=[1,2]", "--batch-size", 2),
+    *("--set", "value_steps=3", "--set", "contexts=1", "--set", "context_length=4", "--set", "covariance_tokens=600"),
+    *("--perplexity-text", "text.txt", "--checkpoint-every", 2),
+]
+
+
+@pytest.fixture
+def stopped(own, monkeypatch):
+    """A run by the command with one's own method, stopped after three batches."""
+    real = runs.write_batch
+
+    def write(journal, batch):
+        if batch.number == 4:
+            raise KeyboardInterrupt
+        real(journal, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_batch", write)
+        result = _call(*_RUN, "--out", "run", "--method", "mine.own:Ridge")
+    assert result.exit_code == 130, result.output
+    (own / "ran").unlink(missing_ok=True)
+    (own / "mine" / "ran").unlink()
+    return own / "run"
+
+
+def test_the_command_runs_and_resumes_ones_own_method(stopped, own):
+    assert runs.read_config(stopped)["settings"]["method"] == "mine.own:Ridge"
+    result = _call(*_RUN, "--out", "whole", "--method", "mine.own:Ridge")
+    assert result.exit_code == 0, result.output
+    shutil.copytree(stopped, own / "other")
+    for folder, how in ((stopped, ("--method", "mine.own:Ridge")), (own / "other", ("--trust-remote-code",))):
+        result = _call("run", "--resume", folder, *how)
+        assert result.exit_code == 0, result.output
+        assert (folder / runs.DELTAS).read_bytes() == (own / "whole" / runs.DELTAS).read_bytes()
+    result = _call("rollback", stopped, "--to-batch", 2, "--trust-remote-code")
+    assert result.exit_code == 0, result.output
+
+
+def test_code_that_only_a_file_names_is_not_run(stopped, own):
+    file = own / "given.yaml"
+    file.write_text("method: mine.own:Ridge\n")
+    for args in (
+        ("run", "--resume", stopped),
+        ("rollback", stopped, "--to-batch", 2),
+        (*_RUN, "--out", "new", "--config", file),
+        (*_RUN, "--out", "new", "--config", stopped / runs.CONFIG),
+    ):
+        message = _error(_call(*args))
+        assert "mine.own:Ridge is code that a file names; if you trust it, give --method mine.own:Ridge or" in message
+        assert not (own / "mine" / "ran").exists() and not (own / "new").exists()
+    with pytest.raises(ConfigError, match="mine.own:Ridge: expected mine.own to be imported before, found it is not"):
+        resume(tiny.make_model("llama"), None, stopped)
+    assert not (own / "mine" / "ran").exists()
+    result = _call(*_RUN, "--out", "new", "--config", file, "--trust-remote-code")
+    assert result.exit_code == 0, result.output
+    assert (own / "mine" / "ran").exists()
+
+
+def test_a_run_does_not_go_on_with_other_code(stopped, own):
+    path = own / "mine" / "own.py"
+    path.write_text(_OWN.replace("NUMBER = 1", "NUMBER = 2"))
+    message = _error(_call("run", "--resume", stopped, "--trust-remote-code"))
+    assert "the method is not as it was when" in message
+    path.write_text(_OWN)
+    assert _call("run", "--resume", stopped, "--trust-remote-code").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "mine.others:Ridge",
+            r"mine.others:Ridge cannot be imported \(ModuleNotFoundError: .*mine.others.*\); expected",
+        ),
+        (":Ridge", "cannot be imported .* expected package.module:Class"),
+        ("mine.own:Bridge", "mine.own:Bridge: expected a class made from sphere_edit.methods.Method, got None"),
+        ("mine.own:NUMBER", "expected a class made from sphere_edit.methods.Method, got 1"),
+        ("mine.own:Path", "expected a class made from sphere_edit.methods.Method, got <class"),
+        ("os:getcwd", "expected a class made from sphere_edit.methods.Method, got <built-in"),
+        (
+            "mine.own.Ridge",
+            "expected one of alphaedit, .*, got 'mine.own.Ridge'; your own is named package.module:Class",
+        ),
+    ],
+)
+def test_names_that_lead_to_no_method(name, message, own):
+    with pytest.raises(ConfigError, match=message):
+        settings("auto", None, [], {"method": name})
+    with (
+        pytest.raises(ConfigError, match=f"{name} is code that a file names")
+        if ":" in name
+        else pytest.raises(ConfigError)
+    ):
+        import_method(name, False)
+        method_class(EditConfig(method=name))
+
+
+def test_code_that_fails_while_it_is_imported(own):
+    (own / "mine" / "own.py").write_text("1 / 0")
+    with pytest.raises(ConfigError, match=r"mine.own:Ridge cannot be imported \(ZeroDivisionError: division by zero\)"):
+        settings("auto", None, [], {"method": "mine.own:Ridge"})
