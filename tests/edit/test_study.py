@@ -1,0 +1,198 @@
+"""Studies: what is made, what goes on after a stop, and what the tables and plots are made of."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+import tiny
+import yaml
+
+from sphere_edit import procedure, runs, study
+from sphere_edit.config import ConfigError
+from sphere_edit.journal import locked
+from sphere_edit.metrics import SCORES, evaluate
+from sphere_edit.records import Event
+from sphere_edit.requests import EditRequest
+from sphere_edit.study import Study, collect, go, slug, tables, write_results
+
+_SETTINGS = {
+    **{"layers": [1, 2], "batch_size": 2, "value_steps": 2, "contexts": 0, "covariance_tokens": 600},
+    **{"null_space_threshold": 0.3, "ridge": 0.1},
+}
+
+
+@pytest.fixture
+def facts():
+    """Nine facts, among them all of `tiny.facts`."""
+    more = [EditRequest("The capital of {} is", f"Land {i}", "Rome", "Paris", id=f"land {i}") for i in range(3)]
+    return tiny.facts(6) + more
+
+
+@pytest.fixture
+def write(tmp_path, tokenizer, facts, monkeypatch):
+    """A study's file, its model and data beside it; fields that are given replace those."""
+    tiny.make_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    runs.write_jsonl(tmp_path / "facts.jsonl", [vars(fact) for fact in facts])
+    monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.setattr(procedure, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
+
+    def make(**given):
+        fields = {
+            "title": "tiny",
+            "model": "$HERE/model",
+            "data": "$HERE/facts.jsonl",
+            "curve_every": 2,
+            "curve_sample": 3,
+            "checkpoint_every": 2,
+            "settings": _SETTINGS,
+            "runs": {"AlphaEdit": {"sphere": False}, "AlphaEdit + SPHERE": {}, "FT": {"method": "ft", "ft_steps": 2}},
+        }
+        fields = {name: value for name, value in {**fields, **given}.items() if value is not None}
+        path = tmp_path / "small.yaml"
+        path.write_text(yaml.safe_dump(fields))
+        return path
+
+    return make
+
+
+def _plain(found: dict) -> dict:
+    """Without times."""
+    return json.loads(
+        json.dumps({name: {k: v for k, v in run.items() if k != "seconds"} for name, run in found["runs"].items()})
+    )
+
+
+def test_runs_are_made_once_and_compared(write, tmp_path):
+    one = Study.read(write())
+    said: list[str] = []
+    go(one, tmp_path / "runs", say=said.append)
+    go(one, tmp_path / "runs", say=said.append)
+    assert said == [f"{name}: {what}" for what in ("begins", "finished") for name in one.runs]
+    assert not (tmp_path / "runs" / "ft" / "batches").exists()
+    path = write_results(one, tmp_path / "runs", tmp_path / "results")
+    found = json.loads(path.read_text())
+    assert list(found["runs"]) == list(one.runs) and found["study"]["title"] == "tiny"
+    for name, run in found["runs"].items():
+        events = runs.read_events(tmp_path / "runs" / slug(name))
+        (last,) = (e for e in events if e["event"] == "evaluation" and e["when"] == "after")
+        assert run["after"]["scores"] == last["scores"] and run["edits"] == 9
+        sums = {n: sum(e["energy"] for e in events if e["event"] == "energy" and e["batch"] == n) for n in (0, 2, 4, 5)}
+        assert [(c["edits"], c["energy"]) for c in run["curve"]] == [(4, sums[2]), (8, sums[4])]
+        assert (run["energy"]["before"], run["energy"]["after"]) == (sums[0], sums[5])
+    written = path.with_suffix(".md").read_text().splitlines()
+    assert len(written) == 3 + len(one.runs) and written == tables(found).splitlines()
+    accuracy = found["runs"]["AlphaEdit"]["after"]["scores"]["efficacy_accuracy"]["mean"]
+    assert f" {100 * accuracy:.1f} ± " in written[3]
+    drawn = ET.parse(path.with_suffix(".svg"))
+    assert {"AlphaEdit", "AlphaEdit + SPHERE", "FT"} <= {element.text for element in drawn.iter()}
+
+
+def test_settings_of_all_runs_spare_methods_without_a_use_for_them(write):
+    one = Study.read(write())
+    assert one.config("FT").layers == (1, 2) and one.config("FT").ridge == 10.0
+    assert one.config("AlphaEdit").ridge == 0.1 and not one.config("AlphaEdit").sphere
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_stopped_study_goes_on(batch, write, tmp_path):
+    one = Study.read(write(runs={"AlphaEdit": {}}))
+    go(one, tmp_path / "whole", say=lambda text: None)
+
+    def stop(what, done, total):
+        if what == "batches" and done == batch:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(one, tmp_path / "torn", say=lambda text: None, on_progress=stop)
+    said: list[str] = []
+    go(one, tmp_path / "torn", say=said.append)
+    assert said == ["AlphaEdit: going on"]
+    whole, torn = (_plain(collect(one, tmp_path / name)) for name in ("whole", "torn"))
+    assert whole == torn and len(whole["AlphaEdit"]["curve"]) == 2
+
+
+def test_what_another_process_is_at_work_on_is_passed_over(write, tmp_path):
+    one = Study.read(write())
+    (tmp_path / "runs" / "alphaedit").mkdir(parents=True)
+    said: list[str] = []
+    with locked(tmp_path / "runs" / "alphaedit"):
+        go(one, tmp_path / "runs", only=["AlphaEdit", "FT"], say=said.append)
+    assert "AlphaEdit: passed over" in said[1] and "in use by process" in said[1]
+    assert list(collect(one, tmp_path / "runs")["runs"]) == ["FT"]
+
+
+def test_the_model_is_made_where_it_is_missing(write, tmp_path, monkeypatch):
+    code = "import pathlib, shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2])\n"
+    (tmp_path / "making_a_model.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    make = ["making_a_model", "$HERE/model", "$HERE/made"]
+    one = Study.read(write(model="$HERE/made", make_model=make, runs={"AlphaEdit": {}}))
+    go(one, tmp_path / "runs", say=lambda text: None)
+    assert (tmp_path / "made" / "config.json").exists() and study.finished(tmp_path / "runs" / "alphaedit")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"runs": None}, "field 'runs' is missing"),
+        ({"runs": {}}, "runs is empty"),
+        ({"runs": ["AlphaEdit"]}, "runs must be a dict"),
+        ({"runs": {"A": 3}}, "run 'A' must be settings, got 3"),
+        ({"runs": {"A": {"alpha": 2}}}, "run 'A': alpha: expected a number from 0 to 1, got 2"),
+        ({"runs": {"A": {"method": "none"}}}, "run 'A': method: expected one of"),
+        ({"runs": {"A b": {}, "a B": {}}}, "the same folder name"),
+        ({"colour": "red"}, "unknown field 'colour'; known fields are title"),
+        ({"threads": "two"}, "threads must be a int, got 'two'"),
+        ({"preset": "none"}, "preset 'none' is not known"),
+    ],
+)
+def test_bad_files(given, message, write):
+    with pytest.raises(ConfigError, match=message):
+        Study.read(write(**given))
+
+
+def test_unknown_run(write, tmp_path):
+    with pytest.raises(ConfigError, match="run 'B' is not in the study; expected of AlphaEdit, "):
+        go(Study.read(write()), tmp_path / "runs", only=["B"])
+    assert not (tmp_path / "runs").exists()
+
+
+def _curves(run) -> list[Event]:
+    return [event for event in runs.read_events(run) if event["event"] == "curve"]
+
+
+def test_curves_are_of_the_model_on_the_way(write, tmp_path, facts, tokenizer):
+    """Those after four and eight edits, against evaluating a model that got these edits only."""
+    one = Study.read(write(runs={"AlphaEdit": {}}, curve_sample=100))
+    go(one, tmp_path / "runs", say=lambda text: None)
+    seen = _curves(tmp_path / "runs" / "alphaedit")
+    assert [event["edits"] for event in seen] == [4, 8]
+    for event in seen:
+        model, done = tiny.make_model("llama"), facts[: event["edits"]]
+        options = procedure.RunOptions("tiny", "facts", tmp_path / f"to {event['edits']}", perplexity_tokens=100)
+        procedure.run(model, tokenizer, done, one.config("AlphaEdit"), options)
+        assert event["scores"] == event["first"] == evaluate(model, tokenizer, done).to_dict()
+        assert event["last"] == evaluate(model, tokenizer, done[-2:]).to_dict()
+        assert set(event["scores"]) == set(SCORES) and event["perplexity"] > 1
+
+
+def test_samples_are_no_larger_than_asked(write, tmp_path):
+    one = Study.read(write(runs={"AlphaEdit": {}}, score_sample=4))
+    go(one, tmp_path / "runs", say=lambda text: None)
+    events = runs.read_events(tmp_path / "runs" / "alphaedit")
+    ends = [e["scores"]["efficacy_accuracy"]["n"] for e in events if e["event"] == "evaluation"]
+    scored = [e["id"] for e in events if e["event"] == "request"]
+    assert ends == [4, 4] and len(scored) == 4 and len(set(scored)) == 4
+    for event in _curves(tmp_path / "runs" / "alphaedit"):
+        assert [event[group]["efficacy_accuracy"]["n"] for group in ("scores", "first", "last")] == [3, 3, 2]
+
+
+@pytest.mark.parametrize(("name", "value"), [("curve_every", -1), ("curve_sample", 0), ("score_sample", 0)])
+def test_bad_samples(name, value, write, tmp_path):
+    one = Study.read(write(runs={"AlphaEdit": {}}, **{name: value}))
+    with pytest.raises(ValueError, match=f"{name}: expected a whole number of at least"):
+        go(one, tmp_path / "runs", say=lambda text: None)
+    assert not list((tmp_path / "runs").rglob("config.yaml"))
