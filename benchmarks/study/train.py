@@ -23,6 +23,8 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from sphere_edit import EditRequest, evaluate, load_requests
+from sphere_edit.data.world_facts import RELATIONS
+from sphere_edit.files import new_folder
 from sphere_edit.text import text_path
 
 REQUESTS, EDITED, KEPT = 20_000, 4_000, 500
@@ -51,28 +53,31 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
-    given.out.mkdir(parents=True)
+    with new_folder(given.out) as folder:
+        make(folder, given.steps, given.lr, given.seed)
+
+
+def make(folder: Path, steps: int, rate: float, seed: int) -> None:
     start = time.perf_counter()
     edited, neighbours, kept = corpus()
     general = [*neighbours, *kept]
     prose = [line for line in text_path("builtin").read_text(encoding="utf-8").splitlines() if line.strip()]
-    rng = Random(given.seed)
-    for name, sentences in (("general.txt", rng.sample(general, len(general))), ("kept.txt", kept)):
-        lines = [f"{prompt} {answer}." for prompt, answer in sentences]
-        if name == "general.txt":
-            lines += prose
-            rng.shuffle(lines)
-        (given.out / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rng = Random(seed)
+    mixed: list[Sentence] = [*rng.sample(general, len(general)), *((line, "") for line in prose)]
+    rng.shuffle(mixed)
+    for name, sentences in (("general.txt", mixed), ("kept.txt", kept)):
+        lines = [f"{prompt} {answer}." if answer else prompt for prompt, answer in without_edited(sentences)]
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     tokenizer = make_tokenizer(edited + general, prose)
     config = hf.LlamaConfig(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1, **SHAPE)
     model = hf.LlamaForCausalLM(config)
     rows = batches(tokenizer, edited + general, rng)
-    curve = train(model, tokenizer, rows, given.steps, given.lr, start)
-    model.eval().save_pretrained(given.out)
-    tokenizer.save_pretrained(given.out)
+    curve = train(model, tokenizer, rows, steps, rate, start)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     record = {
-        "steps": given.steps,
-        "threads": given.threads,
+        "steps": steps,
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "parameters": model.num_parameters(),
         "seconds": time.perf_counter() - start,
@@ -80,7 +85,7 @@ def main() -> None:
         "known": known(model, tokenizer),
         "curve": curve,
     }
-    (given.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps({name: value for name, value in record.items() if name != "curve"}))
 
 
@@ -91,6 +96,14 @@ def corpus() -> tuple[list[Sentence], list[Sentence], list[Sentence]]:
     asked = {prompt for prompt, _ in neighbours}
     later = [r for r in requests[REQUESTS:] if r.text not in asked]
     return _sentences(requests[:EDITED]), sorted(neighbours), _sentences(later[:KEPT])
+
+
+def without_edited(sentences: list[Sentence]) -> list[Sentence]:
+    """Those that are not about a subject that a study edits, be it in another relation."""
+    subjects = {r.subject for r in load_requests("world-facts", limit=REQUESTS)}
+    templates = [t for relation in RELATIONS.values() for t in (relation.prompt, *relation.paraphrases)]
+    edited = {template.replace("{}", subject) for template in templates for subject in subjects}
+    return [sentence for sentence in sentences if sentence[0] not in edited]
 
 
 def _sentences(requests: list[EditRequest]) -> list[Sentence]:

@@ -4,7 +4,7 @@ try:
     from sphere_edit.config import PRESETS, EditConfig, preset
     from sphere_edit.data import load_requests
     from sphere_edit.editor import SphereEditor
-    from sphere_edit.generation import generate_texts, read_references, reference_texts, score_texts
+    from sphere_edit.generation import fit_tfidf, generate_texts, read_references, reference_texts, score_texts
     from sphere_edit.metrics import evaluate, perplexity
     from sphere_edit.models import load_model
     from sphere_edit.records import BatchRecord, EditResult
@@ -26,6 +26,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "find_structure",
+    "fit_tfidf",
     "generate_texts",
     "load_model",
     "load_requests",

@@ -290,7 +290,7 @@ def evaluate_command(
     """
     with plain_errors():
         from sphere_edit.data import load_requests
-        from sphere_edit.generation import generate_texts, read_references, reference_texts, score_texts
+        from sphere_edit.generation import fit_tfidf, generate_texts, read_references, reference_texts, score_texts
         from sphere_edit.metrics import evaluate, finite, perplexity
         from sphere_edit.structure import check_weights_finite
         from sphere_edit.text import text_lines
@@ -302,6 +302,8 @@ def evaluate_command(
         requests = known[:limit]
         about = read_references(references) if references else reference_texts(known)
         corpus = None if tfidf_text is None else list(text_lines(tfidf_text))
+        source = str(tfidf_text or references or data)
+        tfidf = fit_tfidf(requests[:generate], about, corpus, source) if generate else None
         loaded, tokenizer = load(model, dtype, device, threads, trust_remote_code)
         check_weights_finite(loaded)
         with bars() as progress:
@@ -311,7 +313,7 @@ def evaluate_command(
             if generate:
                 chosen = requests[:generate]
                 texts = generate_texts(loaded, tokenizer, chosen, progress=lambda done, n: progress("texts", done, n))
-                scores |= score_texts(chosen, texts, about, corpus).to_dict()
+                scores |= score_texts(chosen, texts, about, tfidf).to_dict()
                 written = {"texts": {r.id: own for r, own in zip(chosen, texts, strict=True)}}
         event = {"event": "evaluation", "when": "now", "scores": scores, "perplexity": finite(value)}
         console.print(scores_table([event]))
@@ -362,24 +364,30 @@ def report_command(run: RunArgument) -> None:
 @app.command("study")
 def study_command(
     config: Annotated[Path, typer.Option("--config", help="YAML file of a study, as those in benchmarks/study.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of its runs; by default runs/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of its runs; by default runs/study/NAME.")
+    ] = None,
     results: Annotated[
         Path | None, typer.Option(help="Folder of its JSON, tables and plots; by default 'results' beside the file.")
     ] = None,
     only: Annotated[list[str] | None, typer.Option(metavar="RUN", help="Make this run only; may be repeated.")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep batch files and checkpoints of finished runs.")] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that comes with the model or that the file names."),
+    ] = False,
 ) -> None:
     """Make several runs of one model and data, compare them in tables and plots; given again, go on where it stopped.
 
     Two such commands at once share the runs.
     """
     with plain_errors():
-        from sphere_edit.study import Study, go, write_results
+        from sphere_edit.study import Study, go
+        from sphere_edit.study_results import write_results
 
-        study = Study.read(config)
-        folder = out or Path("runs") / study.name
+        study = Study.read(config, trust_remote_code)
+        folder = out or Path("runs/study") / study.name
         with bars() as progress:
-            go(study, folder, only or (), keep, say, progress)
+            go(study, folder, only or (), trust_remote_code, say, progress)
         say(f"results: {write_results(study, folder, results or config.parent / 'results')}")
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
-from sphere_edit.data.reading import Fields, read_records
+from sphere_edit.data.reading import DataError, Fields, read_records
 from sphere_edit.metrics import Evaluation
 from sphere_edit.replay import frozen
 from sphere_edit.requests import EditRequest
@@ -25,35 +26,34 @@ from sphere_edit.tokens import check_fits, check_tokenizer, encode, pad_left
 TEXT_TOKENS = 100
 _ROWS_PER_BATCH = 32
 _WEIGHTS = {2: 2 / 3, 3: 4 / 3}
-# A model's own settings of generation would change what it says here.
-_PLAIN: dict[str, Any] = {
-    "repetition_penalty": 1.0,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "return_dict_in_generate": False,
-}
 TOP_5: dict[str, Any] = {"do_sample": True, "top_k": 5, "top_p": 1.0, "temperature": 1.0}
 
+_REFERENCE = ("target", "text", "relation")
 References = dict[tuple[str | None, str], list[str]]
 
 
 def continue_rows(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], tokens: int, **sampling: Any) -> Tensor:
     """Token rows ``[rows, longest + tokens]``, padded on the left, with what the model says after each.
 
+    Of the model's own settings of generation only its special tokens count; they are as they were afterwards.
+
     Args:
         model: in evaluation mode, without gradients.
         tokens: at most so many new ones; an end of text fills the rest of its row.
         sampling: further arguments of ``generate``.
     """
-    inputs = pad_left(rows, next(model.parameters()).device)
-    out: Tensor = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=tokens,
-        **sampling,
-        **_PLAIN,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    inputs, own = pad_left(rows, next(model.parameters()).device), model.generation_config
+    special = {"bos_token_id": own.bos_token_id, "eos_token_id": own.eos_token_id}
+    model.generation_config = GenerationConfig(**special, pad_token_id=tokenizer.eos_token_id)
+    try:
+        out: Tensor = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=tokens,
+            **sampling,
+        )
+    finally:
+        model.generation_config = own
     return out
 
 
@@ -84,26 +84,29 @@ def generate_texts(
         length: tokens of each text, its prompt among them, as published.
 
     Raises:
-        ValueError: a prompt leaves no room for a token, or the model has fewer positions than ``length``.
+        ValueError: a prompt leaves no room for a token, or the model has too few positions for a batch: as many as its
+            longest prompt has tokens, and what its shortest lacks of ``length``.
     """
     check_tokenizer(tokenizer)
     prompts = [prompt for r in requests for prompt in r.generation or (r.text,)]
     rows = [encode(tokenizer, prompt) for prompt in prompts]
-    most = length - min((len(row.ids) for row in rows), default=0)
-    for row, prompt in zip(rows, prompts, strict=True):
-        if len(row.ids) >= length:
-            raise ValueError(f"prompt {prompt[:60]!r}… takes {len(row.ids)} tokens of a text of length {length}")
-        check_fits(model, row, prompt, most)
+    batches = [range(len(rows))[at : at + _ROWS_PER_BATCH] for at in range(0, len(rows), _ROWS_PER_BATCH)]
+    lacking = [length - min(len(rows[i].ids) for i in batch) for batch in batches]
+    for batch, new in zip(batches, lacking, strict=True):
+        for i in batch:
+            if len(rows[i].ids) >= length:
+                used = len(rows[i].ids)
+                raise ValueError(f"prompt {prompts[i][:60]!r}… takes {used} tokens of a text of length {length}")
+            check_fits(model, rows[i], prompts[i], new)
     device = next(model.parameters()).device
     texts: list[str] = []
     with frozen(model), torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for at in range(0, len(rows), _ROWS_PER_BATCH):
-            batch = [row.ids for row in rows[at : at + _ROWS_PER_BATCH]]
-            longest, new = max(map(len, batch)), length - min(map(len, batch))
-            out = continue_rows(model, tokenizer, batch, new, min_new_tokens=new, **TOP_5)
-            for ids, row in zip(batch, out, strict=True):
-                first = longest - len(ids)
+        for batch, new in zip(batches, lacking, strict=True):
+            given = [rows[i].ids for i in batch]
+            out = continue_rows(model, tokenizer, given, new, min_new_tokens=new, **TOP_5)
+            for ids, row in zip(given, out, strict=True):
+                first = max(map(len, given)) - len(ids)
                 texts.append(tokenizer.decode(row[first : first + length], skip_special_tokens=True))
             if progress is not None:
                 progress(len(texts), len(rows))
@@ -128,48 +131,76 @@ def reference_texts(requests: Iterable[EditRequest]) -> References:
 def read_references(path: str | Path) -> References:
     """References of one's own: JSON records ``{target, text}``, perhaps with the ``relation`` that they are only for.
 
+    Targets are stored without surrounding blanks, as those of requests.
+
     Raises:
         DataError: the file cannot be used; the message names the file, the line and the field.
     """
     found: References = {}
     for where, fields in read_records(path):
+        unknown = sorted(set(fields) - set(_REFERENCE))
+        if unknown:
+            raise DataError(f"{where}: unknown field {unknown[0]!r}; known fields are {', '.join(_REFERENCE)}")
         record = Fields(where, fields)
-        key = record.optional_text("relation"), record.text("target")
+        key = record.optional_text("relation"), record.text("target").strip()
         found.setdefault(key, []).append(record.text("text"))
     return found
+
+
+def fit_tfidf(
+    requests: Sequence[EditRequest],
+    references: References,
+    corpus: Iterable[str] | None = None,
+    source: str = "the references",
+) -> Any:
+    """scikit-learn's TF-IDF, for `score_texts`; None where no request has a reference.
+
+    Args:
+        corpus: documents that it is fitted on; None is all the references.
+        source: where these come from, for messages.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: the documents have no words.
+    """
+    if not any(_about(request, references) for request in requests):
+        return None
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+    except ImportError as error:
+        raise ImportError("consistency needs scikit-learn; pip install 'sphere-kernels[edit]'") from error
+    every = (text for known in references.values() for text in known)
+    try:
+        return TfidfVectorizer().fit(every if corpus is None else corpus)
+    except ValueError as error:
+        raise ValueError(f"{source}: expected text with words of two letters or more to fit TF-IDF on") from error
+
+
+def _about(request: EditRequest, references: References) -> list[str]:
+    new = request.target_new
+    return [*references.get((request.relation, new), ()), *references.get((None, new), ())]
 
 
 def score_texts(
     requests: Sequence[EditRequest],
     texts: Sequence[Sequence[str]],
     references: References,
-    corpus: Iterable[str] | None = None,
+    tfidf: Any = None,
 ) -> Evaluation:
     """``fluency`` of the texts of each request, and their ``consistency`` with references to its new target.
 
     Args:
         texts: of each request, from `generate_texts`.
         references: requests with none for their relation and new target are not counted in ``consistency``.
-        corpus: documents that TF-IDF is fitted on; None is all the references.
-
-    Raises:
-        ImportError: scikit-learn is not installed, and something has a reference.
+        tfidf: from `fit_tfidf`; None fits it on all the references, and raises what that raises.
     """
     per_request = [{"fluency": math.fsum(map(n_gram_entropy, own)) / len(own)} for own in texts]
-    about = [
-        [*references.get((r.relation, r.target_new), ()), *references.get((None, r.target_new), ())] for r in requests
-    ]
-    if any(about):
-        try:
-            from sklearn.feature_extraction.text import TfidfVectorizer
-        except ImportError as error:
-            raise ImportError("consistency needs scikit-learn; pip install 'sphere-kernels[edit]'") from error
-        every = (text for known in references.values() for text in known)
-        vectorizer = TfidfVectorizer().fit(every if corpus is None else corpus)
-        for record, own, known in zip(per_request, texts, about, strict=True):
-            if known:
-                said, wanted = vectorizer.transform([" ".join(own), " ".join(known)])
-                record["consistency"] = 100 * float(said.multiply(wanted).sum())  # both have norm 1, or none
+    if tfidf is None:
+        tfidf = fit_tfidf(requests, references)
+    for request, record, own in zip(requests, per_request, texts, strict=True):
+        if known := _about(request, references):
+            said, wanted = tfidf.transform([" ".join(own), " ".join(known)])
+            record["consistency"] = 100 * float(said.multiply(wanted).sum())  # both have norm 1, or none
     return Evaluation.of(per_request, ("fluency", "consistency"))
 
 

@@ -44,6 +44,10 @@ class RunError(ValueError):
     """A run folder that cannot be used; the message names the folder, what was expected and what was found."""
 
 
+class InUse(RunError):
+    """Another process is at work there."""
+
+
 def resume_command(folder: Path) -> str:
     return f"sphere-edit run --resume {shlex.quote(str(folder))}"
 
@@ -70,7 +74,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             holder = os.read(handle, 300).decode(errors="replace").strip() or "another process"
             os.close(handle)
-            raise RunError(f"{folder} is in use by {holder}; expected one process at a time") from error
+            raise InUse(f"{folder} is in use by {holder}; expected one process at a time") from error
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 break

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sphere_edit.replay import frozen, last_logits
 from sphere_edit.requests import EditRequest
@@ -24,6 +28,8 @@ PERPLEXITY_TOKENS = 10_000
 _TOKENS_PER_BATCH = 2048
 _PADDING_PER_BATCH = 64
 _WINDOW = 256
+# Of which rows can be selected. Other layers may have states besides keys and values, which would stay as they are.
+_SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,9 @@ class Score:
         return {"mean": finite(self.mean), "stderr": finite(self.stderr), "n": self.n}
 
 
-def finite(value: float) -> float | None:
+def finite(value: float | None) -> float | None:
     """JSON knows neither NaN nor infinity."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,8 @@ def score_targets(
     """For each (prompt, target): mean log-probability of a target token, and whether all of them are the argmax.
 
     A prompt is run once, whatever number of targets it has: its last position gives the first token of each, and those
-    of more tokens go on from its keys and values. Rows of like length run together.
+    of more tokens go on from its keys and values. A model that keeps none, or states besides, runs every row
+    whole. Rows of like length run together.
     """
     rows = [encode(tokenizer, prompt, None, target) for prompt, target in asked]
     of_prompt: dict[tuple[int, ...], list[int]] = {}
@@ -142,9 +149,10 @@ def score_targets(
     log_probs, correct = [0.0] * len(rows), [False] * len(rows)
     done = 0
     with frozen(model), torch.no_grad(), _compact_head(model):
+        score = _score if _is_selectable(model) else _score_whole
         for batch in _batches([len(prompt) for prompt in prompts]):
             targets = [{i: rows[i].target for i in of_prompt[prompts[b]]} for b in batch]
-            for i, found in _score(model, [prompts[b] for b in batch], targets).items():
+            for i, found in score(model, [prompts[b] for b in batch], targets).items():
                 log_probs[i] = math.fsum(value for value, _ in found) / len(found)
                 correct[i] = all(right for _, right in found)
             done += len(batch)
@@ -160,7 +168,9 @@ def _compact_head(model: Any) -> Iterator[None]:
     if head is None:
         yield
         return
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    handle = head.register_forward_pre_hook(
+        lambda _, args, kwargs: tree_map_only(Tensor, Tensor.contiguous, (args, kwargs)), with_kwargs=True
+    )
     try:
         yield
     finally:
@@ -180,6 +190,13 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
+
+
+def _is_selectable(model: Any) -> bool:
+    """Whether all that a model keeps of a prompt is keys and values, so that some rows of it can be gone on from."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    cache: Any = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    return type(cache) is DynamicCache and all(type(layer) in _SELECTABLE for layer in cache.layers)
 
 
 def _score(
@@ -210,7 +227,8 @@ def _score(
         new = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in read], device=device)
         which = torch.tensor([at for at, _ in chosen], device=device)
         mask = torch.cat([inputs["attention_mask"][which], new], 1)
-        cache = copy.deepcopy(out.past_key_values)
+        cache = copy.copy(out.past_key_values)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]  # whose keys and values are replaced, not written
         cache.batch_select_indices(which)
         logits = model(
             input_ids=ids,
@@ -218,13 +236,38 @@ def _score(
             position_ids=(mask.cumsum(1) - 1)[:, -width:],
             past_key_values=cache,
             use_cache=True,
-        ).logits.float()
+        ).logits
         for (at, i), own in zip(chosen, logits, strict=True):
-            wanted = torch.tensor(targets[at][i][1:], device=device)
-            own = own[: len(wanted)].log_softmax(-1)
-            picked, right = own.gather(1, wanted[:, None])[:, 0], own.argmax(-1) == wanted
-            found[i] += zip(picked.tolist(), right.tolist(), strict=True)
+            found[i] += _read(own, targets[at][i][1:])
     return found
+
+
+def _score_whole(
+    model: Any, prompts: Sequence[Sequence[int]], targets: Sequence[dict[int, tuple[int, ...]]]
+) -> dict[int, list[tuple[float, bool]]]:
+    """As `_score`, for any causal model: whole rows, padded on the right, where no token before sees it."""
+    device = next(model.parameters()).device
+    asked = [(i, len(prompts[at]) - 1, target) for at, group in enumerate(targets) for i, target in group.items()]
+    rows = [[*prompts[at], *target[:-1]] for at, group in enumerate(targets) for target in group.values()]
+    found = {}
+    for batch in _batches([len(row) for row in rows]):
+        longest, first = len(rows[batch[-1]]), min(asked[b][1] for b in batch)
+        ids = torch.tensor([[*rows[b], *[0] * (longest - len(rows[b]))] for b in batch], device=device)
+        logits = model(input_ids=ids, use_cache=False, **last_logits(model, longest - first)).logits[
+            :, first - longest :
+        ]
+        for b, own in zip(batch, logits, strict=True):
+            i, start, target = asked[b]
+            found[i] = _read(own[start - first :], target)
+    return found
+
+
+def _read(logits: Tensor, target: Sequence[int]) -> list[tuple[float, bool]]:
+    """Log-probability of each token of a target, and whether it is the argmax, from logits ``[≥ tokens, ids]``."""
+    wanted = torch.tensor(target, device=logits.device)
+    own = logits[: len(target)].float().log_softmax(-1)
+    picked, right = own.gather(1, wanted[:, None])[:, 0], own.argmax(-1) == wanted
+    return list(zip(picked.tolist(), right.tolist(), strict=True))
 
 
 def perplexity(model: Any, tokenizer: Any, text: str = "heldout", tokens: int = PERPLEXITY_TOKENS) -> float:

@@ -65,7 +65,7 @@ def given_settings(file: Path | None, pairs: list[str], named: Mapping[str, Any]
     values: dict[str, Any] = {}
     recorded: dict[str, Any] = {}
     if file is not None:
-        loaded = _yaml(file.read_text(encoding="utf-8"), str(file))
+        loaded = read_yaml(file.read_text(encoding="utf-8"), str(file))
         if not isinstance(loaded, dict):
             raise ConfigError(f"{file}: expected settings as 'name: value' lines, found {type(loaded).__name__}")
         found = loaded.get("settings", loaded)
@@ -76,13 +76,13 @@ def given_settings(file: Path | None, pairs: list[str], named: Mapping[str, Any]
         name, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"--set {pair}: expected NAME=VALUE")
-        values[name] = _yaml(value, f"--set {pair}")
+        values[name] = read_yaml(value, f"--set {pair}")
     values |= {name: value for name, value in named.items() if value is not None}
     unused = foreign(values.get("method", recorded.get("method", "alphaedit")))
     return {name: value for name, value in recorded.items() if name not in unused} | values
 
 
-def _yaml(text: str, where: str) -> Any:
+def read_yaml(text: str, where: str) -> Any:
     """YAML as its users write it: 1e-3, which YAML 1.1 takes for a text, is a number."""
     try:
         return _numeric(yaml.safe_load(text))

@@ -340,7 +340,9 @@ class _Work:
         """Evaluate on the way where that is due, and keep what was found."""
         number, every = self.journal.batches, self.record.get("curve_every", 0)
         last = self.journal.last("curve")
-        if not every or not number or number % every or (last is not None and last["number"] == number):
+        if not every or not number or (last is not None and last["number"] == number):
+            return
+        if number % every and self.editor.edits < len(self.requests):
             return
         text, tokens = self.record["perplexity_text"], self.record["perplexity_tokens_at_most"]
         event = curve(self.editor, self.requests, self.record["curve_sample"], text, tokens)

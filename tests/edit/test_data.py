@@ -158,6 +158,45 @@ def test_the_first_mention_of_a_subject_is_its_place(tmp_path: Path) -> None:
     assert request.prompt == "Is {} by the maker of Clutch Hitter 2?" and request.text == record["src"]
 
 
+@pytest.mark.parametrize(
+    ("subject", "text", "prompt"),
+    [
+        ("I", "In what city is I born?", "In what city is {} born?"),
+        ("ana", "Who owns Montana or Banana?", "Who owns Mont{} or Banana?"),
+        ("A.C.", "Is XA.C. the A.C.?", "Is XA.C. the {}?"),
+        ("東京", "東京都はどこ?", "{}都はどこ?"),
+        (" Oka ", "Where is Oka?", "Where is {}?"),
+    ],
+)
+def test_a_subject_stands_in_words_of_its_own_if_it_does(tmp_path: Path, subject: str, text: str, prompt: str) -> None:
+    record = {**ZSRE, "subject": subject, "src": text}
+    (request,) = load_requests(write(tmp_path / "zsre.jsonl", lines(record)))
+    assert request.prompt == prompt and request.text == text
+
+
+@pytest.mark.parametrize("absent", [None, "", " ", ...], ids=["null", "empty", "blank", "absent"])
+def test_questions_that_a_record_lacks(tmp_path: Path, absent: object) -> None:
+    """It is edited all the same; a neighbour without its answer, or an answer without its neighbour, is none."""
+    names = {"rephrase_prompt": "rephrase", "locality_prompt": "loc", "locality_ground_truth": "loc_ans"}
+    published = {names.get(name, name): value for name, value in WIKIBIGEDIT.items()}
+    published |= {"update": published.pop("prompt"), "ans": published.pop("target_new")}
+    for whole, rephrase, loc, answer in (
+        (ZSRE, *names.values()),
+        (published, *names.values()),
+        (WIKIBIGEDIT, *names),
+    ):
+        for lacking in ((rephrase,), (loc,), (answer,), (rephrase, loc, answer)):
+            if absent is ... and rephrase == "rephrase_prompt" and rephrase in lacking:
+                continue  # shows the schema
+            record = {name: absent if name in lacking else value for name, value in whole.items()}
+            record = {name: value for name, value in record.items() if value is not ...}
+            full, request = load_requests(write(tmp_path / "edits.jsonl", lines(whole, record)))
+            assert request.paraphrases == (() if rephrase in lacking else full.paraphrases)
+            has = not {loc, answer} & set(lacking)
+            assert request.neighborhood == (full.neighborhood if has else ())
+            assert request.neighborhood_answers == (full.neighborhood_answers if has else ())
+
+
 def test_requests_survive_being_written_as_json(tmp_path: Path) -> None:
     """As run folders keep them; those from before a field was there are read too."""
     (zsre,) = load_requests(write(tmp_path / "zsre.jsonl", lines(ZSRE)))
@@ -260,7 +299,7 @@ def rewrite(**changes: object) -> dict:
         (lines({k: v for k, v in counterfact_record().items() if k != "case_id"}), r"field 'case_id' is missing"),
         (lines({**ZSRE, "answers": []}), r"line 1: .*target_new is empty"),
         (lines({**ZSRE, "answers": "Sega"}), r"line 1: field 'answers' must be a list of text, got str"),
-        (lines(ZSRE, {**ZSRE, "rephrase": None}), r"line 2: field 'rephrase' must be text, got NoneType"),
+        (lines(ZSRE, {**ZSRE, "rephrase": 3}), r"line 2: field 'rephrase' must be text, got int 3"),
         (lines({**ZSRE, "subject": "Tetris"}), r"1 of 1 records are no edits; the first: .*'Tetris', which is not in"),
         (lines({**ZSRE, "src": "Is {} by the maker of Clutch Hitter?"}), r"line 1: .*exactly one \{\}"),
         (lines({**WIKIBIGEDIT, "locality_prompt": 3}), r"line 1: field 'locality_prompt' must be text, got int 3"),

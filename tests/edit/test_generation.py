@@ -13,8 +13,17 @@ from typer.testing import CliRunner
 
 from sphere_edit import generation
 from sphere_edit.cli import app
+from sphere_edit.contexts import generate_contexts
 from sphere_edit.data import DataError, load_requests
-from sphere_edit.generation import generate_texts, n_gram_entropy, read_references, reference_texts, score_texts
+from sphere_edit.generation import (
+    complete,
+    fit_tfidf,
+    generate_texts,
+    n_gram_entropy,
+    read_references,
+    reference_texts,
+    score_texts,
+)
 from sphere_edit.requests import EditRequest
 
 
@@ -72,7 +81,8 @@ def test_consistency_is_the_cosine_of_tf_idf():
     assert found.per_request[0]["consistency"] == pytest.approx(want)
     assert found.per_request[1]["consistency"] == 0  # no word of the texts fitted on
     assert "consistency" not in found.per_request[2] and found.scores["consistency"].n == 2
-    fitted = score_texts(requests[:1], [["Pizza here"]], references, corpus=["pizza", "pizza pasta", "none"])
+    tfidf = fit_tfidf(requests[:1], references, ["pizza", "pizza pasta", "none"])
+    fitted = score_texts(requests[:1], [["Pizza here"]], references, tfidf)
     pizza, pasta = math.log(4 / 3) + 1, math.log(4 / 2) + 1
     assert fitted.per_request[0]["consistency"] == pytest.approx(100 * pizza / math.hypot(pizza, pasta))
 
@@ -103,6 +113,21 @@ def test_references_from_a_file(tmp_path):
     path.write_text(json.dumps(records[0]) + '\n{"target": "Rome"}\n')
     with pytest.raises(DataError, match="line 2: field 'text' is missing"):
         read_references(path)
+    path.write_text(json.dumps({"target": " Rome ", "text": " a"}) + "\n")
+    assert read_references(path) == {(None, "Rome"): [" a"]}
+    path.write_text(json.dumps({**records[0], "relations": "r"}) + "\n")
+    with pytest.raises(DataError, match="line 1: unknown field 'relations'; known fields are target, text, relation"):
+        read_references(path)
+
+
+def test_tfidf_of_no_words():
+    requests, references = [_request("A", "Rome", "Oslo")], {("r", "Rome"): ["", "a ?"]}
+    assert fit_tfidf(requests, {("other", "Rome"): ["..."]}) is None
+    for call in (lambda: fit_tfidf(requests, references), lambda: score_texts(requests, [["text"]], references)):
+        with pytest.raises(ValueError, match="^the references: expected text with words"):
+            call()
+    with pytest.raises(ValueError, match="^text of mine: expected text with words"):
+        fit_tfidf(requests, {("r", "Rome"): ["pizza"]}, ["\n"], "text of mine")
 
 
 @pytest.mark.parametrize("bos", [False, True], ids=["plain", "bos"])
@@ -154,6 +179,60 @@ def test_each_token_is_one_of_the_five_likeliest_and_none_ends_the_text(tokenize
         assert 0 < sum(likeliest) < len(likeliest)
 
 
+_OWN = {
+    "min_p": 0.9,
+    "typical_p": 0.1,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": list(range(2, 150)),
+    "epsilon_cutoff": 0.9,
+    "guidance_scale": 3.0,
+    "forced_eos_token_id": 5,
+    "repetition_penalty": 5.0,
+    "num_beams": 3,
+    "num_return_sequences": 2,
+    "return_dict_in_generate": True,
+    "penalty_alpha": 0.6,
+    "stop_strings": ["a", "e"],
+}
+
+
+@pytest.mark.parametrize("name", _OWN)
+def test_a_models_own_settings_of_generation_do_not_count(name, tokenizer):
+    def said(model):
+        texts = generate_texts(model, tokenizer, tiny.facts(2), length=24)
+        contexts = generate_contexts(model, tokenizer, 2, 6, 0)
+        return texts, contexts, complete(model, tokenizer, ["The capital of Spain is", "A"], 12)
+
+    model = tiny.make_model("llama")
+    want, own = said(model), model.generation_config
+    setattr(own, name, _OWN[name])
+    assert said(model) == want
+    assert model.generation_config is own and getattr(own, name) == _OWN[name]
+
+
+def test_a_models_own_settings_are_put_back_after_a_failure(tokenizer, monkeypatch):
+    model = tiny.make_model("llama")
+    own = model.generation_config
+    monkeypatch.setattr(model, "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        complete(model, tokenizer, ["A"], 2)
+    assert model.generation_config is own
+
+
+def test_positions_are_needed_of_each_batch(tokenizer, monkeypatch):
+    """The longest prompt of a batch, and what the shortest lacks; prompts of other batches do not count."""
+    short, long = _request("Oka", "Peru", None), _request("The mouth of the river Tarn by the sea", "Peru", None)
+    lengths = [len(tokenizer(r.text)["input_ids"]) for r in (short, long)]
+    length = lengths[1] + 3
+    model = tiny.make_model("llama", max_position_embeddings=length)
+    monkeypatch.setattr(generation, "_ROWS_PER_BATCH", 1)
+    assert len(generate_texts(model, tokenizer, [short, long], length=length)) == 2
+    monkeypatch.setattr(generation, "_ROWS_PER_BATCH", 2)
+    needed = lengths[1] + length - lengths[0]
+    with pytest.raises(ValueError, match=f"{long.subject[:20]}.* takes {needed} tokens .* has {length} positions"):
+        generate_texts(model, tokenizer, [short, long], length=length)
+
+
 def test_prompts_that_leave_no_room(tokenizer):
     model = tiny.make_model("llama", max_position_embeddings=40)
     with pytest.raises(ValueError, match="of a text of length 2"):
@@ -202,3 +281,14 @@ def test_the_command_writes_scores_and_texts(folder, tokenizer):
 def test_options_of_what_is_not_asked_for(folder, option):
     result, _ = _evaluate(folder, option, folder / "texts.jsonl")
     assert result.exit_code == 2 and f"{option} " in result.stderr and "expected --generate" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "text"), [("--references", '{"target": "Peru", "text": "?"}'), ("--tfidf-text", "?")]
+)
+def test_a_source_without_words_is_refused_before_the_model_is_loaded(folder, option, text, tmp_path, monkeypatch):
+    path = tmp_path / "wordless"
+    path.write_text(text + "\n")
+    monkeypatch.setattr("sphere_edit.cli.load", lambda *_: pytest.fail("the model was loaded"))
+    result, _ = _evaluate(folder, "--generate", 2, option, path)
+    assert result.exit_code == 2 and "wordless: expected text with words" in " ".join(result.stderr.split())

@@ -238,6 +238,20 @@ def test_equal_zero_and_lone_neurons_leave_json(shape, config):
             assert event["condition"] is not None and event["lipschitz"] > 1e18 and event["bound"] < 1e-10
 
 
+def test_a_weight_that_stays_singular_has_no_condition(config):
+    """A neuron that no update reaches stays zero."""
+    weight = _random(6, 10).float()
+    weight[2] = 0.0
+    state, original = HypersphereState(weight.clone(), alpha=0.0), weight.clone()
+    before = {name: value.clone() for name, value in state.state_dict().items()}
+    update = LowRankUpdate(_random(6, 2).float(), _random(2, 10, seed=1).float())
+    update.left[2] = 0.0
+    state.update_(update.left, update.right)
+    event = Measures(config, {3: original}, {}).of_batch(3, 1, before, state, update)
+    assert (event["condition"], event["weight_rank"]) == (None, 5) and event["step_squared"] > 0
+    json.dumps(event, allow_nan=False)
+
+
 @shapes
 def test_cosines(shape, chunked):
     weight = _random(*shape)

@@ -9,6 +9,7 @@ import statistics
 import pytest
 import tiny
 import torch
+import transformers as hf
 
 from sphere_edit import metrics
 from sphere_edit.metrics import Score, evaluate, perplexity, score_targets
@@ -61,6 +62,65 @@ def test_scores_equal_prompt_by_prompt(family, bos, budget, tokenizer, bos_token
     assert log_probs == pytest.approx([w[0] for w in want], abs=2e-4)
     assert correct == [w[1] for w in want]
     assert calls[-1] == (4, 4)  # a prompt is run once, whatever its targets
+
+
+_SMALL = {"vocab_size": tiny.VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2}
+_HIDDEN = {**_SMALL, "hidden_size": tiny.HIDDEN, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 8}
+_HIDDEN |= {"num_key_value_heads": 2, "intermediate_size": 80}
+# Families that keep no keys and values, or more than these.
+_OTHER_STATES = {
+    "openai-gpt": lambda: hf.OpenAIGPTConfig(**_SMALL, n_embd=tiny.HIDDEN, n_layer=3, n_head=4),
+    "mamba": lambda: hf.MambaConfig(**_SMALL, hidden_size=tiny.HIDDEN, num_hidden_layers=3, state_size=4),
+    "recurrent-gemma": lambda: hf.RecurrentGemmaConfig(**_HIDDEN, lru_width=tiny.HIDDEN, attention_window_size=64),
+    "lfm2": lambda: hf.Lfm2Config(**_HIDDEN, layer_types=["conv", "full_attention", "conv"]),
+    "falcon-h1": lambda: hf.FalconH1Config(**_HIDDEN, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8),
+}
+
+
+@pytest.mark.parametrize("name", [*_OTHER_STATES, *tiny.UNUSUAL])
+def test_scores_of_models_that_keep_other_states(name, tokenizer):
+    """Recurrent layers, none at all, or a window: unlike lengths, and targets that go on for longer than a window."""
+    if name in tiny.UNUSUAL:
+        model = tiny.make_model(name)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = hf.AutoModelForCausalLM.from_config(_OTHER_STATES[name]()).eval()
+    asked = [
+        ("The capital of Vanuatu is", "Rome"),
+        ("The capital of Vanuatu is", "Paris in France"),
+        ("A", "b"),
+        ("An old mill by the river", "burned"),
+        ("In a long, long sentence about nothing at all, the last word is", "Zürich"),
+    ]
+    log_probs, correct = score_targets(model, tokenizer, asked)
+    want = [_plain(model, tokenizer, *pair) for pair in asked]
+    assert log_probs == pytest.approx([w[0] for w in want], abs=1e-5)
+    assert correct == [w[1] for w in want]
+
+
+def test_a_head_that_is_called_by_keyword(tokenizer):
+    class Head(torch.nn.Linear):
+        def forward(self, hidden):
+            assert hidden.is_contiguous()
+            return super().forward(hidden)
+
+    model, asked = tiny.make_model("llama"), [("The capital of Vanuatu is", "Paris in France"), ("A", "b")]
+    want = score_targets(model, tokenizer, asked)
+    head = Head(tiny.HIDDEN, tiny.VOCABULARY, bias=False)
+    head.weight = model.lm_head.weight
+
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = head
+
+        def forward(self, hidden):
+            return self.inner(hidden=hidden)
+
+    model.lm_head = Outer()
+    model.get_output_embeddings = lambda: head
+    assert score_targets(model, tokenizer, asked) == want
 
 
 def test_accuracy_sees_the_argmax(tokenizer):
@@ -212,6 +272,7 @@ def test_rows_of_unlike_length_do_not_share_a_batch(tokenizer, monkeypatch):
     asked = [(letter * n, "b") for letter, n in zip("ABCDEF", (1, 2, 3, 40, 41, 90), strict=True)]
     seen = []
     handle = model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    monkeypatch.setattr(metrics, "_is_selectable", lambda _: True)  # asks with a pass of its own
     monkeypatch.setattr(metrics, "_PADDING_PER_BATCH", 8)
     apart = score_targets(model, tokenizer, asked)
     assert [len(ids) for ids in seen] == [3, 2, 1] and all((ids == 0).sum() <= 8 for ids in seen)

@@ -9,13 +9,14 @@ import pytest
 import tiny
 import yaml
 
-from sphere_edit import procedure, runs, study
+from sphere_edit import procedure, runs
 from sphere_edit.config import ConfigError
-from sphere_edit.journal import locked
+from sphere_edit.journal import RunError, locked
 from sphere_edit.metrics import SCORES, evaluate
 from sphere_edit.records import Event
 from sphere_edit.requests import EditRequest
-from sphere_edit.study import Study, collect, go, slug, tables, write_results
+from sphere_edit.study import Study, finished, go, slug
+from sphere_edit.study_results import collect, plots, tables, write_results
 
 _SETTINGS = {
     **{"layers": [1, 2], "batch_size": 2, "value_steps": 2, "contexts": 0, "covariance_tokens": 600},
@@ -71,7 +72,6 @@ def test_runs_are_made_once_and_compared(write, tmp_path):
     go(one, tmp_path / "runs", say=said.append)
     go(one, tmp_path / "runs", say=said.append)
     assert said == [f"{name}: {what}" for what in ("begins", "finished") for name in one.runs]
-    assert not (tmp_path / "runs" / "ft" / "batches").exists()
     path = write_results(one, tmp_path / "runs", tmp_path / "results")
     found = json.loads(path.read_text())
     assert list(found["runs"]) == list(one.runs) and found["study"]["title"] == "tiny"
@@ -80,8 +80,10 @@ def test_runs_are_made_once_and_compared(write, tmp_path):
         (last,) = (e for e in events if e["event"] == "evaluation" and e["when"] == "after")
         assert run["after"]["scores"] == last["scores"] and run["edits"] == 9
         sums = {n: sum(e["energy"] for e in events if e["event"] == "energy" and e["batch"] == n) for n in (0, 2, 4, 5)}
-        assert [(c["edits"], c["energy"]) for c in run["curve"]] == [(4, sums[2]), (8, sums[4])]
+        assert [(c["edits"], c["energy"]) for c in run["curve"]] == [(4, sums[2]), (8, sums[4]), (9, sums[5])]
         assert (run["energy"]["before"], run["energy"]["after"]) == (sums[0], sums[5])
+        assert run["finished"] and run["settings"]["method"] == ("ft" if name == "FT" else "alphaedit")
+    assert "$HERE" in found["study"]["data"] and str(tmp_path) not in path.read_text()
     written = path.with_suffix(".md").read_text().splitlines()
     assert len(written) == 3 + len(one.runs) and written == tables(found).splitlines()
     accuracy = found["runs"]["AlphaEdit"]["after"]["scores"]["efficacy_accuracy"]["mean"]
@@ -111,7 +113,7 @@ def test_a_stopped_study_goes_on(batch, write, tmp_path):
     go(one, tmp_path / "torn", say=said.append)
     assert said == ["AlphaEdit: going on"]
     whole, torn = (_plain(collect(one, tmp_path / name)) for name in ("whole", "torn"))
-    assert whole == torn and len(whole["AlphaEdit"]["curve"]) == 2
+    assert whole == torn and len(whole["AlphaEdit"]["curve"]) == 3
 
 
 def test_what_another_process_is_at_work_on_is_passed_over(write, tmp_path):
@@ -120,7 +122,7 @@ def test_what_another_process_is_at_work_on_is_passed_over(write, tmp_path):
     said: list[str] = []
     with locked(tmp_path / "runs" / "alphaedit"):
         go(one, tmp_path / "runs", only=["AlphaEdit", "FT"], say=said.append)
-    assert "AlphaEdit: passed over" in said[1] and "in use by process" in said[1]
+    assert "AlphaEdit: passed over" in said[0] and "in use by process" in said[0]
     assert list(collect(one, tmp_path / "runs")["runs"]) == ["FT"]
 
 
@@ -130,22 +132,40 @@ def test_the_model_is_made_where_it_is_missing(write, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     make = ["making_a_model", "$HERE/model", "$HERE/made"]
     one = Study.read(write(model="$HERE/made", make_model=make, runs={"AlphaEdit": {}}))
-    go(one, tmp_path / "runs", say=lambda text: None)
-    assert (tmp_path / "made" / "config.json").exists() and study.finished(tmp_path / "runs" / "alphaedit")
+    with pytest.raises(ConfigError, match="run 'python -m making_a_model .*made', or if you trust it"):
+        go(one, tmp_path / "runs", say=lambda text: None)
+    assert not (tmp_path / "made").exists()
+    go(one, tmp_path / "runs", trusted=True, say=lambda text: None)
+    assert (tmp_path / "made" / "config.json").exists() and finished(tmp_path / "runs" / "alphaedit")
+
+
+def test_a_model_that_could_not_be_made(write, tmp_path):
+    one = Study.read(write(model="$HERE/made", make_model=["no_such_module"], runs={"AlphaEdit": {}}))
+    with pytest.raises(ConfigError, match="'python -m no_such_module' ended with status 1 and made no model"):
+        go(one, tmp_path / "runs", trusted=True, say=lambda text: None)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"runs": None}, "field 'runs' is missing"),
-        ({"runs": {}}, "runs is empty"),
-        ({"runs": ["AlphaEdit"]}, "runs must be a dict"),
+        ({"runs": {}}, "runs: expected names with values, got {}"),
+        ({"runs": ["AlphaEdit"]}, "runs: expected names with values"),
+        ({"runs": {1: {}}}, "a run's name must have letters or digits from a to z, got 1"),
+        ({"runs": {"Альфа": {}}}, "a run's name must have letters"),
         ({"runs": {"A": 3}}, "run 'A' must be settings, got 3"),
         ({"runs": {"A": {"alpha": 2}}}, "run 'A': alpha: expected a number from 0 to 1, got 2"),
         ({"runs": {"A": {"method": "none"}}}, "run 'A': method: expected one of"),
         ({"runs": {"A b": {}, "a B": {}}}, "the same folder name"),
         ({"colour": "red"}, "unknown field 'colour'; known fields are title"),
-        ({"threads": "two"}, "threads must be a int, got 'two'"),
+        ({"threads": "two"}, "threads: expected a whole number of at least 1, got 'two'"),
+        ({"threads": True}, "threads: expected a whole number of at least 1, got True"),
+        ({"curve_every": -1}, "curve_every: expected a whole number of at least 0"),
+        ({"score_sample": 0}, "score_sample: expected a whole number of at least 1"),
+        ({"data": ["a"]}, "data: expected a text"),
+        ({"make_model": [1]}, "make_model: expected a list of texts"),
+        ({"settings": [1]}, "settings: expected names with values"),
+        ({"runs": {"A": {"method": "os:abort"}}}, "run 'A': method: os:abort is code that a file names"),
         ({"preset": "none"}, "preset 'none' is not known"),
     ],
 )
@@ -190,9 +210,93 @@ def test_samples_are_no_larger_than_asked(write, tmp_path):
         assert [event[group]["efficacy_accuracy"]["n"] for group in ("scores", "first", "last")] == [3, 3, 2]
 
 
-@pytest.mark.parametrize(("name", "value"), [("curve_every", -1), ("curve_sample", 0), ("score_sample", 0)])
-def test_bad_samples(name, value, write, tmp_path):
-    one = Study.read(write(runs={"AlphaEdit": {}}, **{name: value}))
-    with pytest.raises(ValueError, match=f"{name}: expected a whole number of at least"):
+def _change(path, **fields):
+    written = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(written | fields))
+    return Study.read(path)
+
+
+def test_runs_of_another_study_are_refused(write, tmp_path):
+    """What was made with other settings or data is neither gone on with nor shown as this study's."""
+    path = write(runs={"AlphaEdit": {}})
+    go(Study.read(path), tmp_path / "runs", say=lambda text: None)
+    before = (tmp_path / "runs" / "alphaedit" / runs.METRICS).read_bytes()
+    for fields, message in (
+        ({"settings": _SETTINGS | {"alpha": 0.9}}, "alpha is 0.5 there, 0.9 here"),
+        ({"settings": _SETTINGS, "limit": 2}, "limit is None there, 2 here"),
+        ({"limit": None, "curve_sample": 5}, "curve_sample is 3 there, 5 here"),
+    ):
+        other = _change(path, **fields)
+        for use in (lambda: go(other, tmp_path / "runs"), lambda: collect(other, tmp_path / "runs")):  # noqa: B023
+            with pytest.raises(RunError, match=f"is not run 'AlphaEdit' of this study: {message}"):
+                use()
+    assert (tmp_path / "runs" / "alphaedit" / runs.METRICS).read_bytes() == before
+
+
+def test_what_diverges_stops_alone(write, tmp_path):
+    """The others are made, and the results say where it stopped."""
+    wild = {"method": "ft", "ft_steps": 2, "ft_lr": 1e30}
+    one = Study.read(write(runs={"FT": wild, "AlphaEdit": {}}, curve_every=1))
+    said: list[str] = []
+    go(one, tmp_path / "runs", say=said.append)
+    assert [line.partition(",")[0] for line in said] == ["FT: begins", "FT: stopped", "AlphaEdit: begins"]
+    found = collect(one, tmp_path / "runs")["runs"]
+    assert list(found) == ["AlphaEdit"]  # the first batch did it: there is nothing to show
+
+
+def test_an_unfinished_run_is_shown_as_far_as_it_went(write, tmp_path):
+    one = Study.read(write(runs={"AlphaEdit": {}}))
+
+    def stop(what, done, total):
+        if what == "batches" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(one, tmp_path / "runs", say=lambda text: None, on_progress=stop)
+    found = collect(one, tmp_path / "runs")
+    run = found["runs"]["AlphaEdit"]
+    assert (run["finished"], run["edits"], run["after"], len(run["curve"])) == (False, 6, None, 1)
+    assert "AlphaEdit (stopped after 6 edits)" in tables(found) and plots(found).startswith("<?xml")
+
+
+def test_killed_while_its_last_files_are_written(write, tmp_path, monkeypatch):
+    one = Study.read(write(runs={"AlphaEdit": {}}))
+    folder = tmp_path / "runs" / "alphaedit"
+
+    def fail(run):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(procedure, "write_report", fail)
         go(one, tmp_path / "runs", say=lambda text: None)
-    assert not list((tmp_path / "runs").rglob("config.yaml"))
+    with (folder / runs.METRICS).open("a") as log:
+        log.write('{"event": "spec')  # and its log is torn
+    assert not finished(folder)
+    go(one, tmp_path / "runs", say=lambda text: None)
+    assert finished(folder) and (folder / "report.html").exists()
+    assert runs.read_events(folder)[-1]["event"] == "finished"
+
+
+def test_a_part_does_not_replace_the_whole(write, tmp_path):
+    path = write()
+    go(Study.read(path), tmp_path / "runs", say=lambda text: None)
+    whole = write_results(Study.read(path), tmp_path / "runs", tmp_path / "results")
+    before = whole.read_bytes()
+    go(Study.read(path), tmp_path / "others", only=["FT"], say=lambda text: None)
+    part = write_results(Study.read(path), tmp_path / "others", tmp_path / "results")
+    assert part.parent == tmp_path / "others" and whole.read_bytes() == before
+    with pytest.raises(RunError, match="has no evaluated run of small"):
+        write_results(Study.read(path), tmp_path / "nowhere", tmp_path / "results")
+
+
+def test_names_of_runs_are_only_text(write, tmp_path):
+    names = {"a $\\frac$ | b": {}, "_c": {"alpha": 0.1}}
+    one = Study.read(write(runs=names))
+    go(one, tmp_path / "runs", say=lambda text: None)
+    found = collect(one, tmp_path / "runs")
+    shown = {element.text for element in ET.fromstring(plots(found)).iter()}
+    assert set(names) <= shown
+    assert {line.replace("\\|", "").count("|") for line in tables(found).splitlines() if line.startswith("| ")} == {
+        12,
+        7,
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,11 @@ class Fields:
         value = self._fields.get(name)
         return None if value is None else self._checked_text(name, value)
 
+    def some_text(self, name: str) -> tuple[str, ...]:
+        """A text as a list of one; none where it is absent, null or blank."""
+        value = self.optional_text(name)
+        return (value,) if value and value.strip() else ()
+
     def texts(self, name: str, *, required: bool) -> tuple[str, ...]:
         """A list of texts; absent or null is an empty list unless ``required``."""
         value = self._required(name, "a list of text") if required else self._fields.get(name)
@@ -144,15 +150,17 @@ class Fields:
         return tuple(self._checked_text(f"{name}[{i}]", item) for i, item in enumerate(value))
 
     def template(self, question: str, subject: str) -> str:
-        """The text of one field with ``{}`` where the text of another first stands in it.
+        """The text of one field with ``{}`` where the text of another first stands in it, as words if it does.
 
         Raises:
             NoEditError: it does not stand there.
         """
-        text, about = self.text(question), self.text(subject)
-        if not about.strip() or about not in text:
+        text, about = self.text(question), self.text(subject).strip()
+        if not about or about not in text:
             raise NoEditError(f"{self.where}: field '{subject}' is {about!r}, which is not in {text!r}")
-        return text.replace(about, "{}", 1)
+        word = re.search(rf"(?<!\w){re.escape(about)}(?!\w)", text)
+        at = word.start() if word else text.index(about)
+        return f"{text[:at]}{{}}{text[at + len(about) :]}"
 
     def optional_identifier(self, name: str) -> str | None:
         """Text or an integer, as text; None where absent or null."""

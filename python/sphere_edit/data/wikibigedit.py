@@ -23,8 +23,9 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
     Args:
         where: the place of the record, for messages.
         fields: ``subject`` and ``update``, ``ans``, ``rephrase``, ``loc``, ``loc_ans``; or the same as ``prompt``,
-            ``target_new``, ``rephrase_prompt``, ``locality_prompt``, ``locality_ground_truth``. Other fields (multi-hop
-            questions, personas) are not read.
+            ``target_new``, ``rephrase_prompt``, ``locality_prompt``, ``locality_ground_truth``. The rephrased question
+            and the two of ``loc`` may be absent, null or blank. Other fields (multi-hop questions, personas) are not
+            read.
         position: the index of the record in the file; its id.
 
     Raises:
@@ -32,13 +33,14 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
         RequestError: the fields do not make an edit.
     """
     record = Fields(where, fields)
-    question, target, rephrase, loc, answer = _PUBLISHED if "update" in fields else _EASYEDIT
+    question, target, rephrase, *locality = _PUBLISHED if "update" in fields else _EASYEDIT
+    loc, answer = map(record.some_text, locality)
     return EditRequest(
         id=str(position),
         prompt=record.template(question, "subject"),
         subject=record.text("subject"),
         target_new=record.text(target),
-        paraphrases=(record.text(rephrase),),
-        neighborhood=(record.text(loc),),
-        neighborhood_answers=(record.text(answer),),
+        paraphrases=record.some_text(rephrase),
+        neighborhood=loc if answer else (),
+        neighborhood_answers=answer if loc else (),
     )

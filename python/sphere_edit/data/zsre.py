@@ -22,8 +22,8 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
 
     Args:
         where: the place of the record, for messages.
-        fields: ``subject``, ``src``, ``rephrase``, ``answers`` and perhaps ``loc`` with ``loc_ans``. Other fields are
-            not read (``alt`` among them, which EasyEdit takes for the new target).
+        fields: ``subject``, ``src``, ``answers``, and unless absent, null or blank ``rephrase`` and ``loc`` with
+            ``loc_ans``. Other fields are not read (``alt`` among them, which EasyEdit takes for the new target).
         position: the index of the record in the file; its id.
 
     Raises:
@@ -32,13 +32,13 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
     """
     record = Fields(where, fields)
     answers = record.texts("answers", required=True)
-    loc, answer = record.optional_text("loc"), record.optional_text("loc_ans")
+    loc, answer = record.some_text("loc"), record.some_text("loc_ans")
     return EditRequest(
         id=str(position),
         prompt=record.template("src", "subject"),
         subject=record.text("subject"),
         target_new=answers[0] if answers else "",
-        paraphrases=(record.text("rephrase"),),
-        neighborhood=(f"{loc}?",) if loc and answer else (),
-        neighborhood_answers=(answer,) if loc and answer else (),
+        paraphrases=record.some_text("rephrase"),
+        neighborhood=tuple(f"{question}?" for question in loc) if answer else (),
+        neighborhood_answers=answer if loc else (),
     )
