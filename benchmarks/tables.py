@@ -1,4 +1,5 @@
-"""The README's tables, written from the stored rows: ``python -m benchmarks.tables`` (``--check`` only compares)."""
+"""The tables of the README and of the page of studies, written from what is stored: ``python -m benchmarks.tables``
+(``--check`` only compares)."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from benchmarks.kernel_tables import table
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
+STUDIES = Path(__file__).parent / "study" / "README.md"
 
 _METRICS = [
     f"{metric}_{kind}" for metric in ("efficacy", "generalization", "specificity") for kind in ("success", "accuracy")
@@ -137,13 +139,24 @@ def render(readme: str) -> str:
     return re.sub(r"<!-- table ([a-z0-9-]+) -->.*?<!-- end -->", fill, readme, flags=re.S)
 
 
+def render_studies(page: str) -> str:
+    """``page`` with every ``<!-- results NAME -->`` … ``<!-- end -->`` filled with the tables of that study."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- results {match[1]} -->\n{(STUDIES.parent / 'results' / f'{match[1]}.md').read_text()}<!-- end -->"
+
+    return re.sub(r"<!-- results ([a-z0-9-]+) -->.*?<!-- end -->", fill, page, flags=re.S)
+
+
 def main(check: bool) -> int:
-    old = README.read_text()
-    new = render(old)
-    if check:
-        return int(old != new)
-    README.write_text(new)
-    return 0
+    changed = 0
+    for path, write in ((README, render), (STUDIES, render_studies)):
+        old = path.read_text()
+        new = write(old)
+        changed += old != new
+        if not check:
+            path.write_text(new)
+    return changed if check else 0
 
 
 if __name__ == "__main__":

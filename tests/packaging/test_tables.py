@@ -13,6 +13,14 @@ def test_readme_tables_are_the_stored_rows():
     assert set(re.findall("<!-- table ([a-z0-9-]+) -->", readme)) == set(tables.measured())
 
 
+def test_the_page_of_studies_has_their_tables_and_plots():
+    page = tables.STUDIES.read_text()
+    stored = {path.stem for path in (tables.STUDIES.parent / "results").glob("*.json")}
+    assert tables.render_studies(page) == page
+    assert set(re.findall("<!-- results ([a-z0-9-]+) -->", page)) == stored
+    assert set(re.findall(r"\]\(results/([a-z0-9-]+)\.svg\)", page)) == stored
+
+
 def test_the_readme_shows_plots_that_were_drawn():
     shown = re.findall(r"\]\((benchmarks/results/plots/[^)]+)\)", tables.README.read_text())
     drawn = [f"benchmarks/results/plots/{path.name}" for path in (tables.RESULTS / "plots").glob("*")]
