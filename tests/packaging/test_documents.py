@@ -1,5 +1,6 @@
 """A document that names a path, a command or an option names one that exists."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -27,6 +28,7 @@ def code(text: str) -> str:
     return "\n".join(fenced + re.findall(r"`([^`\n]+)`", rest)).replace("\\\n", " ")
 
 
+@functools.cache
 def help_of(*arguments: str) -> str:
     env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     program = "from sphere_edit.cli import main; main()"
