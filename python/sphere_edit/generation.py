@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from sphere_edit.data.reading import DataError, Fields, read_records
 from sphere_edit.metrics import Evaluation
@@ -42,6 +41,8 @@ def continue_rows(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], tok
         tokens: at most so many new ones; an end of text fills the rest of its row.
         sampling: further arguments of ``generate``.
     """
+    from transformers import GenerationConfig  # half a second to import
+
     inputs, own = pad_left(rows, next(model.parameters()).device), model.generation_config
     special = {"bos_token_id": own.bos_token_id, "eos_token_id": own.eos_token_id}
     model.generation_config = GenerationConfig(**special, pad_token_id=tokenizer.eos_token_id)
