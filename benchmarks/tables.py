@@ -60,17 +60,22 @@ def energies(stored: dict[str, Any]) -> str:
     return table(["layer", "before", *map(label, rows)], body)
 
 
+def per_unit(stored: dict[str, Any], unit: str) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """By benchmark: what it noted, and its median seconds for each of the ``unit`` that it noted the number of."""
+    found = {b["name"]: b["extra_info"] for b in stored["benchmarks"]}
+    return found, {b["name"]: b["stats"]["median"] / b["extra_info"][unit] for b in stored["benchmarks"]}
+
+
 def values(stored: dict[str, Any]) -> str:
     """Seconds per fact of the value optimisation, both ways, out of one run of the benchmark."""
     ways = {"test_one_by_one": "one fact at a time, whole model", "test_batched": "batched, from the edited layer up"}
-    found = {b["name"]: b for b in stored["benchmarks"]}
-    per = {name: found[name]["stats"]["median"] / found[name]["extra_info"]["facts"] for name in ways}
+    found, per = per_unit(stored, "facts")
     rows = []
     for name, way in ways.items():
-        info = found[name]["extra_info"]
+        info = found[name]
         ratio = f"{per['test_one_by_one'] / per[name]:.1f}×"
         rows.append([way, f"{info['facts']}", ", ".join(map(str, info["shared_loss"])), f"{per[name]:.2f}", ratio])
-    info = found["test_batched"]["extra_info"]
+    info = found["test_batched"]
     head = f"{info['steps']} steps, {info['threads']} threads"
     return table([head, "facts", "losses of the shared facts", "seconds per fact", "ratio"], rows)
 
@@ -78,14 +83,13 @@ def values(stored: dict[str, Any]) -> str:
 def evaluation(stored: dict[str, Any]) -> str:
     """Milliseconds per target scored, both ways, out of one run of the benchmark."""
     ways = {"test_one_by_one": "one forward pass per prompt and target", "test_batched": "batched, prompts run once"}
-    found = {b["name"]: b for b in stored["benchmarks"]}
-    per = {name: found[name]["stats"]["median"] / found[name]["extra_info"]["targets"] for name in ways}
+    found, per = per_unit(stored, "targets")
     rows = []
     for name, way in ways.items():
-        info, ratio = found[name]["extra_info"], per["test_one_by_one"] / per[name]
+        info, ratio = found[name], per["test_one_by_one"] / per[name]
         floor = "5×" if name == "test_batched" else ""
         rows.append([way, f"{info['facts']}", f"{info['targets']}", f"{1e3 * per[name]:.1f}", f"{ratio:.1f}×", floor])
-    head = f"{found['test_batched']['extra_info']['threads']} threads"
+    head = f"{found['test_batched']['threads']} threads"
     return table([head, "facts", "targets", "ms per target", "ratio", "floor"], rows)
 
 

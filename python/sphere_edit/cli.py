@@ -62,6 +62,7 @@ RemoteOption = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run code that the model or a run's settings name. Only if you trust it."),
 ]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; results depend on their number.", min=1)]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder made by 'sphere-edit run'.")]
 OutModelOption = Annotated[Path, typer.Option("--out", "-o", help="New folder for the resulting model.")]
@@ -278,7 +279,7 @@ def evaluate_command(
     tfidf_text: Annotated[
         str | None, typer.Option(help="Text whose lines TF-IDF is fitted on: builtin, or a file; else the references.")
     ] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    as_json: JsonOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
@@ -300,10 +301,11 @@ def evaluate_command(
                 raise ConfigError(f"{option} {text}: expected --generate with it")
         known = load_requests(data, limit=None if generate else limit, order=order, on_note=note)
         requests = known[:limit]
-        about = read_references(references) if references else reference_texts(known)
-        corpus = None if tfidf_text is None else list(text_lines(tfidf_text))
-        source = str(tfidf_text or references or data)
-        tfidf = fit_tfidf(requests[:generate], about, corpus, source) if generate else None
+        if generate:
+            chosen = requests[:generate]
+            about = read_references(references) if references else reference_texts(known)
+            corpus = None if tfidf_text is None else list(text_lines(tfidf_text))
+            tfidf = fit_tfidf(chosen, about, corpus, str(tfidf_text or references or data))
         loaded, tokenizer = load(model, dtype, device, threads, trust_remote_code)
         check_weights_finite(loaded)
         with bars() as progress:
@@ -311,7 +313,6 @@ def evaluate_command(
             value = perplexity(loaded, tokenizer, perplexity_text)
             scores, written = found.to_dict(), {}
             if generate:
-                chosen = requests[:generate]
                 texts = generate_texts(loaded, tokenizer, chosen, progress=lambda done, n: progress("texts", done, n))
                 scores |= score_texts(chosen, texts, about, tfidf).to_dict()
                 written = {"texts": {r.id: own for r, own in zip(chosen, texts, strict=True)}}
@@ -332,7 +333,7 @@ def harness_command(
         int | None, typer.Option(help="Worked examples before a question; by default 5 for gsm8k, else none.", min=0)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts that run together.", min=1)] = 8,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    as_json: JsonOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,

@@ -86,15 +86,20 @@ class Log:
         moved = {layer: abs(energy_change(seen[-1], seen[0])) for layer, seen in self.energies.items()}
         return max(moved, key=moved.__getitem__, default=None)
 
+    def seconds(self) -> dict[str, float]:
+        """By stage, over all batches."""
+        sums: dict[str, float] = {}
+        for event in self.of_kind("batch"):
+            for stage, seconds in event.get("seconds", {}).items():
+                sums[stage] = sums.get(stage, 0.0) + seconds
+        return sums
+
     def stages(self) -> list[tuple[str, float]]:
         """(stage, seconds) over all batches, then whatever else the whole run took."""
         sums: dict[str, float] = {}
         for event in self.of_kind("prepared"):
             sums["prepare (contexts, key covariance)"] = event.get("seconds", 0.0)
-        for event in self.of_kind("batch"):
-            for name, seconds in event.get("seconds", {}).items():
-                stage = _STAGES.get(name, name)
-                sums[stage] = sums.get(stage, 0.0) + seconds
+        sums |= {_STAGES.get(stage, stage): seconds for stage, seconds in self.seconds().items()}
         if total := self.last("finished").get("seconds"):
             sums["evaluate, sample, write files"] = max(0.0, total - sum(sums.values()))
         return list(sums.items())

@@ -182,7 +182,7 @@ def correlations(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     curve = [event for event in events if event.get("event") == "curve"]
     rows = []
-    for energy, by_batch in _energies(events).items():
+    for energy, by_batch in energies_by_batch(events).items():
         for score in SCORES:
             pairs = [
                 (by_batch[event["batch"]], mean)
@@ -202,8 +202,8 @@ def correlations(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows if curve else []
 
 
-def _energies(events: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """By batch: the energies of all layers together, and how far they are from where they began."""
+def energies_by_batch(events: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """``sum`` by batch: the energies of all layers together; ``change``: how far they are from where they began."""
     found: dict[int, dict[int, float]] = {}
     for event in events:
         if event.get("event") == "energy":

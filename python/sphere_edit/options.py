@@ -24,11 +24,16 @@ def settings(
 ) -> EditConfig:
     """Preset (of the method that is named), then file, then ``--set``, then the named options: the later wins."""
     given = given_settings(file, pairs, named)
-    chosen = EditConfig.from_dict(preset(preset_name, str(given.get("method", "alphaedit"))).to_dict() | given)
+    chosen = on_preset(preset_name, given)
     typed = given_settings(None, pairs, named).get("method") == chosen.method
     import_method(chosen.method, trust_remote_code or typed)
     method_class(chosen)  # the method's name is known
     return chosen
+
+
+def on_preset(name: str, given: Mapping[str, Any]) -> EditConfig:
+    """The settings given, the rest from the preset of their method."""
+    return EditConfig.from_dict({**preset(name, str(given.get("method", "alphaedit"))).to_dict(), **given})
 
 
 def import_method(name: str, trusted: bool) -> None:
@@ -116,11 +121,7 @@ def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Ma
     Raises:
         ConfigError: naming the option, what the run has, and what was given.
     """
-    own = {name: recorded[name] for name in ("perplexity_text", "device", "save_model", "checkpoint_every")}
-    later = {"curve_every": 0, "curve_sample": None, "score_sample": None}  # earlier runs do not have them
-    own |= {name: recorded.get(name, value) for name, value in later.items()}
-    own |= {"overwrite": recorded["replaces"] is not None, "threads": recorded["environment"]["threads"]}
-    own |= {name: recorded["given"].get(name) for name in ("limit", "order", "preset", "dtype")}
+    own = recorded_options(recorded)
     named = {name.removesuffix("_name"): value for name, value in given.items()}
     compared = {name: value for name, value in named.items() if name in own}
     for name, value in {**compared, **chosen}.items():
@@ -129,6 +130,15 @@ def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Ma
             raise ConfigError(
                 f"{name}: the run was begun with {expected!r}, got {value!r}; begin a new run to change it"
             )
+
+
+def recorded_options(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The options other than settings that a run was begun with, from its ``config.yaml``."""
+    own = {name: recorded[name] for name in ("perplexity_text", "device", "save_model", "checkpoint_every")}
+    later = {"curve_every": 0, "curve_sample": None, "score_sample": None}  # earlier runs do not have them
+    own |= {name: recorded.get(name, value) for name, value in later.items()}
+    own |= {"overwrite": recorded["replaces"] is not None, "threads": recorded["environment"]["threads"]}
+    return own | {name: recorded["given"].get(name) for name in ("limit", "order", "preset", "dtype")}
 
 
 def check_same_requests(given: Sequence[EditRequest], recorded: Sequence[EditRequest], name: str) -> None:

@@ -30,6 +30,8 @@ from sphere_edit.text import text_path, token_windows
 
 _RESULT = (runs.DELTAS, runs.REPORT, runs.MODEL)  # what holds for the last batch only
 
+LEAST = {"checkpoint_every": 1, "curve_every": 0, "curve_sample": 1, "score_sample": 1}  # of `RunOptions`
+
 OnEvent = Callable[[Event], None]
 OnProgress = Callable[[str, int, int], None]
 
@@ -86,9 +88,7 @@ def run(
     """
     if not requests:
         raise ValueError(f"{options.data_name}: no requests; expected at least one edit")
-    if options.checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every: expected a whole number of at least 1, got {options.checkpoint_every}")
-    for name, least in (("curve_every", 0), ("curve_sample", 1), ("score_sample", 1)):
+    for name, least in LEAST.items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")

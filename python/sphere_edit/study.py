@@ -22,22 +22,23 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from sphere_edit import runs
-from sphere_edit.config import ConfigError, EditConfig, foreign, preset
+from sphere_edit.config import ConfigError, EditConfig, foreign
+from sphere_edit.data import load_requests
 from sphere_edit.journal import InUse, RunError, locked
 from sphere_edit.methods import method_class
-from sphere_edit.options import import_method, load, read_yaml
-from sphere_edit.procedure import RunOptions
+from sphere_edit.options import import_method, load, on_preset, read_yaml, recorded_options
+from sphere_edit.procedure import LEAST, RunOptions, resume, run
 
 Say = Callable[[str], None]
 OnProgress = Callable[[str, int, int], None]
 
-_COUNTS = {"limit": 1, "threads": 1, "curve_every": 0, "curve_sample": 1, "score_sample": 1, "checkpoint_every": 1}
+_COUNTS = {"limit": 1, "threads": 1, **LEAST}
 _KINDS = {"settings": dict, "runs": dict, "make_model": list}
 
 
@@ -108,7 +109,7 @@ class Study:
         method = self.method(run)
         shared = {name: value for name, value in self.settings.items() if name not in foreign(method)}
         own = {name: expanded(value) for name, value in (shared | self.runs[run]).items()}
-        config = EditConfig.from_dict(preset(self.preset, method).to_dict() | own)
+        config = on_preset(self.preset, own)
         method_class(config)  # the method's name is known
         return config
 
@@ -135,9 +136,8 @@ class Study:
         record, options, config = runs.read_config(path), self.options(path), self.config(run)
         settings = config.to_dict() | ({} if config.layers else {"layers": record["settings"]["layers"]})
         expected = {"model": options.model_name, "data": options.data_name, **options.given, "threads": self.threads}
-        names = ("perplexity_text", "checkpoint_every", "curve_every", "curve_sample", "score_sample")
-        expected |= {name: getattr(options, name) for name in names} | settings
-        found = record | record["given"] | {"threads": record["environment"]["threads"]} | record["settings"]
+        expected |= {name: getattr(options, name) for name in ("perplexity_text", *LEAST)} | settings
+        found = {**record, **recorded_options(record), **record["settings"]}
         for name, value in expected.items():
             if found.get(name) != value:
                 raise RunError(
@@ -223,9 +223,6 @@ def finished(path: Path) -> bool:
 
 
 def _make(study: Study, name: str, path: Path, trusted: bool, say: Say, on_progress: OnProgress | None) -> None:
-    from sphere_edit.data import load_requests
-    from sphere_edit.procedure import resume, run
-
     options = study.options(path)
 
     def loaded() -> tuple[Any, Any]:
@@ -267,9 +264,3 @@ def make_model(study: Study, folder: Path, trusted: bool, say: Say) -> None:
         done = subprocess.run([sys.executable, "-m", module, *arguments])
     if done.returncode or not (model / "config.json").exists():
         raise ConfigError(f"'{command}' ended with status {done.returncode} and made no model {model}")
-
-
-def as_written(study: Study, settings: Mapping[str, Any], run: str) -> dict[str, Any]:
-    """A run's recorded settings with texts as the study has them: no folders of this machine."""
-    written = study.settings | study.runs[run]
-    return {name: written[name] if isinstance(written.get(name), str) else value for name, value in settings.items()}

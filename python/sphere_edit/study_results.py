@@ -13,12 +13,14 @@ from typing import Any
 from sphere_edit import runs
 from sphere_edit.files import replacing
 from sphere_edit.journal import RunError
-from sphere_edit.measures import correlations
-from sphere_edit.metrics import SCORES
+from sphere_edit.log import Log
+from sphere_edit.measures import correlations, energies_by_batch
+from sphere_edit.metrics import SCORES, Score, finite
 from sphere_edit.records import Event
-from sphere_edit.study import Study, as_written, finished, slug
+from sphere_edit.study import Study, finished, slug
 
 _GROUPS = ("scores", "first", "last")
+_SPHERE = ("sphere", "energy_ratio", "alpha", "subspace", "refresh_every", "project")
 _PANELS = {  # title: where in a curve's event
     "Efficacy, accuracy, %": ("scores", "efficacy_accuracy"),
     "Generalization, accuracy, %": ("scores", "generalization_accuracy"),
@@ -29,6 +31,12 @@ _PANELS = {  # title: where in a curve's event
     "Specificity, success, %": ("scores", "specificity_success"),
     "Perplexity": ("perplexity", ""),
     "HE, change in %": ("energy", ""),
+}
+_WEIGHTS = {  # column: in a layer's energy event
+    "mean distance moved": "moved_mean",
+    "spectral norm": "spectral_norm",
+    "condition": "condition",
+    "principal directions": "rank",
 }
 _STYLE: dict[str, Any] = {
     **{"svg.fonttype": "none", "svg.hashsalt": "sphere-edit", "text.parse_math": False, "font.size": 9},
@@ -66,9 +74,13 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
         ``study`` as written, and ``runs``: for each that has been evaluated ``finished``, ``edits`` done, ``settings``,
         ``environment``, ``seconds`` by stage, ``before`` and ``after`` (scores and perplexity; ``after`` None where it
         is not finished), ``curve`` (scores on the way, each with ``energy``, HE summed over the layers), ``energy``
-        (that sum at both ends), ``layers`` (first and last energy event of each) and ``correlations``.
+        (that sum at both ends), ``layers`` (first and last energy event of each), ``batches`` (over these and layers:
+        the mean share of an update that SPHERE ``suppressed``, and the least ``over_bound``: ‖ΔŴ‖² over the theorem's
+        bound) and ``correlations``; where the same run without SPHERE is there and both are finished, ``less_base``:
+        its name as ``base``, and by score what SPHERE added (mean of the differences of each request's scores, their
+        standard error), ``first`` for retention.
     """
-    found = {}
+    found, ends = {}, {}
     for name in study.runs:
         path = folder / slug(name)
         if not (path / runs.METRICS).exists():
@@ -77,36 +89,69 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
         complete = finished(path)
         events, record = runs.read_events(path), runs.read_config(path)
         if complete or any(e["event"] == "curve" for e in events):
-            settings = as_written(study, record["settings"], name)
+            settings = _as_written(study, record["settings"], name)
             found[name] = {"finished": complete, **_summary(events), "settings": settings}
             found[name]["environment"] = record["environment"]
+            ends[name] = {e["id"]: e["after"] for e in events if e["event"] == "request"} if complete else {}
+    for name, run in found.items():
+        base = _without_sphere(found, name)
+        if base and ends[name] and ends[base]:
+            run["less_base"] = {"base": base, **_differences(ends[name], ends[base])}
+            run["less_base"] |= _difference_of_first(run["curve"], found[base]["curve"])
     shown = {f.name: getattr(study, f.name) for f in fields(study) if f.name not in ("runs", "settings")}
     return {"study": shown, "runs": found}
 
 
 def _summary(events: Sequence[Event]) -> dict[str, Any]:
-    energies: dict[int, dict[int, Event]] = {}
-    for event in events:
-        if event["event"] == "energy":
-            energies.setdefault(event["batch"], {})[event["layer"]] = event
-    sums = {batch: math.fsum(e["energy"] for e in layers.values()) for batch, layers in energies.items()}
-    looks = [e for e in events if e["event"] == "evaluation"]
-    ends = {e["when"]: {"scores": e["scores"], "perplexity": e["perplexity"]} for e in looks}
-    batches = [e for e in events if e["event"] == "batch"]
-    stages = dict.fromkeys(stage for batch in batches for stage in batch["seconds"])
-    seconds = {stage: math.fsum(batch["seconds"].get(stage, 0.0) for batch in batches) for stage in stages}
-    seconds["all"] = next((e["seconds"] for e in events if e["event"] == "finished"), math.fsum(seconds.values()))
-    last = max(energies)
+    log, sums = Log.of(events), energies_by_batch(events)["sum"]
+    ends = {when: {"scores": scores, "perplexity": log.perplexity[when]} for when, scores in log.scores.items()}
+    seconds = log.seconds()
+    seconds["all"] = log.last("finished").get("seconds", math.fsum(seconds.values()))
     return {
-        "edits": batches[-1]["edits"] if batches else 0,
+        "edits": log.last("batch").get("edits", 0),
         "seconds": {stage: round(spent, 1) for stage, spent in seconds.items()},
         "before": ends.get("before"),
         "after": ends.get("after"),
-        "energy": {"before": sums[0], "after": sums[last]},
-        "layers": {str(layer): [energies[0][layer], energies[last][layer]] for layer in energies[0]},
-        "curve": [_thin(e, sums[e["batch"]]) for e in events if e["event"] == "curve"],
+        "energy": {"before": sums[0], "after": sums[max(sums)]},
+        "layers": {str(layer): [seen[0], seen[-1]] for layer, seen in log.energies.items()},
+        "batches": _over_batches([event for seen in log.energies.values() for event in seen[1:]]),
+        "curve": [_thin(event, sums[event["batch"]]) for event in log.of_kind("curve")],
         "correlations": correlations(events),
     }
+
+
+def _over_batches(seen: Sequence[Event]) -> dict[str, float | None]:
+    suppressed = [event["suppressed"] for event in seen if event.get("suppressed") is not None]
+    over = [e["step_squared"] / e["bound"] for e in seen if e.get("step_squared") and e.get("bound")]
+    return {"suppressed": finite(Score.of(suppressed).mean), "over_bound": min(over, default=None)}
+
+
+def _without_sphere(found: Mapping[str, Any], name: str) -> str | None:
+    """The run whose settings are the same but for SPHERE, which it is without."""
+    plain = {n: {k: v for k, v in run["settings"].items() if k not in _SPHERE} for n, run in found.items()}
+    alike = [n for n in found if plain[n] == plain[name] and not found[n]["settings"]["sphere"]]
+    return alike[0] if alike and found[name]["settings"]["sphere"] else None
+
+
+def _differences(own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    pairs = [(scores, base[request]) for request, scores in own.items()]
+    return {n: Score.of([a[n] - b[n] for a, b in pairs if n in a and n in b]).to_dict() for n in SCORES}
+
+
+def _difference_of_first(own: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Retention: accuracy on the first edits at the end, less the base's; errors as if of different requests."""
+    pair = [curve[-1]["first"].get("efficacy_accuracy") for curve in (own, base) if curve]
+    if len(pair) < 2 or None in pair:
+        return {}
+    a, b = pair
+    stderr = None if None in (a["stderr"], b["stderr"]) else math.hypot(a["stderr"], b["stderr"])
+    return {"first": {"mean": a["mean"] - b["mean"], "stderr": stderr, "n": a["n"]}}
+
+
+def _as_written(study: Study, settings: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """A run's recorded settings with texts as the study has them: no folders of this machine."""
+    written = study.settings | study.runs[run]
+    return {name: written[name] if isinstance(written.get(name), str) else value for name, value in settings.items()}
 
 
 def _thin(event: Event, energy: float) -> dict[str, Any]:
@@ -123,11 +168,12 @@ def _thin(event: Event, energy: float) -> dict[str, Any]:
 
 
 def tables(found: Mapping[str, Any]) -> str:
-    """Markdown: the end of each run (shares in per cent, HE as its change), then Spearman's correlations."""
-    head = ["", *(name.replace("_", " ") for name in SCORES), "first", "newest", "perplexity", "HE", "minutes"]
+    """Markdown: how each run ended (shares in per cent, HE as its change), what SPHERE added, weights, Spearman's ρ."""
+    scored = ["", *(name.replace("_", " ") for name in SCORES)]
+    head = [*scored, "first, accuracy", "newest, accuracy", "perplexity", "HE", "minutes"]
     first = next(iter(found["runs"].values()))["before"]
     rows = [["before", *_shares(first["scores"]), "", "", _short(first["perplexity"]), "", ""]]
-    related = []
+    added, related, weights = [], [], []
     for name, run in found["runs"].items():
         curve = run["curve"][-1] if run["curve"] else {"first": {}, "last": {}}
         end = run["after"] or curve
@@ -143,14 +189,32 @@ def tables(found: Mapping[str, Any]) -> str:
                 f"{run['seconds']['all'] / 60:.0f}",
             ]
         )
+        if less := run.get("less_base"):
+            added.append([label, *(_share(less.get(score), "+") for score in (*SCORES, "first"))])
+        weights.append([label, *_weights(run)])
         seen = {r["score"]: r for r in run["correlations"] if r["energy"] == "change"}
         if any(r["rho"] is not None for r in seen.values()):
             related.append([label, *(_correlation(seen.get(name)) for name in SCORES)])
     text = _table(head, rows)
+    if added:
+        text += "\nWhat SPHERE added, the same run without it as the base, percentage points:\n\n"
+        text += _table([*scored, "first, accuracy"], added)
+    text += "\nThe edited weights at the end (of several layers the largest; √2 is the distance of a right angle):\n\n"
+    text += _table(["", *_WEIGHTS, "suppressed", "least ‖ΔŴ‖² / bound"], weights)
     if related:
         text += "\nSpearman's ρ of |ΔHE| with each score over the curve (p, n):\n\n"
-        text += _table(head[: len(SCORES) + 1], related)
+        text += _table(scored, related)
     return text
+
+
+def _weights(run: Mapping[str, Any]) -> Iterator[str]:
+    ends = [events[-1] for events in run["layers"].values()]
+    for name in _WEIGHTS.values():
+        known = [event[name] for event in ends if event.get(name) is not None]
+        yield _short(max(known)) if known else "–"
+    suppressed, over = run["batches"]["suppressed"], run["batches"]["over_bound"]
+    yield "–" if not suppressed else f"{100 * suppressed:.2g} %"
+    yield "–" if over is None else f"{over:.1e}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -163,10 +227,10 @@ def _shares(scores: Mapping[str, Any]) -> Iterator[str]:
         yield _share(scores.get(name))
 
 
-def _share(score: Mapping[str, Any] | None) -> str:
+def _share(score: Mapping[str, Any] | None, sign: str = "") -> str:
     if score is None or score["mean"] is None:
         return "–"
-    return f"{100 * score['mean']:.1f}" + ("" if score["stderr"] is None else f" ± {100 * score['stderr']:.1f}")
+    return f"{100 * score['mean']:{sign}.1f}" + ("" if score["stderr"] is None else f" ± {100 * score['stderr']:.1f}")
 
 
 def _short(value: float | None) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import tiny
+import torch
+
+from sphere_edit.editor import SphereEditor
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +30,17 @@ def family(request):
 def config():
     """Settings that run in a moment, and edit layers 1 to 3."""
     return tiny.CONFIG
+
+
+@pytest.fixture
+def make(tokenizer, config, tmp_path):
+    """An editor of a fresh model."""
+
+    def build(family="llama", dtype=torch.float32, seed=0, on_batch=None, **changes):
+        model, settings = tiny.make_model(family, seed, dtype), config.replace(**changes)
+        return SphereEditor(model, tokenizer, settings, cache=tmp_path / "covariance", on_batch=on_batch)
+
+    return build
 
 
 @pytest.fixture(autouse=True)

@@ -19,17 +19,6 @@ _LAYERS = (1, 2, 3)
 families = pytest.mark.parametrize("family", ["llama", "gpt2"])
 
 
-@pytest.fixture
-def make(tokenizer, config, tmp_path):
-    """An editor of a fresh model."""
-
-    def build(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes):
-        model = tiny.make_model(family, seed, dtype)
-        return SphereEditor(model, tokenizer, config.replace(**changes), cache=tmp_path / "covariance")
-
-    return build
-
-
 def _full(update) -> torch.Tensor:
     return update.left.double() @ update.right.double()
 

@@ -17,15 +17,6 @@ families = pytest.mark.parametrize("family", ["llama", "gpt2"])
 _GOOD = {"prompt": "The capital of {} is", "subject": "Peru", "target_new": "Rome"}
 
 
-@pytest.fixture
-def make(tokenizer, config, tmp_path):
-    def build(family: str = "llama", dtype: torch.dtype = torch.float32, **changes):
-        model = tiny.make_model(family, dtype=dtype)
-        return SphereEditor(model, tokenizer, config.replace(**changes), cache=tmp_path / "covariance")
-
-    return build
-
-
 @families
 def test_revert_is_exact_and_forgets(family, make):
     editor, fresh = make(family), make(family)

@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit.editor import SphereEditor
 from sphere_edit.keys import LayerPass
 from sphere_edit.records import ReplayError
 from sphere_edit.replay import frozen
@@ -43,16 +42,6 @@ def _facts():
         for again in ("", " a", " b")
         for fact in tiny.facts(6)
     ][:14]
-
-
-@pytest.fixture
-def make(tokenizer, config, tmp_path):
-    def build(on_batch=None, dtype=torch.float32, family="llama", **changes):
-        model = tiny.make_model(family, 0, dtype)
-        settings = config.replace(**changes)
-        return SphereEditor(model, tokenizer, settings, cache=tmp_path / "covariance", on_batch=on_batch)
-
-    return build
 
 
 def _same(editor, other) -> bool:

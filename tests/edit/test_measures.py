@@ -32,15 +32,6 @@ _METHODS = {
 }
 
 
-@pytest.fixture
-def make(tokenizer, config, tmp_path):
-    def build(dtype=torch.float32, **changes):
-        settings = config.replace(**changes)
-        return SphereEditor(tiny.make_model("llama", 0, dtype), tokenizer, settings, cache=tmp_path / "covariance")
-
-    return build
-
-
 @pytest.fixture(params=[20, 1 << 20], ids=["chunks", "whole"])
 def chunked(request, monkeypatch):
     monkeypatch.setattr("sphere_kernels.rows.CHUNK_ELEMENTS", request.param)

@@ -10,7 +10,6 @@ import tiny
 import torch
 
 from sphere_edit.config import PRESETS, EditConfig, auto_layers, preset
-from sphere_edit.editor import SphereEditor
 from sphere_edit.methods import METHODS, Method, make_method
 from sphere_edit.replay import frozen
 from sphere_edit.structure import find_structure
@@ -37,15 +36,6 @@ def batch(b, seed=0):
 
 def dense(update):
     return update if isinstance(update, torch.Tensor) else update.left.double() @ update.right.double()
-
-
-@pytest.fixture
-def make(tokenizer, config, tmp_path):
-    def build(family="llama", dtype=torch.float32, **changes):
-        model = tiny.make_model(family, 0, dtype)
-        return SphereEditor(model, tokenizer, config.replace(**changes), cache=tmp_path / "covariance")
-
-    return build
 
 
 @pytest.mark.parametrize("history", (False, True))

@@ -43,15 +43,6 @@ _ORDERS = {
 
 
 @pytest.fixture
-def make(tokenizer, config, tmp_path):
-    def build(family="llama", dtype=torch.float32, **changes):
-        model = tiny.make_model(family, 0, dtype)
-        return SphereEditor(model, tokenizer, config.replace(**changes), cache=tmp_path / "covariance")
-
-    return build
-
-
-@pytest.fixture
 def seen(monkeypatch):
     """The covariances, and by batch the values that are optimised for."""
     found = {"targets": []}

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import tiny
+import torch
 import yaml
 
 from sphere_edit import procedure, runs
@@ -85,11 +86,35 @@ def test_runs_are_made_once_and_compared(write, tmp_path):
         assert run["finished"] and run["settings"]["method"] == ("ft" if name == "FT" else "alphaedit")
     assert "$HERE" in found["study"]["data"] and str(tmp_path) not in path.read_text()
     written = path.with_suffix(".md").read_text().splitlines()
-    assert len(written) == 3 + len(one.runs) and written == tables(found).splitlines()
+    assert len(written) == 14 + 2 * len(one.runs) and written == tables(found).splitlines()
     accuracy = found["runs"]["AlphaEdit"]["after"]["scores"]["efficacy_accuracy"]["mean"]
     assert f" {100 * accuracy:.1f} ± " in written[3]
     drawn = ET.parse(path.with_suffix(".svg"))
     assert {"AlphaEdit", "AlphaEdit + SPHERE", "FT"} <= {element.text for element in drawn.iter()}
+
+
+def test_what_sphere_added(write, tmp_path):
+    """Differences of what is stored, request by request, against the run that is the same without SPHERE."""
+    memit = {"method": "memit", "covariance_weight": 1.0}
+    one = Study.read(
+        write(runs={"AlphaEdit": {"sphere": False}, "more": {"alpha": 0.9}, "MEMIT": memit, "FT": {"method": "ft"}})
+    )
+    go(one, tmp_path / "runs", say=lambda text: None)
+    found = collect(one, tmp_path / "runs")["runs"]
+    assert [name for name, run in found.items() if "less_base" in run] == ["more"]
+    less, ends = found["more"]["less_base"], [found[name]["after"]["scores"] for name in ("more", "AlphaEdit")]
+    assert less["base"] == "AlphaEdit"
+    for score in ("efficacy_success", "generalization_accuracy", "specificity_accuracy"):
+        assert less[score]["mean"] == pytest.approx(ends[0][score]["mean"] - ends[1][score]["mean"])
+        assert less[score]["n"] == ends[0][score]["n"]
+    firsts = [found[name]["curve"][-1]["first"]["efficacy_accuracy"]["mean"] for name in ("more", "AlphaEdit")]
+    assert less["first"]["mean"] == firsts[0] - firsts[1]
+    pairs = [
+        {e["id"]: e["after"]["efficacy_accuracy"] for e in runs.read_events(path) if e["event"] == "request"}
+        for path in (tmp_path / "runs" / "more", tmp_path / "runs" / "alphaedit")
+    ]
+    steps = torch.tensor([pairs[0][name] - pairs[1][name] for name in pairs[0]])
+    assert less["efficacy_accuracy"]["stderr"] == pytest.approx((steps.std() / len(steps) ** 0.5).item(), abs=1e-6)
 
 
 def test_settings_of_all_runs_spare_methods_without_a_use_for_them(write):
@@ -299,4 +324,4 @@ def test_names_of_runs_are_only_text(write, tmp_path):
     shown = {element.text for element in ET.fromstring(plots(found)).iter()}
     assert set(names) <= shown
     rows = [line.replace("\\|", "") for line in tables(found).splitlines()]
-    assert {row.count("|") for row in rows} == {13}
+    assert {row.count("|") for row in rows} == {0, 13, 8}
