@@ -242,6 +242,8 @@ def test_published_settings_of_each_method():
     assert auto_layers(32, "rome") == (5,) and auto_layers(32, "ft") == (21,) and auto_layers(2, "ft") == (1,)
     assert auto_layers(1, "rome") == () and auto_layers(1, "ft") == (0,)
     assert preset("gpt2-xl", "rome").layers == (17,) and preset("gpt2-xl", "prune").covariance_weight == 20000
+    weights = [preset("smollm2-135m", name).covariance_weight for name in LEAST_SQUARES]
+    assert weights == [1500] * 3 and preset("smollm2-135m").covariance_weight == EditConfig().covariance_weight
     assert preset("llama3-8b", "rome").value_clamp == 4.0
     assert (found.rect_share, found.ft_steps, found.ft_lr) == (0.4, 25, 5e-4)
 
