@@ -38,6 +38,8 @@ _WEIGHTS = {  # column: in a layer's energy event
     "condition": "condition",
     "principal directions": "rank",
 }
+_SCALES: dict[str, dict[str, Any]] = {"perplexity": {"value": "log"}, "energy": {"value": "symlog", "linthresh": 1.0}}
+_WIDE = 20.0  # what goes further and over a decade is drawn on that scale
 _STYLE: dict[str, Any] = {
     **{"svg.fonttype": "none", "svg.hashsalt": "sphere-edit", "text.parse_math": False, "font.size": 9},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e5e5"},
@@ -243,7 +245,7 @@ def _correlation(row: Mapping[str, Any] | None) -> str:
 
 def plots(found: Mapping[str, Any]) -> str:
     """One SVG: a panel per measure over the edits, a line per run; a base method and its SPHERE share a colour."""
-    from matplotlib import colormaps, style
+    from matplotlib import colormaps, style, ticker
     from matplotlib.figure import Figure
 
     names = list(found["runs"])
@@ -261,10 +263,11 @@ def plots(found: Mapping[str, Any]) -> str:
                     lines[name] = axes.plot(*zip(*points, strict=True), color=colour, ls=dashes, lw=1.2)[0]
             axes.set_title(title, fontsize=9)
             axes.set_xlim(0, None)
-            if group == "perplexity":
-                axes.set_yscale("log")
-            elif group == "energy":
-                axes.set_yscale("symlog", linthresh=1.0)
+            drawn = [abs(y) for line in axes.lines for y in line.get_ydata()]
+            if group in _SCALES and max(drawn, default=0.0) > 10 * min(drawn, default=0.0) and max(drawn) > _WIDE:
+                axes.set_yscale(**_SCALES[group])
+                axes.yaxis.set_major_formatter(ticker.LogFormatter(linthresh=1.0))
+                axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=4)
         figure.savefig(buffer := io.StringIO(), format="svg", metadata={"Date": None})
     return buffer.getvalue()
