@@ -33,6 +33,9 @@ class EditConfig:
             the weights that are used; or, as SPHERE's code does for MEMIT and RECT and EasyEdit's for AlphaEdit, after
             all layers of the ``batch``: each is solved for over the whole updates of those below (RECT's uncut), and
             what the projection takes away is made up for nowhere. Histories of keys take those of the solve in both.
+            ``solve``: as ``layer``, and keys enter the solve projected, as AlphaEdit's enter the null space: what the
+            projection leaves of the update then still says what is asked. A history has them as they entered, which is
+            exact as long as the directions stay, as those of the ``pretrained`` weight do.
         batch_size: facts solved for together.
         value_steps, value_lr, value_weight_decay, value_kl, value_clamp: Adam on each fact's value; the clamp is in
             units of the hidden state's norm.
@@ -98,8 +101,10 @@ class EditConfig:
             _check(field.name, getattr(self, field.name))
         for name in foreign(self.method):
             _check_unused(name, self.method, getattr(self, name))
-        if self.prune_in == "copies" and self.project == "batch":
-            raise ConfigError("project: expected 'layer' where prune_in is 'copies' and the loop whole, got 'batch'")
+        if self.prune_in == "copies" and self.project != "layer":
+            raise ConfigError(
+                f"project: expected 'layer' where prune_in is 'copies' and the loop whole, got {self.project!r}"
+            )
 
     def replace(self, **changes: Any) -> EditConfig:
         """With other values; settings that a new method has no use for go back to their defaults."""
@@ -162,7 +167,7 @@ _CHOICES = {
     "subspace": ("current", "pretrained"),
     "value_stop_on": ("loss", "nll"),
     "prune_in": ("weights", "copies"),
-    "project": ("layer", "batch"),
+    "project": ("layer", "batch", "solve"),
 }
 _POSITIVE_INT = {"refresh_every", "batch_size", "value_steps", "context_length", "covariance_tokens", "ft_steps"}
 _COUNT = {"contexts", "measure_every", "seed"}

@@ -392,7 +392,7 @@ class SphereEditor:
                 residuals = (values.target - walk.values()) / (len(layers) - i)
                 clock.lap("keys")
                 solved[layer] = keys, residuals, engine.solve(layer, keys, residuals, clock)
-                if config.project == "layer":
+                if config.project != "batch":
                     done[layer] = engine.write(layer, *solved[layer], clock)
                 else:
                     trials.enter_context(engine.tried(layer, solved[layer][2]))

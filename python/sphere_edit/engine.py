@@ -52,7 +52,7 @@ class Engine:
         originals: Mapping[int, Tensor],
     ) -> None:
         self.method = make_method(config, covariances)
-        self._originals = originals
+        self._originals, self._projects_keys = originals, config.project == "solve"
         self.measures = Measures(config, originals, covariances)
         self.states = {
             layer: HypersphereState(
@@ -101,7 +101,7 @@ class Engine:
         Raises:
             FloatingPointError: keys, residuals or update are not finite.
         """
-        solved = self.method.solve(layer, keys, residuals)
+        solved = self.method.solve(layer, self._entering(layer, keys), residuals)
         check_finite(f"layer {layer}: the update", solved.left, solved.right)
         clock.lap("solve")
         return solved
@@ -165,7 +165,7 @@ class Engine:
         """
         state = self.states[layer]
         device = state.master.device
-        self.method.remember(layer, record.keys.to(device))
+        self.method.remember(layer, self._entering(layer, record.keys.to(device)))
         self._add(layer, None if record.left is None else record.left.to(device), record.right.to(device))
         found = tensor_sha256(state.master)
         if found != record.sha256:
@@ -204,6 +204,10 @@ class Engine:
             own.load_state_dict(under(f"weight.{layer}", state))
         self.batches = int(state["batches"])
         self._whole = True
+
+    def _entering(self, layer: int, keys: Tensor) -> Tensor:
+        """The keys ``[b, d]`` as the method is to solve for them."""
+        return self.states[layer].project(keys).to(keys.dtype) if self._projects_keys else keys
 
     def _add(self, layer: int, left: Tensor | None, right: Tensor) -> None:
         state = self.states[layer]

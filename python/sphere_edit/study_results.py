@@ -244,7 +244,7 @@ def _correlation(row: Mapping[str, Any] | None) -> str:
 
 
 def plots(found: Mapping[str, Any]) -> str:
-    """One SVG: a panel per measure over the edits, a line per run; a base method and its SPHERE share a colour."""
+    """One SVG: a panel per measure over the edits, a line per run; a base method and its SPHEREs share a colour."""
     from matplotlib import colormaps, style, ticker
     from matplotlib.figure import Figure
 
@@ -258,7 +258,8 @@ def plots(found: Mapping[str, Any]) -> str:
             for name in names:
                 points = _points(found["runs"][name], group, score)
                 if points:
-                    dashes = "--" if f"{name} + SPHERE" in names else "-"
+                    own, sphere, more = name.partition(" + SPHERE")
+                    dashes = ":" if more else "--" if f"{own} + SPHERE" in names and not sphere else "-"
                     colour = colours(bases.index(_base(name)) % colours.N)
                     lines[name] = axes.plot(*zip(*points, strict=True), color=colour, ls=dashes, lw=1.2)[0]
             axes.set_title(title, fontsize=9)
@@ -274,7 +275,7 @@ def plots(found: Mapping[str, Any]) -> str:
 
 
 def _base(run: str) -> str:
-    return run.removesuffix(" + SPHERE")
+    return run.partition(" + SPHERE")[0]
 
 
 def _points(run: Mapping[str, Any], group: str, score: str) -> list[tuple[int, float]]:

@@ -26,6 +26,11 @@ _SETTINGS = {
     "batch": {"project": "batch", "refresh_every": 2},
     "memit-history-batch": {"method": "memit", "covariance_weight": 10.0, "history": True, "project": "batch"},
     "rect-batch-bf16": {"method": "rect", "covariance_weight": 10.0, "dtype": torch.bfloat16, "project": "batch"},
+    "solve": {"project": "solve", "refresh_every": 2},
+    "solve-bf16": {"project": "solve", "dtype": torch.bfloat16, "subspace": "pretrained"},
+    "memit-history-solve-fp64": {
+        **{"method": "memit", "covariance_weight": 10.0, "history": True, "project": "solve", "dtype": torch.float64},
+    },
     "prune-copies": {"method": "prune", "covariance_weight": 1e-3, "value_clamp": 400.0, "prune_in": "copies"},
     "rome": {"method": "rome", "layers": (2,), "batch_size": 2},
     "ft": {"method": "ft", "layers": (3, 4), "ft_steps": 3, "ft_lr": 1e-2},

@@ -140,6 +140,59 @@ def test_projected_after_all_layers(changes, sphere, make, seen):
     assert apart > 1e-2 if reshaped else apart < 1e-4
 
 
+_SOLVING = {name: _ORDERS[name] for name in ("alphaedit", "ridge", "memit", "memit-history", "rome")}
+
+
+def _within_the_solve(editor, seen, facts):
+    """Weights after the batches of ``facts``, each solved for projected keys ``P K`` and projected itself."""
+    config, layers = editor.config, editor.config.layers
+    model = tiny.make_model("llama")
+    structure = find_structure(model)
+    weights = {layer: structure.down[layer].weight.double() for layer in layers}
+    history = {layer: torch.zeros_like(seen["covariances"][layer]) for layer in layers}
+    for i, target in enumerate(seen["targets"]):
+        batch = facts[i * config.batch_size : (i + 1) * config.batch_size]
+        for at, layer in enumerate(layers):
+            k, values = plain.keys_and_values(
+                model, editor.tokenizer, structure, batch, editor._contexts, layer, layers[-1]
+            )
+            spared = torch.eye(k.shape[1], dtype=torch.float64)
+            spared -= config.alpha * plain.principal_projector(weights[layer], config.energy_ratio)
+            entering, residuals = spared @ k.double().T, (target - values).double().T / (len(layers) - at)
+            delta = _solved(config, seen["covariances"][layer], history[layer], entering, residuals) @ spared
+            history[layer] += entering @ entering.T
+            weights[layer] = weights[layer] + delta
+            structure.down[layer].weight.copy_(weights[layer])
+    return weights
+
+
+@pytest.mark.parametrize("changes", _SOLVING.values(), ids=_SOLVING)
+def test_projected_within_the_solve(changes, make, seen):
+    facts = tiny.facts(6)
+    editor = make(project="solve", alpha=0.8, **changes)
+    editor.edit(facts)
+    want, before = _within_the_solve(editor, seen, facts), editor.original_weights()
+    for layer, weight in editor.weights().items():
+        moved = (want[layer] - before[layer].double()).norm()
+        assert moved > 1e-3
+        assert (weight.double() - want[layer]).norm() < 2e-3 * moved
+
+
+@pytest.mark.parametrize("changes", _SOLVING.values(), ids=_SOLVING)
+def test_what_is_projected_within_the_solve_still_says_what_is_asked(changes, make, seen):
+    """One layer, all of the principal directions suppressed: nothing is written into them, and more of R is reached."""
+    changes = changes | {"covariance_weight": 1e-3} if changes.get("method") == "memit" else changes
+    missed = {}
+    for project in ("layer", "solve"):
+        editor = make(project=project, alpha=1.0, layers=(2,), batch_size=4, **changes)
+        (record,) = editor.edit(tiny.facts(4)).records
+        spared, before = record.layers[2], editor.original_weights()[2]
+        inside = spared.right.double() @ plain.principal_projector(before, editor.config.energy_ratio)
+        assert inside.norm() < 1e-5 * spared.right.norm()
+        missed[project] = (spared.keys @ spared.right.T @ spared.left.T - spared.left.T).norm() / spared.left.norm()
+    assert missed["solve"] < 0.9 * missed["layer"]
+
+
 @pytest.mark.parametrize("error", (FloatingPointError, KeyboardInterrupt))
 @pytest.mark.parametrize("place", ("solve", "write"))
 @pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16)])
@@ -357,9 +410,10 @@ def test_settings_of_another_method_are_refused(method, name, value, users):
     assert getattr(EditConfig(method="mine.own:Method", **{name: value}), name) == value
 
 
-def test_copies_of_a_loop_that_projects():
+@pytest.mark.parametrize("project", ("batch", "solve"))
+def test_copies_of_a_loop_that_projects(project):
     with pytest.raises(ConfigError, match="project: expected 'layer' where prune_in is 'copies'"):
-        EditConfig(method="prune", prune_in="copies", project="batch")
+        EditConfig(method="prune", prune_in="copies", project=project)
 
 
 @pytest.mark.parametrize("method", METHODS)
