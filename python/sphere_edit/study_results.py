@@ -172,14 +172,13 @@ def _thin(event: Event, energy: float) -> dict[str, Any]:
 def tables(found: Mapping[str, Any]) -> str:
     """Markdown: how each run ended (shares in per cent, HE as its change), what SPHERE added, weights, Spearman's ρ."""
     scored = ["", *(name.replace("_", " ") for name in SCORES)]
-    head = [*scored, "first, accuracy", "newest, accuracy", "perplexity", "HE", "minutes"]
+    head = [*scored, "first, accuracy", "newest, accuracy", "perplexity", "doubled by (HE)", "HE", "minutes"]
     first = next(iter(found["runs"].values()))["before"]
-    rows = [["before", *_shares(first["scores"]), "", "", _short(first["perplexity"]), "", ""]]
+    rows = [["before", *_shares(first["scores"]), "", "", _short(first["perplexity"]), "", "", ""]]
     added, related, weights = [], [], []
     for name, run in found["runs"].items():
         curve = run["curve"][-1] if run["curve"] else {"first": {}, "last": {}}
         end = run["after"] or curve
-        change = 100 * (run["energy"]["after"] / run["energy"]["before"] - 1)
         label = name.replace("|", "\\|") + ("" if run["finished"] else f" (stopped after {run['edits']} edits)")
         rows.append(
             [
@@ -187,7 +186,8 @@ def tables(found: Mapping[str, Any]) -> str:
                 *_shares(end["scores"]),
                 *(_share(curve[group].get("efficacy_accuracy")) for group in ("first", "last")),
                 _short(end["perplexity"]),
-                f"{change:+.2g} %",
+                _doubled(run),
+                _change(run, run["energy"]["after"]),
                 f"{run['seconds']['all'] / 60:.0f}",
             ]
         )
@@ -217,6 +217,18 @@ def _weights(run: Mapping[str, Any]) -> Iterator[str]:
     suppressed, over = run["batches"]["suppressed"], run["batches"]["over_bound"]
     yield "–" if not suppressed else f"{100 * suppressed:.2g} %"
     yield "–" if over is None else f"{over:.1e}"
+
+
+def _change(run: Mapping[str, Any], energy: float) -> str:
+    return f"{100 * (energy / run['energy']['before'] - 1):+.2g} %"
+
+
+def _doubled(run: Mapping[str, Any]) -> str:
+    """The edits by which perplexity was twice that of before, at the first look on the way that saw it, and HE then."""
+    limit = 2 * (run["before"]["perplexity"] or math.nan)
+    seen = (e for e in run["curve"] if e["perplexity"] is None or e["perplexity"] >= limit)
+    first = next(seen, None)
+    return "–" if first is None else f"{first['edits']:,} ({_change(run, first['energy'])})"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -324,8 +324,10 @@ def test_names_of_runs_are_only_text(write, tmp_path):
     shown = {element.text for element in ET.fromstring(plots(found)).iter()}
     assert set(names) <= shown
     rows = [line.replace("\\|", "") for line in tables(found).splitlines()]
-    assert {row.count("|") for row in rows} == {0, 13, 8}
+    assert {row.count("|") for row in rows} == {0, 14, 8}
+    assert tables(found).count(" | – | ") == 2  # nothing collapsed
     for event in found["runs"]["_c"]["curve"]:  # a collapse is drawn on scales of their own
         event["perplexity"], event["energy"] = 10.0 ** event["edits"], event["energy"] * event["edits"]
+    assert "| 4 (+3e+02 %) |" in tables(found)  # seen at the first look
     labels = {element.text for element in ET.fromstring(plots(found)).iter()}
     assert "1e+08" in labels and not any(label and "mathdefault" in label for label in labels)
