@@ -33,9 +33,10 @@ class EditConfig:
             the weights that are used; or, as SPHERE's code does for MEMIT and RECT and EasyEdit's for AlphaEdit, after
             all layers of the ``batch``: each is solved for over the whole updates of those below (RECT's uncut), and
             what the projection takes away is made up for nowhere. Histories of keys take those of the solve in both.
-            ``solve``: as ``layer``, and keys enter the solve projected, as AlphaEdit's enter the null space: what the
-            projection leaves of the update then still says what is asked. A history has them as they entered, which is
-            exact as long as the directions stay, as those of the ``pretrained`` weight do.
+            ``solve``: as ``layer``, but half of the projection, ``P^½`` of ``P = I − α U Uᵀ``, is of the keys that
+            enter the solve and half of its update, so that what AlphaEdit, MEMIT and ROME write still says what is
+            asked: for a ridge, the least ``tr(Δ P⁻¹ Δᵀ)``. A history has keys as they entered, which is exact as long
+            as the directions stay, as those of the ``pretrained`` weight do.
         batch_size: facts solved for together.
         value_steps, value_lr, value_weight_decay, value_kl, value_clamp: Adam on each fact's value; the clamp is in
             units of the hidden state's norm.
@@ -217,7 +218,7 @@ PRESETS: dict[str, EditConfig] = {
 }
 
 
-# What is published of the other methods otherwise: for all models, and for one.
+# What is published (for smollm2-135m: chosen) of the other methods otherwise: for all models, and for one.
 _OTHERWISE: dict[str, dict[str, Any]] = {name: {"alpha": 0.8} for name in ("memit", "rect", "prune")}
 _OTHERWISE |= {name: {"layers": ()} for name in ("rome", "ft")}  # one block, see `auto_layers`
 _OTHERWISE_OF: dict[tuple[str, str], dict[str, Any]] = {
@@ -235,7 +236,7 @@ _PLACE = {"rome": 5 / 32, "ft": 21 / 32}  # of their block in the depth
 
 
 def preset(name: str, method: str = "alphaedit") -> EditConfig:
-    """One of `PRESETS` by name; for another method with the alpha, blocks and covariance weight published for that."""
+    """One of `PRESETS` by name; for another method with its own alpha, blocks and covariance weight."""
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r} is not known; expected one of {', '.join(PRESETS)}")
     changes = _OTHERWISE.get(method, {}) | _OTHERWISE_OF.get((name, method), {})

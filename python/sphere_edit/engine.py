@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sphere_edit.config import EditConfig
+from sphere_edit.config import ConfigError, EditConfig
 from sphere_edit.files import tensor_sha256
 from sphere_edit.measures import Measures
 from sphere_edit.methods import Update, make_method
@@ -52,6 +52,8 @@ class Engine:
         originals: Mapping[int, Tensor],
     ) -> None:
         self.method = make_method(config, covariances)
+        if config.project == "solve" and (self.method.trains or self.method.projects):
+            raise ConfigError(f"project: {config.method} has no solve to project in; expected 'layer', got 'solve'")
         self._originals, self._projects_keys = originals, config.project == "solve"
         self.measures = Measures(config, originals, covariances)
         self.states = {
@@ -59,7 +61,7 @@ class Engine:
                 weight,
                 config.energy_s,
                 config.energy_ratio,
-                config.alpha if config.sphere and not self.method.projects else 0.0,
+                _alpha(config) if config.sphere and not self.method.projects else 0.0,
                 config.refresh_every,
                 config.subspace,
             )
@@ -101,7 +103,9 @@ class Engine:
         Raises:
             FloatingPointError: keys, residuals or update are not finite.
         """
-        solved = self.method.solve(layer, self._entering(layer, keys), residuals)
+        entering = self._entering(layer, keys)
+        clock.lap("project")
+        solved = self.method.solve(layer, entering, residuals)
         check_finite(f"layer {layer}: the update", solved.left, solved.right)
         clock.lap("solve")
         return solved
@@ -213,6 +217,11 @@ class Engine:
         state = self.states[layer]
         self._undo[layer] = {name: value.clone() for name, value in state.state_dict().items()}
         state.update_(left, right)
+
+
+def _alpha(config: EditConfig) -> float:
+    """Of one projection: within the solve there are two, of the keys and of the update."""
+    return 1 - (1 - config.alpha) ** 0.5 if config.project == "solve" else config.alpha
 
 
 def _kinds(state: Mapping[str, Tensor]) -> set[str]:

@@ -62,7 +62,7 @@ class Log:
         seen, before, after = self.energies[layer], *(self.spectra[w].get(layer, {}) for w in ("before", "after"))
         directions = len((before or after).get("eigenvalues", [])) or None
         ends = {"first": seen[0], "last": seen[-1], "r_before": before.get("rank"), "r_after": after.get("rank")}
-        means = {name: _mean(e.get(name) for e in seen[1:]) for name in ("suppressed", "update_norm", "residual")}
+        means = {name: mean_of(e.get(name) for e in seen[1:]) for name in ("suppressed", "update_norm", "residual")}
         return {**ends, **means, "directions": directions}
 
     def measured(self, layer: int) -> list[Event]:
@@ -75,9 +75,9 @@ class Log:
         for layer in self.energies:
             if seen := [event for event in self.measured(layer) if event.get("bound") is not None]:
                 names = ("lipschitz", "bound", "step_squared", "output_change")
-                row = {name: _mean(event.get(name) for event in seen) for name in names}
+                row = {name: mean_of(event.get(name) for event in seen) for name in names}
                 ratios = [e["step_squared"] / e["bound"] for e in seen if e["bound"] and e["step_squared"] is not None]
-                row["energy_step"] = _mean(abs(event["energy_step"]) for event in seen)
+                row["energy_step"] = mean_of(abs(event["energy_step"]) for event in seen)
                 rows.append({"layer": layer, "closest": min(ratios, default=None), "n": seen[0]["neurons"], **row})
         return rows
 
@@ -110,6 +110,7 @@ def energy_change(event: Event, first: Event) -> float:
     return event["energy"] - first["energy"]
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Of those that are there."""
     there = [value for value in values if value is not None]
     return math.fsum(there) / len(there) if there else None

@@ -90,7 +90,9 @@ def run(
         raise ValueError(f"{options.data_name}: no requests; expected at least one edit")
     for name, least in LEAST.items():
         value = getattr(options, name)
-        if value is not None and value < least:
+        if name == "score_sample" and value is None:
+            continue
+        if value is None or value < least:
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
     opened = nullcontext(journal) if journal else runs.new_run(options.out, options.overwrite)
     with opened as journal:

@@ -13,14 +13,14 @@ from typing import Any
 from sphere_edit import runs
 from sphere_edit.files import replacing
 from sphere_edit.journal import RunError
-from sphere_edit.log import Log
+from sphere_edit.log import Log, mean_of
 from sphere_edit.measures import correlations, energies_by_batch
-from sphere_edit.metrics import SCORES, Score, finite
+from sphere_edit.metrics import SCORES, Score
 from sphere_edit.records import Event
 from sphere_edit.study import Study, finished, slug
 
 _GROUPS = ("scores", "first", "last")
-_SPHERE = ("sphere", "energy_ratio", "alpha", "subspace", "refresh_every", "project")
+_SPHERE = ("sphere", "energy_ratio", "alpha", "subspace", "refresh_every")
 _PANELS = {  # title: where in a curve's event
     "Efficacy, accuracy, %": ("scores", "efficacy_accuracy"),
     "Generalization, accuracy, %": ("scores", "generalization_accuracy"),
@@ -97,7 +97,7 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
             ends[name] = {e["id"]: e["after"] for e in events if e["event"] == "request"} if complete else {}
     for name, run in found.items():
         base = _without_sphere(found, name)
-        if base and ends[name] and ends[base]:
+        if base:
             run["less_base"] = {"base": base, **_differences(ends[name], ends[base])}
             run["less_base"] |= _difference_of_first(run["curve"], found[base]["curve"])
     shown = {f.name: getattr(study, f.name) for f in fields(study) if f.name not in ("runs", "settings")}
@@ -116,27 +116,30 @@ def _summary(events: Sequence[Event]) -> dict[str, Any]:
         "after": ends.get("after"),
         "energy": {"before": sums[0], "after": sums[max(sums)]},
         "layers": {str(layer): [seen[0], seen[-1]] for layer, seen in log.energies.items()},
-        "batches": _over_batches([event for seen in log.energies.values() for event in seen[1:]]),
+        "batches": {
+            "suppressed": mean_of(log.layer(layer)["suppressed"] for layer in log.energies),
+            "over_bound": min((row["closest"] for row in log.bounds() if row["closest"]), default=None),
+        },
         "curve": [_thin(event, sums[event["batch"]]) for event in log.of_kind("curve")],
         "correlations": correlations(events),
     }
 
 
-def _over_batches(seen: Sequence[Event]) -> dict[str, float | None]:
-    suppressed = [event["suppressed"] for event in seen if event.get("suppressed") is not None]
-    over = [e["step_squared"] / e["bound"] for e in seen if e.get("step_squared") and e.get("bound")]
-    return {"suppressed": finite(Score.of(suppressed).mean), "over_bound": min(over, default=None)}
-
-
 def _without_sphere(found: Mapping[str, Any], name: str) -> str | None:
-    """The run whose settings are the same but for SPHERE, which it is without."""
-    plain = {n: {k: v for k, v in run["settings"].items() if k not in _SPHERE} for n, run in found.items()}
-    alike = [n for n in found if plain[n] == plain[name] and not found[n]["settings"]["sphere"]]
-    return alike[0] if alike and found[name]["settings"]["sphere"] else None
+    """For a finished run with SPHERE the finished one whose settings are the same but for that."""
+
+    def plain(run: str) -> dict[str, Any]:
+        settings = {k: v for k, v in found[run]["settings"].items() if k not in _SPHERE}
+        return settings | {"project": settings.get("project", "layer").replace("solve", "layer")}
+
+    if not found[name]["settings"]["sphere"] or not found[name]["finished"]:
+        return None
+    bases = (n for n, run in found.items() if run["finished"] and not run["settings"]["sphere"])
+    return next((n for n in bases if plain(n) == plain(name)), None)
 
 
 def _differences(own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    pairs = [(scores, base[request]) for request, scores in own.items()]
+    pairs = [(scores, base[request]) for request, scores in own.items() if request in base]
     return {n: Score.of([a[n] - b[n] for a, b in pairs if n in a and n in b]).to_dict() for n in SCORES}
 
 
@@ -199,7 +202,8 @@ def tables(found: Mapping[str, Any]) -> str:
             related.append([label, *(_correlation(seen.get(name)) for name in SCORES)])
     text = _table(head, rows)
     if added:
-        text += "\nWhat SPHERE added, the same run without it as the base, percentage points:\n\n"
+        text += "\nWhat SPHERE added to the same run without it, in percentage points, where both ended. Errors are "
+        text += "of paired differences; for the first edits, of two means:\n\n"
         text += _table([*scored, "first, accuracy"], added)
     text += "\nThe edited weights at the end (of several layers the largest; √2 is the distance of a right angle):\n\n"
     text += _table(["", *_WEIGHTS, "suppressed", "least ‖ΔŴ‖² / bound"], weights)
@@ -212,10 +216,10 @@ def tables(found: Mapping[str, Any]) -> str:
 def _weights(run: Mapping[str, Any]) -> Iterator[str]:
     ends = [events[-1] for events in run["layers"].values()]
     for name in _WEIGHTS.values():
-        known = [event[name] for event in ends if event.get(name) is not None]
-        yield _short(max(known)) if known else "–"
+        known = [event[name] for event in ends if name in event]
+        yield "–" if not known else _short(None if None in known else max(known))
     suppressed, over = run["batches"]["suppressed"], run["batches"]["over_bound"]
-    yield "–" if not suppressed else f"{100 * suppressed:.2g} %"
+    yield "–" if not suppressed or "rank" not in ends[0] else f"{100 * suppressed:.2g} %"
     yield "–" if over is None else f"{over:.1e}"
 
 
@@ -244,7 +248,7 @@ def _shares(scores: Mapping[str, Any]) -> Iterator[str]:
 def _share(score: Mapping[str, Any] | None, sign: str = "") -> str:
     if score is None or score["mean"] is None:
         return "–"
-    return f"{100 * score['mean']:{sign}.1f}" + ("" if score["stderr"] is None else f" ± {100 * score['stderr']:.1f}")
+    return f"{100 * score['mean']:{sign}z.1f}" + ("" if score["stderr"] is None else f" ± {100 * score['stderr']:.1f}")
 
 
 def _short(value: float | None) -> str:

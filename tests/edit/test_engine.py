@@ -27,6 +27,10 @@ _SETTINGS = {
     "memit-history-batch": {"method": "memit", "covariance_weight": 10.0, "history": True, "project": "batch"},
     "rect-batch-bf16": {"method": "rect", "covariance_weight": 10.0, "dtype": torch.bfloat16, "project": "batch"},
     "solve": {"project": "solve", "refresh_every": 2},
+    "rect-solve": {"method": "rect", "covariance_weight": 10.0, "project": "solve"},
+    "prune-solve": {
+        **{"method": "prune", "covariance_weight": 1e-3, "value_clamp": 400.0, "value_lr": 50.0, "project": "solve"},
+    },
     "solve-bf16": {"project": "solve", "dtype": torch.bfloat16, "subspace": "pretrained"},
     "memit-history-solve-fp64": {
         **{"method": "memit", "covariance_weight": 10.0, "history": True, "project": "solve", "dtype": torch.float64},

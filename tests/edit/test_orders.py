@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import types
 
 import plain
 import pytest
@@ -22,7 +23,7 @@ from sphere_edit.deltas import switch
 from sphere_edit.editor import SphereEditor
 from sphere_edit.engine import Engine
 from sphere_edit.looks import look
-from sphere_edit.methods import METHODS, method_class
+from sphere_edit.methods import METHODS, Method, method_class
 from sphere_edit.options import import_method, settings
 from sphere_edit.procedure import RunOptions, resume, rollback
 from sphere_edit.requests import EditRequest
@@ -144,7 +145,7 @@ _SOLVING = {name: _ORDERS[name] for name in ("alphaedit", "ridge", "memit", "mem
 
 
 def _within_the_solve(editor, seen, facts):
-    """Weights after the batches of ``facts``, each solved for projected keys ``P K`` and projected itself."""
+    """Weights after the batches of ``facts``, each solved for keys ``P^½ K`` and times ``P^½`` itself."""
     config, layers = editor.config, editor.config.layers
     model = tiny.make_model("llama")
     structure = find_structure(model)
@@ -157,7 +158,7 @@ def _within_the_solve(editor, seen, facts):
                 model, editor.tokenizer, structure, batch, editor._contexts, layer, layers[-1]
             )
             spared = torch.eye(k.shape[1], dtype=torch.float64)
-            spared -= config.alpha * plain.principal_projector(weights[layer], config.energy_ratio)
+            spared -= (1 - (1 - config.alpha) ** 0.5) * plain.principal_projector(weights[layer], config.energy_ratio)
             entering, residuals = spared @ k.double().T, (target - values).double().T / (len(layers) - at)
             delta = _solved(config, seen["covariances"][layer], history[layer], entering, residuals) @ spared
             history[layer] += entering @ entering.T
@@ -176,6 +177,26 @@ def test_projected_within_the_solve(changes, make, seen):
         moved = (want[layer] - before[layer].double()).norm()
         assert moved > 1e-3
         assert (weight.double() - want[layer]).norm() < 2e-3 * moved
+
+
+def test_what_is_projected_within_a_ridge_is_the_least_in_a_norm(make, seen):
+    """``tr(Δ P⁻¹ Δᵀ)``: of what lies in the principal directions 1 / (1 - α) times as much."""
+    editor = make(project="solve", alpha=0.8, null_space=False, layers=(2,), batch_size=4)
+    (record,) = editor.edit(tiny.facts(4)).records
+    done, before = record.layers[2], editor.original_weights()[2]
+    p = torch.eye(done.keys.shape[1], dtype=torch.float64) - 0.8 * plain.principal_projector(before, 0.5)
+    k = done.keys.double().T
+    want = torch.linalg.solve(k @ k.T + editor.config.ridge * torch.linalg.inv(p), k)  # [d, b]
+    assert (done.right.double() - want.T).norm() < 1e-4 * want.norm()
+
+
+def test_a_method_that_does_not_solve_is_not_projected_in_its_solve(make, monkeypatch):
+    class Training(Method):
+        trains = True
+
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(Training=Training))
+    with pytest.raises(ConfigError, match="project: mine:Training has no solve to project in; expected 'layer'"):
+        make(method="mine:Training", project="solve").edit(tiny.facts(2))
 
 
 @pytest.mark.parametrize("changes", _SOLVING.values(), ids=_SOLVING)

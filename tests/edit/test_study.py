@@ -7,17 +7,24 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import tiny
-import torch
 import yaml
 
 from sphere_edit import procedure, runs
-from sphere_edit.config import ConfigError
+from sphere_edit.config import ConfigError, EditConfig
 from sphere_edit.journal import RunError, locked
 from sphere_edit.metrics import SCORES, evaluate
 from sphere_edit.records import Event
 from sphere_edit.requests import EditRequest
 from sphere_edit.study import Study, finished, go, slug
-from sphere_edit.study_results import collect, plots, tables, write_results
+from sphere_edit.study_results import (
+    _difference_of_first,
+    _differences,
+    _without_sphere,
+    collect,
+    plots,
+    tables,
+    write_results,
+)
 
 _SETTINGS = {
     **{"layers": [1, 2], "batch_size": 2, "value_steps": 2, "contexts": 0, "covariance_tokens": 600},
@@ -93,28 +100,47 @@ def test_runs_are_made_once_and_compared(write, tmp_path):
     assert {"AlphaEdit", "AlphaEdit + SPHERE", "FT"} <= {element.text for element in drawn.iter()}
 
 
-def test_what_sphere_added(write, tmp_path):
-    """Differences of what is stored, request by request, against the run that is the same without SPHERE."""
-    memit = {"method": "memit", "covariance_weight": 1.0}
-    one = Study.read(
-        write(runs={"AlphaEdit": {"sphere": False}, "more": {"alpha": 0.9}, "MEMIT": memit, "FT": {"method": "ft"}})
-    )
+def _ended(method="alphaedit", **settings):
+    """A run as `collect` has it when it adds what SPHERE added."""
+    return {"finished": True, "settings": EditConfig(method=method, **settings).to_dict()}
+
+
+def test_the_base_is_the_same_run_without_sphere():
+    found = {
+        "other": _ended(sphere=False, ridge=3.0),
+        "stopped": _ended(sphere=False) | {"finished": False},
+        "base": _ended(sphere=False),
+        "same": _ended(alpha=0.9, energy_ratio=0.7, subspace="pretrained", project="solve"),
+        "MEMIT": _ended("memit", sphere=False),
+        "whole": _ended("memit", sphere=False, project="batch"),
+        "MEMIT + SPHERE": _ended("memit", project="batch"),
+        "RECT": _ended("rect"),
+        "unfinished": _ended() | {"finished": False},
+    }
+    bases = {name: _without_sphere(found, name) for name in found}
+    assert {name: base for name, base in bases.items() if base} == {"same": "base", "MEMIT + SPHERE": "whole"}
+
+
+def test_what_sphere_added():
+    """Request by request, those that both have, in whatever order."""
+    own = {"a": {"efficacy_success": 1.0}, "b": {"efficacy_success": 0.5}, "c": {"efficacy_success": 1.0}, "e": {}}
+    base = {"b": {"efficacy_success": 1.0}, "a": {"efficacy_success": 0.0}, "d": {"efficacy_success": 1.0}, "e": {}}
+    found = _differences(own, base)
+    assert set(found) == set(SCORES) and found["efficacy_success"] == {"mean": 0.25, "stderr": 0.75, "n": 2}
+    assert found["specificity_success"] == {"mean": None, "stderr": None, "n": 0}
+    first = [[{"first": {"efficacy_accuracy": {"mean": m, "stderr": s, "n": 5}}}] for m, s in ((0.5, 0.3), (0.75, 0.4))]
+    assert _difference_of_first(*first) == {"first": {"mean": -0.25, "stderr": 0.5, "n": 5}}
+    assert _difference_of_first(first[0], []) == {}
+
+
+def test_what_sphere_added_is_in_the_results(write, tmp_path):
+    one = Study.read(write(runs={"AlphaEdit": {"sphere": False}, "more": {"alpha": 0.9}}))
     go(one, tmp_path / "runs", say=lambda text: None)
     found = collect(one, tmp_path / "runs")["runs"]
-    assert [name for name, run in found.items() if "less_base" in run] == ["more"]
     less, ends = found["more"]["less_base"], [found[name]["after"]["scores"] for name in ("more", "AlphaEdit")]
-    assert less["base"] == "AlphaEdit"
-    for score in ("efficacy_success", "generalization_accuracy", "specificity_accuracy"):
-        assert less[score]["mean"] == pytest.approx(ends[0][score]["mean"] - ends[1][score]["mean"])
-        assert less[score]["n"] == ends[0][score]["n"]
-    firsts = [found[name]["curve"][-1]["first"]["efficacy_accuracy"]["mean"] for name in ("more", "AlphaEdit")]
-    assert less["first"]["mean"] == firsts[0] - firsts[1]
-    pairs = [
-        {e["id"]: e["after"]["efficacy_accuracy"] for e in runs.read_events(path) if e["event"] == "request"}
-        for path in (tmp_path / "runs" / "more", tmp_path / "runs" / "alphaedit")
-    ]
-    steps = torch.tensor([pairs[0][name] - pairs[1][name] for name in pairs[0]])
-    assert less["efficacy_accuracy"]["stderr"] == pytest.approx((steps.std() / len(steps) ** 0.5).item(), abs=1e-6)
+    apart = {s: ends[0][s]["mean"] - ends[1][s]["mean"] for s in SCORES}
+    assert less["base"] == "AlphaEdit" and "less_base" not in found["AlphaEdit"] and any(apart.values())
+    assert {score: less[score]["mean"] for score in SCORES} == pytest.approx(apart)
 
 
 def test_settings_of_all_runs_spare_methods_without_a_use_for_them(write):

@@ -17,7 +17,7 @@ class Method:
 
     A method defines `solve`, and what else differs from the functions here, which do nothing. In a batch every layer is
     solved for, reshaped, projected (SPHERE), restrained and written before the next one is solved for; with ``project:
-    batch`` all are solved for first.
+    batch`` all are solved for first, and with ``project: solve`` keys come half projected.
 
     Attributes:
         trains: updates come of training the weights (`sphere_edit.tuning`), and not of `solve`: the method gets no
