@@ -143,11 +143,39 @@ def render(readme: str) -> str:
     return re.sub(r"<!-- table ([a-z0-9-]+) -->.*?<!-- end -->", fill, readme, flags=re.S)
 
 
+def training(stored: dict[str, Any]) -> str:
+    """The small model of the studies."""
+    known = [f"{100 * share:.0f} %" for share in stored["known"].values()]
+    minutes = [f"{stored[seconds] / 60:.1f}" for seconds in ("seconds", "processor_seconds")]
+    head = ["parameters", "steps", f"minutes, {stored['threads']} threads", "of a processor", *stored["known"]]
+    return table(head, [[f"{stored['parameters']:,}", f"{stored['steps']:,}", *minutes, *known]])
+
+
+def directions(stored: dict[str, Any]) -> str:
+    """Whose the principal directions are at the end of each run."""
+    head = ["", "r before", "r after", "of the weight before", "of the edits", "‖ΔW‖ / ‖W‖", "ΔW inside those before"]
+    rows = []
+    for row in stored["rows"]:
+        shares = [f"{100 * row[name]:.1f} %" for name in ("of_before", "of_edits")]
+        grown, inside = f"{row['grown']:.1f}", f"{100 * row['inside']:.2g} %"
+        rows.append([row["run"], f"{row['rank_before']}", f"{row['rank']}", *shares, grown, inside])
+    return table(head, rows)
+
+
+_OF_STUDIES = {"training": training, "scale-directions": directions}
+
+
 def render_studies(page: str) -> str:
-    """``page`` with every ``<!-- results NAME -->`` … ``<!-- end -->`` filled with the tables of that study."""
+    """``page`` with every ``<!-- results NAME -->`` … ``<!-- end -->`` filled with the tables of that study or file."""
 
     def fill(match: re.Match[str]) -> str:
-        return f"<!-- results {match[1]} -->\n{(STUDIES.parent / 'results' / f'{match[1]}.md').read_text()}<!-- end -->"
+        path = STUDIES.parent / "results" / match[1]
+        write = _OF_STUDIES.get(match[1])
+        if write:
+            text = write(json.loads(path.with_suffix(".json").read_text())) + "\n"
+        else:
+            text = path.with_suffix(".md").read_text()
+        return f"<!-- results {match[1]} -->\n{text}<!-- end -->"
 
     return re.sub(r"<!-- results ([a-z0-9-]+) -->.*?<!-- end -->", fill, page, flags=re.S)
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 
+import pytest
+import torch
+
 from benchmarks import tables
+from benchmarks.study import directions
+from sphere_edit import study_results
 
 
 def test_readme_tables_are_the_stored_rows():
@@ -15,10 +21,24 @@ def test_readme_tables_are_the_stored_rows():
 
 def test_the_page_of_studies_has_their_tables_and_plots():
     page = tables.STUDIES.read_text()
-    stored = {path.stem for path in (tables.STUDIES.parent / "results").glob("*.json")}
+    results = tables.STUDIES.parent / "results"
+    stored, drawn = ({path.stem for path in results.glob(f"*.{kind}")} for kind in ("json", "svg"))
     assert tables.render_studies(page) == page
     assert set(re.findall("<!-- results ([a-z0-9-]+) -->", page)) == stored
-    assert set(re.findall(r"\]\(results/([a-z0-9-]+)\.svg\)", page)) == stored
+    assert set(re.findall(r"\]\(results/([a-z0-9-]+)\.svg\)", page)) == drawn
+    for path in results.glob("*.md"):
+        assert study_results.tables(json.loads(path.with_suffix(".json").read_text())) == path.read_text()
+
+
+def test_whose_the_principal_directions_are():
+    """Rows along one axis, then all of them moved far along another."""
+    before = torch.eye(6, dtype=torch.float64)[0].repeat(4, 1)
+    added = 10 * torch.eye(6, dtype=torch.float64)[3].repeat(4, 1)
+    found = directions.whose(before, before + added + before, 0.5)
+    own = (10 / 101**0.5) ** 2  # of the directions afterwards, and of what was added, along (1, 10)
+    assert (found["rank"], found["rank_before"]) == (1, 1)
+    assert found["of_before"] == pytest.approx(4 / 104) and found["inside"] == pytest.approx(1 - own)
+    assert found["of_edits"] == pytest.approx(102**2 / (101 * 104)) and found["grown"] == pytest.approx(101**0.5)
 
 
 def test_the_readme_shows_plots_that_were_drawn():

@@ -1,0 +1,75 @@
+"""Whose directions are the principal ones of an edited weight: the pretrained weight's, or the edits' own?
+
+    python -m benchmarks.study.directions --config benchmarks/study/scale.yaml
+
+For each finished run in ``runs/study/NAME``; writes ``results/NAME-directions.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphere_edit.deltas import switch
+from sphere_edit.options import load
+from sphere_edit.structure import find_structure
+from sphere_edit.study import Study, expanded, finished, slug
+from sphere_kernels import principal_directions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the study's file")
+    given = parser.parse_args()
+    study = Study.read(given.config)
+    model, _ = load(expanded(study.model), study.dtype, "cpu", study.threads, False)
+    structure, rows = find_structure(model), []
+    for name in study.runs:
+        run = Path("runs/study") / study.name / slug(name)
+        if finished(run):
+            layers, ratio = study.config(name).layers, study.config(name).energy_ratio
+            before = {layer: structure.down[layer].weight.double() for layer in layers}
+            switch(run, structure, "after")
+            after = {layer: structure.down[layer].weight.double() for layer in layers}
+            switch(run, structure, "before")
+            rows += [{"run": name, "layer": i, **whose(before[i], after[i], ratio)} for i in layers]
+    path = RESULTS / f"{study.name}-directions.json"
+    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    print(path)
+
+
+def whose(before: Tensor, after: Tensor, ratio: float) -> dict[str, Any]:
+    """Of the principal directions of ``after [n, d]``.
+
+    Returns:
+        ``rank``, and ``rank_before`` of those of ``before``; ``of_before`` and ``of_edits``, how much of the smaller of
+        two subspaces lies in the other: them and those of ``before``, or as many leading directions of ``after -
+        before``; ``grown``, the norm of what was added over that of ``before``; ``inside``, the share of what was added
+        (squared) that lies in the directions of ``before``.
+    """
+    added = after - before
+    old, new = (principal_directions(weight, ratio).basis for weight in (before, after))
+    own = torch.linalg.svd(added, full_matrices=False)[2][: new.shape[1]].T
+    return {
+        "rank": new.shape[1],
+        "rank_before": old.shape[1],
+        "of_before": _common(new, old),
+        "of_edits": _common(new, own),
+        "grown": float(added.norm() / before.norm()),
+        "inside": float((added @ old).square().sum() / added.square().sum()),
+    }
+
+
+def _common(one: Tensor, two: Tensor) -> float:
+    return float((one.T @ two).square().sum() / min(one.shape[1], two.shape[1]))
+
+
+if __name__ == "__main__":
+    main()
