@@ -152,17 +152,21 @@ def training(stored: dict[str, Any]) -> str:
 
 
 def directions(stored: dict[str, Any]) -> str:
-    """Whose the principal directions are at the end of each run."""
+    """Whose the principal directions are at the end of each run; means over its layers."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for row in stored["rows"]:
+        runs.setdefault(row["run"], []).append(row)
     head = ["", "r before", "r after", "of the weight before", "of the edits", "‖ΔW‖ / ‖W‖", "ΔW inside those before"]
     rows = []
-    for row in stored["rows"]:
-        shares = [f"{100 * row[name]:.1f} %" for name in ("of_before", "of_edits")]
-        grown, inside = f"{row['grown']:.1f}", f"{100 * row['inside']:.2g} %"
-        rows.append([row["run"], f"{row['rank_before']}", f"{row['rank']}", *shares, grown, inside])
+    for name, layers in runs.items():
+        mean = {key: sum(row[key] for row in layers) / len(layers) for key in layers[0] if key != "run"}
+        shares = [f"{100 * mean[key]:.1f} %" for key in ("of_before", "of_edits")]
+        ranks = [f"{mean[key]:.0f}" for key in ("rank_before", "rank")]
+        rows.append([name, *ranks, *shares, f"{mean['grown']:.1f}", f"{100 * mean['inside']:.2g} %"])
     return table(head, rows)
 
 
-_OF_STUDIES = {"training": training, "scale-directions": directions}
+_OF_STUDIES = {"training": training, "scale-directions": directions, "counterfact-directions": directions}
 
 
 def render_studies(page: str) -> str:
