@@ -12,15 +12,12 @@ from typing import Any
 
 from benchmarks import kernel_tables, streaming_tables
 from benchmarks.kernel_tables import table
+from sphere_edit.metrics import SCORES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
 STUDIES = Path(__file__).parent / "study" / "README.md"
-
-_METRICS = [
-    f"{metric}_{kind}" for metric in ("efficacy", "generalization", "specificity") for kind in ("success", "accuracy")
-]
 
 
 def load(name: str) -> dict[str, Any]:
@@ -41,10 +38,10 @@ def scores(stored: dict[str, Any]) -> str:
     """Metrics before, then after each run."""
     rows = stored["rows"]
     before, afters = rows[0]["evaluations"]["before"], [row["evaluations"]["after"] for row in rows]
-    counts = [str(before["scores"][metric]["n"]) for metric in _METRICS]
+    counts = [str(before["scores"][metric]["n"]) for metric in SCORES]
     body = [
         [metric.replace("_", " "), *(score(e, metric) for e in [before, *afters]), n]
-        for metric, n in zip(_METRICS, counts, strict=True)
+        for metric, n in zip(SCORES, counts, strict=True)
     ]
     body.append(["perplexity", *(f"{e['perplexity']:.2f}" for e in [before, *afters]), ""])
     return table(["", "before", *map(label, rows), "n"], body)
@@ -95,7 +92,7 @@ def evaluation(stored: dict[str, Any]) -> str:
 
 def preset(stored: dict[str, Any]) -> str:
     """The figures that decided the preset."""
-    names = [name for name in _METRICS if name != "generalization_accuracy"]
+    names = [name for name in SCORES if name != "generalization_accuracy"]
     body = []
     for row in stored["rows"]:
         means = [f"{row['scores'][name]['mean']:.3f}" for name in names]

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.gpu_check.cases import Row
 from benchmarks.gpu_check.device import ROOT
+from benchmarks.kernel_tables import table
 
 RESULTS = ROOT / "benchmarks/results"
 IDENTITY = ("op", "case", "shape", "dtype", "dot", "impl", "way")
@@ -95,11 +96,6 @@ def described(machine: Row) -> str:
 SHOWN = ("arch", "memory_gb", "driver", "cuda", "hip", "torch", "triton", "python", "system", "cuda_module", "commit")
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
-
-
 def _rates(rows: list[Row]) -> str:
     found = [row for row in rows if row.get("kind") == "limit" and row["ok"]]
     cells = [
@@ -108,7 +104,7 @@ def _rates(rows: list[Row]) -> str:
         else [row["way"], f"{row['gbs']:.0f} GB/s"]
         for row in found
     ]
-    return _table(["measured in this run", "rate"], cells) if cells else ""
+    return table(["measured in this run", "rate"], cells) if cells else ""
 
 
 def _depths(rows: list[Row]) -> str:
@@ -128,7 +124,7 @@ def _depths(rows: list[Row]) -> str:
         for row in found
     ]
     head = ["of", "d", "error", "of plain fp32", "bias"]
-    return _table(head, cells) if cells else ""
+    return table(head, cells) if cells else ""
 
 
 def compared(rows: list[Row]) -> list[Row]:
@@ -169,7 +165,7 @@ def _times(rows: list[Row]) -> str:
         share = f"{100 * row['share']:.0f} %" if row["share"] else "–"
         cells.append([*what, f"{1e3 * row['seconds']:.3f}", share, *beside, f"{row['error']:.0e}"])
     head = ["operation", "shape", "dtype", "ours", "ms", "of the rate", "eager, ms", "ratio", "compile, ms", "ratio"]
-    return _table([*head, "our error"], cells) if cells else ""
+    return table([*head, "our error"], cells) if cells else ""
 
 
 def _ms(row: Row) -> str:

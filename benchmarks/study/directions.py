@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphere_edit import runs
 from sphere_edit.deltas import switch
 from sphere_edit.options import load
 from sphere_edit.structure import find_structure
@@ -34,7 +35,8 @@ def main() -> None:
     for name in study.runs:
         run = Path("runs/study") / study.name / slug(name)
         if finished(run):
-            layers, ratio = study.config(name).layers, study.config(name).energy_ratio
+            settings = runs.read_config(run)["settings"]
+            layers, ratio = settings["layers"], settings["energy_ratio"]
             before = {layer: structure.down[layer].weight.double() for layer in layers}
             switch(run, structure, "after")
             after = {layer: structure.down[layer].weight.double() for layer in layers}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_edit.config import EditConfig, auto_layers, preset
+from sphere_edit.config import ConfigError, EditConfig, auto_layers, preset
 from sphere_edit.contexts import generate_contexts
 from sphere_edit.covariance import key_covariances
 from sphere_edit.engine import Clock, Engine, check_finite
@@ -71,11 +71,13 @@ class SphereEditor:
     ) -> None:
         config = preset(config) if isinstance(config, str) else config
         self.structure: ModelStructure = find_structure(model)
-        trains = method_class(config).trains
+        method = method_class(config)
+        if config.project == "solve" and (method.trains or method.projects):
+            raise ConfigError(f"project: {config.method} has no solve to project in; expected 'layer', got 'solve'")
         if not config.layers:
             config = config.replace(layers=auto_layers(len(self.structure.blocks), config.method))
         check_tokenizer(tokenizer)
-        self.structure.check_layers(config.layers, last=trains)
+        self.structure.check_layers(config.layers, last=method.trains)
         check_weights_finite(model)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self._cache = cache if cache is not None else cache_dir() / "covariance"

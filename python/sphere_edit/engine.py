@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sphere_edit.config import ConfigError, EditConfig
+from sphere_edit.config import EditConfig
 from sphere_edit.files import tensor_sha256
 from sphere_edit.measures import Measures
 from sphere_edit.methods import Update, make_method
@@ -52,8 +52,6 @@ class Engine:
         originals: Mapping[int, Tensor],
     ) -> None:
         self.method = make_method(config, covariances)
-        if config.project == "solve" and (self.method.trains or self.method.projects):
-            raise ConfigError(f"project: {config.method} has no solve to project in; expected 'layer', got 'solve'")
         self._originals, self._projects_keys = originals, config.project == "solve"
         self.measures = Measures(config, originals, covariances)
         self.states = {

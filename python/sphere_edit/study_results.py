@@ -265,7 +265,7 @@ def plots(found: Mapping[str, Any]) -> str:
     from matplotlib.figure import Figure
 
     names = list(found["runs"])
-    bases = list(dict.fromkeys(map(_base, names)))
+    bases = list(dict.fromkeys(name.partition(" + SPHERE")[0] for name in names))
     colours = colormaps["tab10" if len(bases) <= 10 else "tab20"]
     with style.context(["default", _STYLE]):
         figure = Figure(figsize=(11, 9.5), layout="constrained")
@@ -274,9 +274,9 @@ def plots(found: Mapping[str, Any]) -> str:
             for name in names:
                 points = _points(found["runs"][name], group, score)
                 if points:
-                    own, sphere, more = name.partition(" + SPHERE")
-                    dashes = ":" if more else "--" if f"{own} + SPHERE" in names and not sphere else "-"
-                    colour = colours(bases.index(_base(name)) % colours.N)
+                    base, sphere, more = name.partition(" + SPHERE")
+                    dashes = ":" if more else "--" if f"{base} + SPHERE" in names and not sphere else "-"
+                    colour = colours(bases.index(base) % colours.N)
                     lines[name] = axes.plot(*zip(*points, strict=True), color=colour, ls=dashes, lw=1.2)[0]
             axes.set_title(title, fontsize=9)
             axes.set_xlim(0, None)
@@ -288,10 +288,6 @@ def plots(found: Mapping[str, Any]) -> str:
         figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=4)
         figure.savefig(buffer := io.StringIO(), format="svg", metadata={"Date": None})
     return buffer.getvalue()
-
-
-def _base(run: str) -> str:
-    return run.partition(" + SPHERE")[0]
 
 
 def _points(run: Mapping[str, Any], group: str, score: str) -> list[tuple[int, float]]:

@@ -33,11 +33,10 @@ def test_the_page_of_studies_has_their_tables_and_plots():
 def test_whose_the_principal_directions_are():
     """Rows along one axis, then all of them moved far along another."""
     before = torch.eye(6, dtype=torch.float64)[0].repeat(4, 1)
-    added = 10 * torch.eye(6, dtype=torch.float64)[3].repeat(4, 1)
-    found = directions.whose(before, before + added + before, 0.5)
-    own = (10 / 101**0.5) ** 2  # of the directions afterwards, and of what was added, along (1, 10)
+    along = 10 * torch.eye(6, dtype=torch.float64)[3].repeat(4, 1)
+    found = directions.whose(before, 2 * before + along, 0.5)
     assert (found["rank"], found["rank_before"]) == (1, 1)
-    assert found["of_before"] == pytest.approx(4 / 104) and found["inside"] == pytest.approx(1 - own)
+    assert found["of_before"] == pytest.approx(4 / 104) and found["inside"] == pytest.approx(1 / 101)
     assert found["of_edits"] == pytest.approx(102**2 / (101 * 104)) and found["grown"] == pytest.approx(101**0.5)
 
 
