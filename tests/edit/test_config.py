@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import yaml
 
-from sphere_edit.config import PRESETS, ConfigError, EditConfig, auto_layers, preset
+from sphere_edit.config import PRESETS, ConfigError, EditConfig, auto_layers, foreign, preset
+from sphere_edit.methods import METHODS
+from sphere_edit.options import settings
 
 _NAN, _INF = float("nan"), float("inf")
 _BAD = {
@@ -88,3 +91,66 @@ def test_unknown_names():
 )
 def test_automatic_layers(depth, layers):
     assert auto_layers(depth) == layers
+
+
+_ELSEWHERE = [
+    ("rome", "history", True, "memit, rect, prune"),
+    ("alphaedit", "covariance_weight", 3.0, "memit, rect, prune"),
+    ("memit", "ridge", 3.0, "alphaedit"),
+    ("memit", "null_space", False, "alphaedit"),
+    ("rect", "prune_in", "copies", "prune"),
+    ("prune", "rect_share", 0.2, "rect"),
+    ("rome", "ft_lr", 0.1, "ft"),
+    ("ft", "project", "batch", "alphaedit, memit, rect, prune, rome"),
+    ("ft", "value_lr", 0.1, "alphaedit, memit, rect, prune, rome"),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "value", "users"), _ELSEWHERE, ids=lambda value: str(value))
+def test_settings_of_another_method_are_refused(method, name, value, users):
+    message = rf"^{name}: {method} has no use for it, only {users}; expected .* \(the default\), got {value!r}"
+    for call in (
+        lambda: EditConfig(method=method, **{name: value}),
+        lambda: EditConfig(method=method).replace(**{name: value}),
+        lambda: EditConfig().replace(method=method, **{name: value}),
+        lambda: settings("auto", None, [f"{name}={json.dumps(value)}"], {"method": method}),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
+    user = EditConfig(method=users.split(", ")[0], **{name: value})
+    assert getattr(user, name) == value
+    default = getattr(EditConfig(), name)
+    assert getattr(user.replace(method=method), name) == default  # what it has no use for is not carried over
+    assert getattr(EditConfig(method=method, **{name: default}), name) == default
+    assert getattr(EditConfig(method="mine.own:Method", **{name: value}), name) == value
+
+
+@pytest.mark.parametrize("project", ("batch", "solve"))
+def test_copies_of_a_loop_that_projects(project):
+    with pytest.raises(ConfigError, match="project: expected 'layer' where prune_in is 'copies'"):
+        EditConfig(method="prune", prune_in="copies", project=project)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ("auto", "llama3-8b", "gpt2-xl", "smollm2-135m"))
+def test_every_preset_fits_every_method(name, method):
+    found = preset(name, method)
+    assert found == EditConfig.from_dict(found.to_dict())
+    assert set(foreign(method)) < {field.name for field in dataclasses.fields(found)}
+
+
+def test_the_settings_of_an_earlier_run_are_read(tmp_path):
+    """From before `project` and `prune_in`, and before what a method does not use was refused."""
+    earlier = EditConfig(method="memit", history=True, alpha=0.3).to_dict() | {"ridge": 3.0, "ft_steps": 2}
+    del earlier["project"], earlier["prune_in"]
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"model": "tiny", "settings": earlier}))
+    assert EditConfig.from_run(earlier) == EditConfig(method="memit", history=True, alpha=0.3)
+    assert settings("auto", file, [], {}) == EditConfig(method="memit", history=True, alpha=0.3)
+    other = settings("auto", file, [], {"method": "alphaedit"})
+    assert other == EditConfig(alpha=0.3, ridge=3.0)
+    with pytest.raises(ConfigError, match="ridge: memit has no use for it"):
+        settings("auto", file, ["ridge=3"], {})
+    file.write_text(yaml.safe_dump(earlier))  # as one writes it oneself
+    with pytest.raises(ConfigError, match="memit has no use for it"):
+        settings("auto", file, [], {})

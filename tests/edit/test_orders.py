@@ -1,10 +1,7 @@
-"""The published orders as options against loops written densely in fp64; and methods of one's own by the command."""
+"""Orders of solve and projection as options, against loops written densely in fp64; and PRUNE in copies."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import shutil
 import sys
 import types
 
@@ -12,21 +9,16 @@ import plain
 import pytest
 import tiny
 import torch
-import yaml
-from typer.testing import CliRunner
 
 from sphere_edit import procedure, runs
-from sphere_edit.cli import app
-from sphere_edit.config import ConfigError, EditConfig, foreign, preset
+from sphere_edit.config import ConfigError, EditConfig
 from sphere_edit.covariance import key_covariances
 from sphere_edit.deltas import switch
 from sphere_edit.editor import SphereEditor
 from sphere_edit.engine import Engine
 from sphere_edit.looks import look
-from sphere_edit.methods import METHODS, Method, method_class
-from sphere_edit.options import import_method, settings
+from sphere_edit.methods import Method
 from sphere_edit.procedure import RunOptions, resume, rollback
-from sphere_edit.requests import EditRequest
 from sphere_edit.structure import find_structure
 from sphere_edit.values import optimise_values
 
@@ -323,14 +315,6 @@ def test_a_look_is_at_the_copies(make, tmp_path):
     assert seen != look(editor, facts, "after", str(text), 100, lambda *_: None)
 
 
-def _facts(count):
-    words = ("Rome", "Peru", "Welsh", "north")
-    return [
-        EditRequest("The town of {} is", f"Place {i}", words[i % 4], words[(i + 1) % 4], id=str(i))
-        for i in range(count)
-    ]
-
-
 @pytest.fixture
 def edited(tokenizer, config, tmp_path, monkeypatch):
     """A run of so many facts with PRUNE in copies, interrupted after batch ``stop``: the model, and the folder."""
@@ -352,7 +336,9 @@ def edited(tokenizer, config, tmp_path, monkeypatch):
             save_model=True,
         )
         try:
-            procedure.run(model, tokenizer, _facts(count), config.replace(contexts=1, **_COPIES), options, interrupt)
+            procedure.run(
+                model, tokenizer, tiny.places(count), config.replace(contexts=1, **_COPIES), options, interrupt
+            )
         except KeyboardInterrupt:
             assert stop is not None
         return model, out
@@ -372,7 +358,7 @@ def test_a_run_in_copies_writes_the_copies(edited, tokenizer, make):
     saved = type(model).from_pretrained(run / runs.MODEL)
     assert tiny.same(saved, tiny.state(model))
     editor = SphereEditor(tiny.make_model("llama"), tokenizer, EditConfig.from_run(runs.read_config(run)["settings"]))
-    editor.edit(_facts(10))
+    editor.edit(tiny.places(10))
     assert not tiny.same(editor.model, tiny.state(model))
     editor.hand_over()
     assert tiny.same(editor.model, tiny.state(model))
@@ -397,223 +383,3 @@ def test_a_run_in_copies_goes_on_to_the_same_bits(stop, edited, tokenizer):
     model = tiny.make_model("llama")
     resume(model, tokenizer, run)
     assert tiny.same(model, tiny.state(whole))
-
-
-_ELSEWHERE = [
-    ("rome", "history", True, "memit, rect, prune"),
-    ("alphaedit", "covariance_weight", 3.0, "memit, rect, prune"),
-    ("memit", "ridge", 3.0, "alphaedit"),
-    ("memit", "null_space", False, "alphaedit"),
-    ("rect", "prune_in", "copies", "prune"),
-    ("prune", "rect_share", 0.2, "rect"),
-    ("rome", "ft_lr", 0.1, "ft"),
-    ("ft", "project", "batch", "alphaedit, memit, rect, prune, rome"),
-    ("ft", "value_lr", 0.1, "alphaedit, memit, rect, prune, rome"),
-]
-
-
-@pytest.mark.parametrize(("method", "name", "value", "users"), _ELSEWHERE, ids=lambda value: str(value))
-def test_settings_of_another_method_are_refused(method, name, value, users):
-    message = rf"^{name}: {method} has no use for it, only {users}; expected .* \(the default\), got {value!r}"
-    for call in (
-        lambda: EditConfig(method=method, **{name: value}),
-        lambda: EditConfig(method=method).replace(**{name: value}),
-        lambda: EditConfig().replace(method=method, **{name: value}),
-        lambda: settings("auto", None, [f"{name}={json.dumps(value)}"], {"method": method}),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            call()
-    user = EditConfig(method=users.split(", ")[0], **{name: value})
-    assert getattr(user, name) == value
-    default = getattr(EditConfig(), name)
-    assert getattr(user.replace(method=method), name) == default  # what it has no use for is not carried over
-    assert getattr(EditConfig(method=method, **{name: default}), name) == default
-    assert getattr(EditConfig(method="mine.own:Method", **{name: value}), name) == value
-
-
-@pytest.mark.parametrize("project", ("batch", "solve"))
-def test_copies_of_a_loop_that_projects(project):
-    with pytest.raises(ConfigError, match="project: expected 'layer' where prune_in is 'copies'"):
-        EditConfig(method="prune", prune_in="copies", project=project)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ("auto", "llama3-8b", "gpt2-xl", "smollm2-135m"))
-def test_every_preset_fits_every_method(name, method):
-    found = preset(name, method)
-    assert found == EditConfig.from_dict(found.to_dict())
-    assert set(foreign(method)) < {field.name for field in dataclasses.fields(found)}
-
-
-def test_the_settings_of_an_earlier_run_are_read(tmp_path):
-    """From before `project` and `prune_in`, and before what a method does not use was refused."""
-    earlier = EditConfig(method="memit", history=True, alpha=0.3).to_dict() | {"ridge": 3.0, "ft_steps": 2}
-    del earlier["project"], earlier["prune_in"]
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({"model": "tiny", "settings": earlier}))
-    assert EditConfig.from_run(earlier) == EditConfig(method="memit", history=True, alpha=0.3)
-    assert settings("auto", file, [], {}) == EditConfig(method="memit", history=True, alpha=0.3)
-    other = settings("auto", file, [], {"method": "alphaedit"})
-    assert other == EditConfig(alpha=0.3, ridge=3.0)
-    with pytest.raises(ConfigError, match="ridge: memit has no use for it"):
-        settings("auto", file, ["ridge=3"], {})
-    file.write_text(yaml.safe_dump(earlier))  # as one writes it oneself
-    with pytest.raises(ConfigError, match="memit has no use for it"):
-        settings("auto", file, [], {})
-
-
-_OWN = """
-from pathlib import Path
-
-import torch
-from sphere_edit.methods import Method
-from sphere_kernels import LowRankUpdate
-
-Path(__file__).with_name("ran").touch()
-NUMBER = 1
-
-
-class Ridge(Method):
-    def solve(self, layer, keys, residuals):
-        system = keys @ keys.T + torch.eye(len(keys))
-        return LowRankUpdate(residuals.T.contiguous(), torch.linalg.solve(system, keys))
-"""
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch, tokenizer):
-    """The folder one works in, with ``mine/own.py``, a model and facts; nothing of it has been imported."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "own.py").write_text(_OWN)
-    tiny.make_model("llama").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    runs.write_jsonl(tmp_path / "facts.jsonl", [{k: v for k, v in vars(r).items() if v} for r in _facts(8)])
-    (tmp_path / "text.txt").write_text("Nobody saw the river in the night. " * 12)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(procedure, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
-    _forget()
-    yield tmp_path
-    _forget()
-
-
-def _forget():
-    """As a new process begins."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
-        del sys.modules[name]
-
-
-def _call(*args):
-    result = CliRunner().invoke(app, [str(a) for a in args])
-    _forget()
-    return result
-
-
-def _error(result):
-    assert result.exit_code == 2, result.output + repr(result.exception)
-    return " ".join(result.stderr[result.stderr.index("error: ") :].split())
-
-
-_RUN = [
-    *("run", "--model", "model", "--data", "facts.jsonl", "--set", "layers=[1,2]", "--batch-size", 2),
-    *("--set", "value_steps=3", "--set", "contexts=1", "--set", "context_length=4", "--set", "covariance_tokens=600"),
-    *("--perplexity-text", "text.txt", "--checkpoint-every", 2),
-]
-
-
-@pytest.fixture
-def stopped(own, monkeypatch):
-    """A run by the command with one's own method, stopped after three batches."""
-    real = runs.write_batch
-
-    def write(journal, batch):
-        if batch.number == 4:
-            raise KeyboardInterrupt
-        real(journal, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "write_batch", write)
-        result = _call(*_RUN, "--out", "run", "--method", "mine.own:Ridge")
-    assert result.exit_code == 130, result.output
-    (own / "ran").unlink(missing_ok=True)
-    (own / "mine" / "ran").unlink()
-    return own / "run"
-
-
-def test_the_command_runs_and_resumes_ones_own_method(stopped, own):
-    assert runs.read_config(stopped)["settings"]["method"] == "mine.own:Ridge"
-    result = _call(*_RUN, "--out", "whole", "--method", "mine.own:Ridge")
-    assert result.exit_code == 0, result.output
-    shutil.copytree(stopped, own / "other")
-    for folder, how in ((stopped, ("--method", "mine.own:Ridge")), (own / "other", ("--trust-remote-code",))):
-        result = _call("run", "--resume", folder, *how)
-        assert result.exit_code == 0, result.output
-        assert (folder / runs.DELTAS).read_bytes() == (own / "whole" / runs.DELTAS).read_bytes()
-    result = _call("rollback", stopped, "--to-batch", 2, "--trust-remote-code")
-    assert result.exit_code == 0, result.output
-
-
-def test_code_that_only_a_file_names_is_not_run(stopped, own):
-    file = own / "given.yaml"
-    file.write_text("method: mine.own:Ridge\n")
-    for args in (
-        ("run", "--resume", stopped),
-        ("rollback", stopped, "--to-batch", 2),
-        (*_RUN, "--out", "new", "--config", file),
-        (*_RUN, "--out", "new", "--config", stopped / runs.CONFIG),
-    ):
-        message = _error(_call(*args))
-        assert "mine.own:Ridge is code that a file names; if you trust it, give --method mine.own:Ridge or" in message
-        assert not (own / "mine" / "ran").exists() and not (own / "new").exists()
-    with pytest.raises(ConfigError, match="mine.own:Ridge: expected mine.own to be imported before, found it is not"):
-        resume(tiny.make_model("llama"), None, stopped)
-    assert not (own / "mine" / "ran").exists()
-    result = _call(*_RUN, "--out", "new", "--config", file, "--trust-remote-code")
-    assert result.exit_code == 0, result.output
-    assert (own / "mine" / "ran").exists()
-
-
-def test_a_run_does_not_go_on_with_other_code(stopped, own):
-    path = own / "mine" / "own.py"
-    path.write_text(_OWN.replace("NUMBER = 1", "NUMBER = 2"))
-    message = _error(_call("run", "--resume", stopped, "--trust-remote-code"))
-    assert "the method is not as it was when" in message
-    path.write_text(_OWN)
-    assert _call("run", "--resume", stopped, "--trust-remote-code").exit_code == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "mine.others:Ridge",
-            r"mine.others:Ridge cannot be imported \(ModuleNotFoundError: .*mine.others.*\); expected",
-        ),
-        (":Ridge", "cannot be imported .* expected package.module:Class"),
-        ("mine.own:Bridge", "mine.own:Bridge: expected a class made from sphere_edit.methods.Method, got None"),
-        ("mine.own:NUMBER", "expected a class made from sphere_edit.methods.Method, got 1"),
-        ("mine.own:Path", "expected a class made from sphere_edit.methods.Method, got <class"),
-        ("os:getcwd", "expected a class made from sphere_edit.methods.Method, got <built-in"),
-        (
-            "mine.own.Ridge",
-            "expected one of alphaedit, .*, got 'mine.own.Ridge'; your own is named package.module:Class",
-        ),
-    ],
-)
-def test_names_that_lead_to_no_method(name, message, own):
-    with pytest.raises(ConfigError, match=message):
-        settings("auto", None, [], {"method": name})
-    with (
-        pytest.raises(ConfigError, match=f"{name} is code that a file names")
-        if ":" in name
-        else pytest.raises(ConfigError)
-    ):
-        import_method(name, False)
-        method_class(EditConfig(method=name))
-
-
-def test_code_that_fails_while_it_is_imported(own):
-    (own / "mine" / "own.py").write_text("1 / 0")
-    with pytest.raises(ConfigError, match=r"mine.own:Ridge cannot be imported \(ZeroDivisionError: division by zero\)"):
-        settings("auto", None, [], {"method": "mine.own:Ridge"})

@@ -163,6 +163,15 @@ def facts(count: int = 4) -> list[EditRequest]:
     return made[:count]
 
 
+def places(count: int) -> list[EditRequest]:
+    """So many facts of one form."""
+    words = ("Rome", "Peru", "Welsh", "north")
+    return [
+        EditRequest("The town of {} is", f"Place {i}", words[i % 4], words[(i + 1) % 4], id=str(i))
+        for i in range(count)
+    ]
+
+
 def state(model: Any) -> dict[str, torch.Tensor]:
     """A copy of all weights."""
     return {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,0 +1,173 @@
+"""Methods of one's own: by the command, resumed, trusted or not, and names that lead to none."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from sphere_edit import procedure, runs
+from sphere_edit.cli import app
+from sphere_edit.config import ConfigError, EditConfig
+from sphere_edit.methods import method_class
+from sphere_edit.options import import_method, settings
+from sphere_edit.procedure import resume
+
+_OWN = """
+from pathlib import Path
+
+import torch
+from sphere_edit.methods import Method
+from sphere_kernels import LowRankUpdate
+
+Path(__file__).with_name("ran").touch()
+NUMBER = 1
+
+
+class Ridge(Method):
+    def solve(self, layer, keys, residuals):
+        system = keys @ keys.T + torch.eye(len(keys))
+        return LowRankUpdate(residuals.T.contiguous(), torch.linalg.solve(system, keys))
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch, tokenizer):
+    """The folder one works in, with ``mine/own.py``, a model and facts; nothing of it has been imported."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own.py").write_text(_OWN)
+    tiny.make_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    runs.write_jsonl(tmp_path / "facts.jsonl", [{k: v for k, v in vars(r).items() if v} for r in tiny.places(8)])
+    (tmp_path / "text.txt").write_text("Nobody saw the river in the night. " * 12)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(procedure, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
+    _forget()
+    yield tmp_path
+    _forget()
+
+
+def _forget():
+    """As a new process begins."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        del sys.modules[name]
+
+
+def _call(*args):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    _forget()
+    return result
+
+
+def _error(result):
+    assert result.exit_code == 2, result.output + repr(result.exception)
+    return " ".join(result.stderr[result.stderr.index("error: ") :].split())
+
+
+_RUN = [
+    *("run", "--model", "model", "--data", "facts.jsonl", "--set", "layers=[1,2]", "--batch-size", 2),
+    *("--set", "value_steps=3", "--set", "contexts=1", "--set", "context_length=4", "--set", "covariance_tokens=600"),
+    *("--perplexity-text", "text.txt", "--checkpoint-every", 2),
+]
+
+
+@pytest.fixture
+def stopped(own, monkeypatch):
+    """A run by the command with one's own method, stopped after three batches."""
+    real = runs.write_batch
+
+    def write(journal, batch):
+        if batch.number == 4:
+            raise KeyboardInterrupt
+        real(journal, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_batch", write)
+        result = _call(*_RUN, "--out", "run", "--method", "mine.own:Ridge")
+    assert result.exit_code == 130, result.output
+    (own / "ran").unlink(missing_ok=True)
+    (own / "mine" / "ran").unlink()
+    return own / "run"
+
+
+def test_the_command_runs_and_resumes_ones_own_method(stopped, own):
+    assert runs.read_config(stopped)["settings"]["method"] == "mine.own:Ridge"
+    result = _call(*_RUN, "--out", "whole", "--method", "mine.own:Ridge")
+    assert result.exit_code == 0, result.output
+    shutil.copytree(stopped, own / "other")
+    for folder, how in ((stopped, ("--method", "mine.own:Ridge")), (own / "other", ("--trust-remote-code",))):
+        result = _call("run", "--resume", folder, *how)
+        assert result.exit_code == 0, result.output
+        assert (folder / runs.DELTAS).read_bytes() == (own / "whole" / runs.DELTAS).read_bytes()
+    result = _call("rollback", stopped, "--to-batch", 2, "--trust-remote-code")
+    assert result.exit_code == 0, result.output
+
+
+def test_code_that_only_a_file_names_is_not_run(stopped, own):
+    file = own / "given.yaml"
+    file.write_text("method: mine.own:Ridge\n")
+    for args in (
+        ("run", "--resume", stopped),
+        ("rollback", stopped, "--to-batch", 2),
+        (*_RUN, "--out", "new", "--config", file),
+        (*_RUN, "--out", "new", "--config", stopped / runs.CONFIG),
+    ):
+        message = _error(_call(*args))
+        assert "mine.own:Ridge is code that a file names; if you trust it, give --method mine.own:Ridge or" in message
+        assert not (own / "mine" / "ran").exists() and not (own / "new").exists()
+    with pytest.raises(ConfigError, match="mine.own:Ridge: expected mine.own to be imported before, found it is not"):
+        resume(tiny.make_model("llama"), None, stopped)
+    assert not (own / "mine" / "ran").exists()
+    result = _call(*_RUN, "--out", "new", "--config", file, "--trust-remote-code")
+    assert result.exit_code == 0, result.output
+    assert (own / "mine" / "ran").exists()
+
+
+def test_a_run_does_not_go_on_with_other_code(stopped, own):
+    path = own / "mine" / "own.py"
+    path.write_text(_OWN.replace("NUMBER = 1", "NUMBER = 2"))
+    message = _error(_call("run", "--resume", stopped, "--trust-remote-code"))
+    assert "the method is not as it was when" in message
+    path.write_text(_OWN)
+    assert _call("run", "--resume", stopped, "--trust-remote-code").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "mine.others:Ridge",
+            r"mine.others:Ridge cannot be imported \(ModuleNotFoundError: .*mine.others.*\); expected",
+        ),
+        (":Ridge", "cannot be imported .* expected package.module:Class"),
+        ("mine.own:Bridge", "mine.own:Bridge: expected a class made from sphere_edit.methods.Method, got None"),
+        ("mine.own:NUMBER", "expected a class made from sphere_edit.methods.Method, got 1"),
+        ("mine.own:Path", "expected a class made from sphere_edit.methods.Method, got <class"),
+        ("os:getcwd", "expected a class made from sphere_edit.methods.Method, got <built-in"),
+        (
+            "mine.own.Ridge",
+            "expected one of alphaedit, .*, got 'mine.own.Ridge'; your own is named package.module:Class",
+        ),
+    ],
+)
+def test_names_that_lead_to_no_method(name, message, own):
+    with pytest.raises(ConfigError, match=message):
+        settings("auto", None, [], {"method": name})
+    with (
+        pytest.raises(ConfigError, match=f"{name} is code that a file names")
+        if ":" in name
+        else pytest.raises(ConfigError)
+    ):
+        import_method(name, False)
+        method_class(EditConfig(method=name))
+
+
+def test_code_that_fails_while_it_is_imported(own):
+    (own / "mine" / "own.py").write_text("1 / 0")
+    with pytest.raises(ConfigError, match=r"mine.own:Ridge cannot be imported \(ZeroDivisionError: division by zero\)"):
+        settings("auto", None, [], {"method": "mine.own:Ridge"})
