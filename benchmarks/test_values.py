@@ -16,7 +16,7 @@ from sphere_edit.data import load_requests
 from sphere_edit.models import load_model
 from sphere_edit.replay import frozen
 from sphere_edit.structure import find_structure
-from sphere_edit.values import optimise_values
+from sphere_edit.targets.optimised import optimise_values
 
 FACTS, EVERY = 32, 8
 

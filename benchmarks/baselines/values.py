@@ -1,7 +1,7 @@
 """Values optimised the published way: one fact at a time, every step through the whole model.
 
 Written from the description in MEMIT (``compute_z``): the same prompts, loss, clamp and stop rule as
-`sphere_edit.values.optimise_values`, so that only the way of computing differs.
+`sphere_edit.targets.optimised.optimise_values`, so that only the way of computing differs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from sphere_edit.config import EditConfig
 from sphere_edit.contexts import in_context
 from sphere_edit.requests import EditRequest
 from sphere_edit.structure import ModelStructure
+from sphere_edit.targets.optimised import Values
 from sphere_edit.tokens import encode
-from sphere_edit.values import Values
 
 
 def optimise_one_by_one(

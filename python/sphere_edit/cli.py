@@ -459,7 +459,7 @@ def _switch(run: Path, model: str | None, out: Path, to: Literal["after", "befor
         name = config["model"] if model is None else model
         dtype = str(weights_dtype(run)).removeprefix("torch.")
         loaded, tokenizer = load(name, dtype, "cpu", None, trust_remote_code)
-        names = switch(run, find_structure(loaded), to)
+        names = switch(run, find_structure(loaded, config["settings"].get("modules", "down")), to)
         with runs.new_model_folder(out) as folder:
             loaded.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -20,6 +20,8 @@ class EditConfig:
     Args:
         layers: decoder blocks whose MLP down-projection is edited, ascending; empty chooses where the published presets
             have theirs: five of them from an eighth of the depth on, for ROME and FT one.
+        modules: which map of each block's MLP: ``down``, ``up``, ``gate`` or ``fused`` (gate and up in one); see
+            `sphere_edit.structure.find_structure`.
         method: the editor: ``alphaedit``, ``memit``, ``rect``, ``prune``, ``rome`` or ``ft``, or a class of one's own,
             ``package.module:Class``; see `sphere_edit.methods`. Settings that some methods have no use for may not be
             given to these.
@@ -38,6 +40,20 @@ class EditConfig:
             asked: for a ridge, the least ``tr(Δ P⁻¹ Δᵀ)``. A history has keys as they entered, which is exact as long
             as the directions stay, as those of the ``pretrained`` weight do.
         batch_size: facts solved for together.
+        targets: where the wanted changes come from, which the method then solves for: ``closed_loop`` finds them
+            through the written weights in rounds, ``optimised`` in a model that is not written yet (published),
+            ``gradient`` from one backward pass (UltraEdit's); see `sphere_edit.targets`.
+        loop_rounds: forward and backward passes of a batch at most; a fact takes part until it is known.
+        loop_step: h, the longest step of a fact's wanted change at a layer, in units of the layer's mean output length
+            over the root of the number of layers.
+        loop_reach: a fact's step is this many times as long as a straight line to ``loop_stop`` would take it, and at
+            most ``loop_step``.
+        loop_momentum: share of the direction before that goes into a round's.
+        loop_stop: a fact is known when the mean NLL of its target's tokens falls below this.
+        loop_kl: weight of the KL divergence of "{subject} is a" from what the model said before the batch.
+        loop_arithmetic: of the rounds: ``model`` as the model is, ``bfloat16`` in a copy of it that is kept for them;
+            ``auto`` takes the copy on processors that multiply bfloat16. Updates are fp32, and what is reported comes
+            from a forward pass of the model itself.
         value_steps, value_lr, value_weight_decay, value_kl, value_clamp: Adam on each fact's value; the clamp is in
             units of the hidden state's norm.
         value_stop: a fact is done when its loss falls below this.
@@ -62,6 +78,7 @@ class EditConfig:
     """
 
     layers: tuple[int, ...] = ()
+    modules: str = "down"
     method: str = "alphaedit"
     null_space: bool = True
     sphere: bool = True
@@ -71,6 +88,14 @@ class EditConfig:
     refresh_every: int = 1
     project: str = "layer"
     batch_size: int = 100
+    targets: str = "closed_loop"
+    loop_rounds: int = 8
+    loop_step: float = 1.0
+    loop_reach: float = 2.0
+    loop_momentum: float = 0.3
+    loop_stop: float = 0.1
+    loop_kl: float = 0.0
+    loop_arithmetic: str = "auto"
     value_steps: int = 25
     value_lr: float = 0.5
     value_weight_decay: float = 1e-3
@@ -100,18 +125,28 @@ class EditConfig:
             object.__setattr__(self, "layers", tuple(self.layers))
         for field in dataclasses.fields(self):
             _check(field.name, getattr(self, field.name))
-        for name in foreign(self.method):
-            _check_unused(name, self.method, getattr(self, name))
+        for name, who in _foreign(self.method, self.targets).items():
+            _check_unused(name, who, getattr(self, name))
+        if self.project == "batch" and self.targets != "optimised" and self.method != "ft":
+            raise ConfigError(
+                f"project: {self.targets} targets solve for all layers at once; expected 'layer' or 'solve', got "
+                f"{self.project!r}"
+            )
+        if self.modules != "down" and self.targets == "optimised" and self.method != "ft":
+            raise ConfigError(
+                "modules: optimised values are outputs of the down-projection; expected 'down', or other targets, got "
+                f"{self.modules!r}"
+            )
         if self.prune_in == "copies" and self.project != "layer":
             raise ConfigError(
                 f"project: expected 'layer' where prune_in is 'copies' and the loop whole, got {self.project!r}"
             )
 
     def replace(self, **changes: Any) -> EditConfig:
-        """With other values; settings that a new method has no use for go back to their defaults."""
-        method = changes.get("method", self.method)
-        if method != self.method:
-            changes = {name: DEFAULTS[name] for name in foreign(method)} | changes
+        """With other values; settings that a new method or new targets have no use for go back to their defaults."""
+        chosen = changes.get("method", self.method), changes.get("targets", self.targets)
+        if chosen != (self.method, self.targets):
+            changes = {name: DEFAULTS[name] for name in foreign(*chosen)} | changes
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,8 +162,10 @@ class EditConfig:
 
     @classmethod
     def from_run(cls, values: Mapping[str, Any]) -> EditConfig:
-        """As `from_dict`, for settings in a run's ``config.yaml``: what its method has no use for is passed over."""
-        unused = foreign(values.get("method", DEFAULTS["method"]))
+        """As `from_dict`, for settings in a run's ``config.yaml``: what its method and targets have no use for is
+        passed over. Runs of version 0.1, which do not name their targets, optimised them."""
+        values = {"targets": "optimised", **values}
+        unused = foreign(values.get("method", DEFAULTS["method"]), values["targets"])
         return cls.from_dict({name: value for name, value in values.items() if name not in unused})
 
 
@@ -136,7 +173,7 @@ DEFAULTS = {field.name: field.default for field in dataclasses.fields(EditConfig
 _LEAST_SQUARES = ("memit", "rect", "prune")
 _SOLVING = ("alphaedit", *_LEAST_SQUARES, "rome")
 _METHODS = (*_SOLVING, "ft")
-# Settings that are of use to some methods only.
+# Settings that are of use to some methods, or with some targets, only.
 _USED_BY = {
     "null_space": ("alphaedit",),
     "null_space_threshold": ("alphaedit",),
@@ -146,22 +183,36 @@ _USED_BY = {
     "rect_share": ("rect",),
     "prune_in": ("prune",),
     "project": _SOLVING,
-    **{name: _SOLVING for name in DEFAULTS if name.startswith("value_")},
+    "targets": _SOLVING,
     **{name: ("ft",) for name in DEFAULTS if name.startswith("ft_")},
 }
+_PREFIXES = {"optimised": "value_", "closed_loop": "loop_", "gradient": "gradient_"}
+TARGETS = tuple(_PREFIXES)
 
 
-def foreign(method: str) -> list[str]:
-    """Settings that a method has no use for; of a method of one's own nothing is known."""
-    return [name for name, methods in _USED_BY.items() if method in _METHODS and method not in methods]
+def foreign(method: str, targets: str) -> list[str]:
+    """Settings that a method, or targets, have no use for; of a method of one's own only the latter is known."""
+    return list(_foreign(method, targets))
 
 
-def _check_unused(name: str, method: str, value: Any) -> None:
+def _foreign(method: str, targets: str) -> dict[str, str]:
+    """`foreign`, each with what has no use for it and what has."""
+    solves = method != "ft"
+    found = {
+        name: f"{method} has no use for it, only {', '.join(methods)}"
+        for name, methods in _USED_BY.items()
+        if method in _METHODS and method not in methods
+    }
+    for name in DEFAULTS:
+        for kind, prefix in _PREFIXES.items():
+            if name.startswith(prefix) and not (solves and kind == targets):
+                found[name] = f"only {kind} targets have a use for it, not {targets if solves else method}"
+    return found
+
+
+def _check_unused(name: str, why: str, value: Any) -> None:
     if value != DEFAULTS[name]:
-        raise ConfigError(
-            f"{name}: {method} has no use for it, only {', '.join(_USED_BY[name])}; expected {DEFAULTS[name]!r} (the "
-            f"default), got {value!r}"
-        )
+        raise ConfigError(f"{name}: {why}; expected {DEFAULTS[name]!r} (the default), got {value!r}")
 
 
 _CHOICES = {
@@ -169,12 +220,33 @@ _CHOICES = {
     "value_stop_on": ("loss", "nll"),
     "prune_in": ("weights", "copies"),
     "project": ("layer", "batch", "solve"),
+    "targets": TARGETS,
+    "modules": ("down", "up", "gate", "fused"),
+    "loop_arithmetic": ("auto", "model", "bfloat16"),
 }
-_POSITIVE_INT = {"refresh_every", "batch_size", "value_steps", "context_length", "covariance_tokens", "ft_steps"}
+_POSITIVE_INT = {
+    "refresh_every",
+    "batch_size",
+    "value_steps",
+    "context_length",
+    "covariance_tokens",
+    "ft_steps",
+    "loop_rounds",
+}
 _COUNT = {"contexts", "measure_every", "seed"}
-_POSITIVE = {"value_lr", "value_clamp", "null_space_threshold", "ridge", "covariance_weight", "ft_lr"}
-_NOT_NEGATIVE = {"value_weight_decay", "value_kl", "value_stop", "energy_s", "ft_stop"}
-_SHARE = {"energy_ratio", "alpha", "rect_share"}
+_POSITIVE = {
+    "value_lr",
+    "value_clamp",
+    "null_space_threshold",
+    "ridge",
+    "covariance_weight",
+    "ft_lr",
+    "loop_step",
+    "loop_reach",
+    "loop_stop",
+}
+_NOT_NEGATIVE = {"value_weight_decay", "value_kl", "value_stop", "energy_s", "ft_stop", "loop_kl"}
+_SHARE = {"energy_ratio", "alpha", "rect_share", "loop_momentum"}
 _FLAGS = {"null_space", "sphere", "history"}
 
 
@@ -206,15 +278,21 @@ def _check(name: str, value: Any) -> None:
 
 # Published settings of AlphaEdit; `preset` changes them for other methods. AlphaEdit's hparams for llama3-8b, gpt2-xl
 # and gpt-j-6b, SPHERE's for qwen2.5-7b.
+_PUBLISHED = EditConfig(targets="optimised")
 PRESETS: dict[str, EditConfig] = {
     "auto": EditConfig(),
-    "llama3-8b": EditConfig(layers=(4, 5, 6, 7, 8), value_lr=0.1, value_weight_decay=0.5, value_clamp=0.75),
-    "qwen2.5-7b": EditConfig(layers=(4, 5, 6, 7, 8)),
-    "gpt2-xl": EditConfig(layers=(13, 14, 15, 16, 17), value_steps=20, value_weight_decay=0.5, value_clamp=0.75),
-    "gpt-j-6b": EditConfig(layers=(3, 4, 5, 6, 7, 8), value_weight_decay=0.5, value_clamp=0.75),
-    # Chosen by measurement (benchmarks/preset.py, table in the README): the values of a small model need a large clamp
-    # and step to reach their targets, and stopping at their NLL rather than the whole loss spares the neighbours.
-    "smollm2-135m": EditConfig(layers=(4, 5, 6, 7, 8), value_stop=0.1, value_stop_on="nll"),
+    "llama3-8b": _PUBLISHED.replace(layers=(4, 5, 6, 7, 8), value_lr=0.1, value_weight_decay=0.5, value_clamp=0.75),
+    "qwen2.5-7b": _PUBLISHED.replace(layers=(4, 5, 6, 7, 8)),
+    "gpt2-xl": _PUBLISHED.replace(
+        layers=(13, 14, 15, 16, 17), value_steps=20, value_weight_decay=0.5, value_clamp=0.75
+    ),
+    "gpt-j-6b": _PUBLISHED.replace(layers=(3, 4, 5, 6, 7, 8), value_weight_decay=0.5, value_clamp=0.75),
+    "smollm2-135m": EditConfig(layers=(4, 5, 6, 7, 8), contexts=0),
+}
+# Chosen by measurement (benchmarks/preset.py, table in the README): the values of a small model need a large clamp and
+# step to reach their targets, and stopping at their NLL rather than the whole loss spares the neighbours.
+_OF_TARGETS: dict[tuple[str, str], dict[str, Any]] = {
+    ("smollm2-135m", "optimised"): {"value_stop": 0.1, "value_stop_on": "nll", "contexts": 5},
 }
 
 
@@ -235,12 +313,19 @@ _OTHERWISE_OF |= {("smollm2-135m", name): {"covariance_weight": 1500.0} for name
 _PLACE = {"rome": 5 / 32, "ft": 21 / 32}  # of their block in the depth
 
 
-def preset(name: str, method: str = "alphaedit") -> EditConfig:
-    """One of `PRESETS` by name; for another method with its own alpha, blocks and covariance weight."""
+def preset(name: str, method: str | None = None, targets: str | None = None) -> EditConfig:
+    """One of `PRESETS` by name; for another method or other targets with its own settings of them."""
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r} is not known; expected one of {', '.join(PRESETS)}")
-    changes = _OTHERWISE.get(method, {}) | _OTHERWISE_OF.get((name, method), {})
-    return PRESETS[name].replace(method=method, **changes)
+    base = PRESETS[name]
+    method, targets = method or base.method, targets or base.targets
+    if method == "ft":
+        targets = str(DEFAULTS["targets"])
+    changes = _OF_TARGETS.get((name, targets), {}) if targets != base.targets else {}
+    changes = changes | _OTHERWISE.get(method, {}) | _OTHERWISE_OF.get((name, method), {})
+    unused = foreign(method, targets)
+    known = {key: value for key, value in changes.items() if key not in unused}
+    return base.replace(method=method, targets=targets, **known)
 
 
 def auto_layers(depth: int, method: str = "alphaedit") -> tuple[int, ...]:

@@ -84,18 +84,18 @@ def switch(run: Path, structure: ModelStructure, to: Literal["after", "before"])
     path = run / DELTAS
     here = "before" if to == "after" else "after"
     done = "applied" if to == "after" else "reverted"
-    down = {d.name: d for d in structure.down}
+    maps = {m.name: m for m in structure.edited}
     changed: dict[str, Tensor] = {}
     metadata = _deltas_facts(run)
     try:
         with safe_open(path, "pt") as file:
             for name, facts in metadata["weights"].items():
-                if name not in down:
+                if name not in maps:
                     raise RunError(
                         f"{path} edits {name}, which this model does not have; it was made for "
                         f"{metadata.get('model')!r}"
                     )
-                weight = down[name].weight
+                weight = maps[name].weight
                 found = tensor_sha256(weight)
                 if found == facts[to] != facts[here]:
                     raise RunError(f"{name}: the edits of {run} are already {done}")
@@ -112,7 +112,7 @@ def switch(run: Path, structure: ModelStructure, to: Literal["after", "before"])
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
     for name, weight in changed.items():
-        down[name].weight.copy_(weight)
+        maps[name].weight.copy_(weight)
     return list(changed)
 
 

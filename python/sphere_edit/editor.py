@@ -26,10 +26,13 @@ from sphere_edit.records import BatchRecord, EditResult, Event, LayerRecord, Rep
 from sphere_edit.replay import check_replay, frozen
 from sphere_edit.requests import EditRequest, as_requests, batches, check_batches
 from sphere_edit.structure import ModelStructure, check_weights_finite, find_structure, model_sha256
+from sphere_edit.targets import plain
+from sphere_edit.targets.closed_loop import close_loop, told
+from sphere_edit.targets.optimised import optimise_values
+from sphere_edit.targets.passes import Passes, fast_bfloat16
 from sphere_edit.text import text_path
-from sphere_edit.tokens import check_fits, check_tokenizer, encode
+from sphere_edit.tokens import Row, check_fits, check_tokenizer, encode
 from sphere_edit.tuning import tune
-from sphere_edit.values import optimise_values
 from sphere_kernels import LowRankUpdate, hyperspherical_energy, orthogonal_energy
 
 _Done = dict[int, tuple[LayerRecord, Event]]  # by layer
@@ -70,12 +73,14 @@ class SphereEditor:
         on_batch: Callable[[BatchRecord], None] | None = None,
     ) -> None:
         config = preset(config) if isinstance(config, str) else config
-        self.structure: ModelStructure = find_structure(model)
+        self.structure: ModelStructure = find_structure(model, config.modules)
         method = method_class(config)
         if config.project == "solve" and (method.trains or method.projects):
             raise ConfigError(f"project: {config.method} has no solve to project in; expected 'layer', got 'solve'")
         if not config.layers:
             config = config.replace(layers=auto_layers(len(self.structure.blocks), config.method))
+        if config.targets == "closed_loop" and config.loop_arithmetic == "auto" and not method.trains:
+            config = config.replace(loop_arithmetic="bfloat16" if fast_bfloat16(self.structure) else "model")
         check_tokenizer(tokenizer)
         self.structure.check_layers(config.layers, last=method.trains)
         check_weights_finite(model)
@@ -87,6 +92,7 @@ class SphereEditor:
         self._on_batch = on_batch
         self._engine: Engine | None = None
         self._contexts: list[str] = []
+        self._passes: Passes | None = None
         self._events: list[Event] = []
         self._fingerprints: dict[str, str] = {}
         self._edits, self._keeping = 0, 0.0
@@ -240,7 +246,7 @@ class SphereEditor:
         excess over orthogonal rows."""
         if self._engine is not None:
             return self._engine.energy(layer)
-        weight, s = self.structure.down[layer].weight, self.config.energy_s
+        weight, s = self.structure.edited[layer].weight, self.config.energy_s
         energy = float(hyperspherical_energy(weight, s))
         return {"energy": energy, "excess": energy - orthogonal_energy(weight.shape[0], s)}
 
@@ -250,7 +256,7 @@ class SphereEditor:
 
     def weights(self) -> dict[int, Tensor]:
         """The edited weights ``[n, d]`` as they are; the model's own storage."""
-        return {layer: self.structure.down[layer].weight for layer in self.config.layers}
+        return {layer: self.structure.edited[layer].weight for layer in self.config.layers}
 
     def _check_unmoved(self) -> None:
         for layer, weight in self.weights().items():
@@ -342,7 +348,8 @@ class SphereEditor:
         engine, clock = self._engine, Clock()
         assert engine is not None
         place = {"batch": engine.batches + 1, "edits": self._edits + len(batch)}
-        done, told = (self._train if engine.method.trains else self._solve)(engine, batch, clock)
+        ways = {"closed_loop": self._close_loop, "optimised": self._solve}
+        done, told = (self._train if engine.method.trains else ways[self.config.targets])(engine, batch, clock)
         layers = {layer: record for layer, (record, _) in done.items()}
         events = [{"event": "energy", **place, "layer": layer, **event} for layer, (_, event) in done.items()]
         seconds = {**clock, "keep": self._keeping}  # that of the batch before
@@ -369,6 +376,40 @@ class SphereEditor:
         }
         nll = float(tuned.nll.mean())
         return done, {"loss": nll, "nll": nll, "steps": float(tuned.steps)}
+
+    def _close_loop(self, engine: Engine, batch: Sequence[EditRequest], clock: Clock) -> tuple[_Done, Event]:
+        """Updates of all layers at once, in rounds; as `_train`."""
+        layers = self.config.layers
+        if self._passes is None:
+            self._passes = Passes(self.model, self.structure, layers, self.config.loop_arithmetic)
+        passes, weights = self._passes, self.weights()
+        passes.follow(weights)
+
+        def write(asked: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+            clock.lap("passes")
+            engine.attempt(asked, clock)
+            passes.follow(weights)
+            clock.lap("passes")
+
+        def look(rows: Sequence[Row]) -> plain.Plain:
+            clock.lap("passes")
+            seen = plain.look(self.model, self.structure, rows, layers)
+            clock.lap("check")
+            return seen
+
+        loop = close_loop(
+            passes,
+            self.tokenizer,
+            batch,
+            self._contexts,
+            self.config,
+            engine.batches + 1,
+            write,
+            look,
+            lambda done, total: self._on_progress("facts", done, total),
+        )
+        clock.lap("passes")
+        return engine.settle(loop.plain.keys, clock), told(loop, batch)
 
     def _solve(self, engine: Engine, batch: Sequence[EditRequest], clock: Clock) -> tuple[_Done, Event]:
         """Values, then updates layer by layer; as `_train`."""

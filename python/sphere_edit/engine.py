@@ -68,6 +68,8 @@ class Engine:
         self.batches = 0
         self._whole = True
         self._undo: dict[int, dict[str, Tensor]] = {}
+        self._before: dict[int, Tensor] = {}  # the weights of the batch before, where updates are being tried
+        self._tried: dict[int, tuple[Tensor, Update, Event]] = {}
 
     def check_whole(self) -> None:
         """Refuse to go on from half a batch."""
@@ -88,12 +90,13 @@ class Engine:
             self.batches += 1
             self._whole = True
         except BaseException:
+            self._untry()
             for layer, state in self._undo.items():
                 self.states[layer].load_state_dict(state)
             self.method.rollback()
             raise
         finally:
-            self._undo = {}
+            self._undo, self._before, self._tried = {}, {}, {}
 
     def solve(self, layer: int, keys: Tensor, residuals: Tensor, clock: Clock) -> LowRankUpdate:
         """The method's update of one layer for keys ``[b, d]`` and residuals ``[b, n]``; within `batch`.
@@ -127,14 +130,60 @@ class Engine:
         Returns:
             What was done, and what is said about it.
         """
-        shaped = self.method.reshape(layer, solved, self.states[layer].master)
-        clock.lap("solve")
-        record, event = self.add(layer, keys, shaped, clock)
-        event["residual"] = float(residuals.norm(dim=1).mean())
-        return record, event
+        update, event = self._shaped(layer, residuals, solved, clock)
+        return self._put(layer, keys, update, event, clock)
 
     def add(self, layer: int, keys: Tensor, solved: Update, clock: Clock) -> tuple[LayerRecord, Event]:
         """Project an update of one layer and add it; within `batch`. ``keys`` as for `solve`."""
+        return self._put(layer, keys, *self._projected(layer, solved, clock), clock)
+
+    @torch.no_grad()
+    def attempt(self, asked: Mapping[int, tuple[Tensor, Tensor]], clock: Clock) -> None:
+        """Let the model have the weights that it would have if this were the batch: states, directions and history stay
+        those of the batch before. `settle` makes the last attempt final, the end of `batch` without it undoes it.
+
+        Args:
+            asked: ``{layer: (keys [b, d], residuals [b, n])}``, of all layers at once.
+        """
+        self._untry()
+        found = {}
+        for layer, (keys, residuals) in asked.items():
+            solved = self.solve(layer, keys, residuals, clock)
+            found[layer] = (residuals, *self._shaped(layer, residuals, solved, clock))
+        for layer, (_, update, _) in found.items():
+            weight = self.states[layer].weight
+            self._before[layer] = weight.clone()
+            weight.copy_(self.states[layer].updated(*_factors(update)))
+        self._tried = found
+        clock.lap("update")
+
+    @torch.no_grad()
+    def settle(self, keys: Mapping[int, Tensor], clock: Clock) -> dict[int, tuple[LayerRecord, Event]]:
+        """Write the last attempt for good: the model keeps the bits that it has.
+
+        Args:
+            keys: ``{layer: [b, d]}``, what the history is to remember of the batch.
+        """
+        self._untry()
+        done = {}
+        for layer, (_, update, event) in self._tried.items():
+            self.method.remember(layer, self._entering(layer, keys[layer]))
+            done[layer] = self._put(layer, keys[layer], update, event, clock)
+        return done
+
+    def _untry(self) -> None:
+        for layer, weight in self._before.items():
+            self.states[layer].weight.copy_(weight)
+        self._before = {}
+
+    def _shaped(self, layer: int, residuals: Tensor, solved: LowRankUpdate, clock: Clock) -> tuple[Update, Event]:
+        """What `solve` gave, as it is to be added, and what is said about it."""
+        shaped = self.method.reshape(layer, solved, self.states[layer].master)
+        clock.lap("solve")
+        update, event = self._projected(layer, shaped, clock)
+        return update, event | {"residual": float(residuals.norm(dim=1).mean())}
+
+    def _projected(self, layer: int, solved: Update, clock: Clock) -> tuple[Update, Event]:
         state = self.states[layer]
         update = (
             LowRankUpdate(solved.left.float(), state.project(solved.right).float())
@@ -146,8 +195,11 @@ class Engine:
         event: Event = {"update_norm": _norm(update), "suppressed": 1 - (projected / before) ** 2 if before else 0.0}
         if state.alpha:
             event |= {"rank": int(state.rank), "energy_ratio": float(state.held_ratio)}
-        left, right = (update.left, update.right) if isinstance(update, LowRankUpdate) else (None, update)
         clock.lap("project")
+        return update, event
+
+    def _put(self, layer: int, keys: Tensor, update: Update, event: Event, clock: Clock) -> tuple[LayerRecord, Event]:
+        state, (left, right) = self.states[layer], _factors(update)
         self._add(layer, left, right)
         event = self.energy(layer) | event
         event["weight_norm"] = float(state.gram.diagonal().double().sum().sqrt())
@@ -215,6 +267,10 @@ class Engine:
         state = self.states[layer]
         self._undo[layer] = {name: value.clone() for name, value in state.state_dict().items()}
         state.update_(left, right)
+
+
+def _factors(update: Update) -> tuple[Tensor | None, Tensor]:
+    return (update.left, update.right) if isinstance(update, LowRankUpdate) else (None, update)
 
 
 def _alpha(config: EditConfig) -> float:

@@ -65,7 +65,7 @@ class LayerPass:
     def keys(self) -> Tensor:
         """``[facts, d]``, fp32: the mean of the bare prompt's key and the mean key of the generated contexts."""
         seen: list[Tensor] = []
-        down = self._structure.down[self.layer].module
+        down = self._structure.edited[self.layer].module
         handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
             for part in self._parts:
@@ -108,7 +108,7 @@ class KeyMoments:
     def add(self, model: Any, ids: Tensor) -> None:
         """Add the keys of ``ids`` ``[rows, tokens]``, all of them real tokens."""
         handles = [
-            self._structure.down[layer].module.register_forward_pre_hook(self._hook(layer)) for layer in self._layers
+            self._structure.edited[layer].module.register_forward_pre_hook(self._hook(layer)) for layer in self._layers
         ]
         try:
             last = self._layers[-1]

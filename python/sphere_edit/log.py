@@ -11,6 +11,8 @@ from sphere_edit.records import Event
 
 _STAGES = {
     "values": "optimise values",
+    "passes": "forward and backward passes",
+    "check": "ask the model itself",
     "keys": "collect keys",
     "project": "directions, project",
     "update": "write, energy",

@@ -9,17 +9,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from sphere_edit.replay import frozen, last_logits
+from sphere_edit.replay import compact_head, frozen, last_logits
 from sphere_edit.requests import EditRequest
 from sphere_edit.text import token_windows
 from sphere_edit.tokens import check_fits, check_tokenizer, encode, pad_left
@@ -148,7 +146,7 @@ def score_targets(
     prompts = list(of_prompt)
     log_probs, correct = [0.0] * len(rows), [False] * len(rows)
     done = 0
-    with frozen(model), torch.no_grad(), _compact_head(model):
+    with frozen(model), torch.no_grad(), compact_head(model):
         score = _score if _is_selectable(model) else _score_whole
         for batch in _batches([len(prompt) for prompt in prompts]):
             targets = [{i: rows[i].target for i in of_prompt[prompts[b]]} for b in batch]
@@ -159,22 +157,6 @@ def score_targets(
             if progress is not None:
                 progress(done, len(prompts))
     return log_probs, correct
-
-
-@contextmanager
-def _compact_head(model: Any) -> Iterator[None]:
-    """The head's input made contiguous: a slice of positions is multiplied row by row, ten times as slowly on a CPU."""
-    head = model.get_output_embeddings()
-    if head is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(
-        lambda _, args, kwargs: tree_map_only(Tensor, Tensor.contiguous, (args, kwargs)), with_kwargs=True
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from sphere_edit.config import ConfigError, EditConfig, foreign, preset
+from sphere_edit.config import DEFAULTS, ConfigError, EditConfig, foreign, preset
 from sphere_edit.methods import method_class
 from sphere_edit.requests import EditRequest
 
@@ -33,7 +33,7 @@ def settings(
 
 def on_preset(name: str, given: Mapping[str, Any]) -> EditConfig:
     """The settings given, the rest from the preset of their method."""
-    return EditConfig.from_dict({**preset(name, str(given.get("method", "alphaedit"))).to_dict(), **given})
+    return EditConfig.from_dict({**preset(name, given.get("method"), given.get("targets")).to_dict(), **given})
 
 
 def import_method(name: str, trusted: bool) -> None:
@@ -83,7 +83,12 @@ def given_settings(file: Path | None, pairs: list[str], named: Mapping[str, Any]
             raise ConfigError(f"--set {pair}: expected NAME=VALUE")
         values[name] = read_yaml(value, f"--set {pair}")
     values |= {name: value for name, value in named.items() if value is not None}
-    unused = foreign(values.get("method", recorded.get("method", "alphaedit")))
+    if recorded:
+        recorded = {"targets": "optimised", **recorded}  # as runs of version 0.1, which do not say so, did
+    unused = foreign(
+        values.get("method", recorded.get("method", DEFAULTS["method"])),
+        values.get("targets", recorded.get("targets", DEFAULTS["targets"])),
+    )
     return {name: value for name, value in recorded.items() if name not in unused} | values
 
 

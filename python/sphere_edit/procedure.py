@@ -382,7 +382,7 @@ class _Work:
     def write_deltas(self) -> None:
         editor = self.editor
         editor.hand_over()
-        names = {layer: editor.structure.down[layer].name for layer in editor.config.layers}
+        names = {layer: editor.structure.edited[layer].name for layer in editor.config.layers}
         with self.journal.writing(runs.DELTAS):
             write_deltas(self.folder, names, editor.original_weights(), editor.weights(), self.record["model"])
         self.journal.add("deltas", runs.DELTAS)

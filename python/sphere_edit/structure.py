@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ class StructureError(ValueError):
 
 
 @dataclass(frozen=True)
-class DownProjection:
-    """The last linear map of one block's MLP.
+class LinearMap:
+    """A linear map of one block's MLP.
 
     ``weight`` is always ``[n, d]``, neurons (outputs) in rows: ``nn.Linear`` stores it so, ``Conv1D`` (GPT-2) stores
     the transpose, of which this is a view. Writing in place into it changes the model.
@@ -40,10 +41,13 @@ class DownProjection:
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """Where the parts are. ``blocks[i]`` is decoder block ``i``; ``down[i]`` its MLP down-projection."""
+    """Where the parts are. ``blocks[i]`` is decoder block ``i``; ``down[i]`` its MLP down-projection, ``edited[i]`` the
+    map of its MLP that is edited, which ``modules`` names."""
 
     blocks: tuple[nn.Module, ...]
-    down: tuple[DownProjection, ...]
+    down: tuple[LinearMap, ...]
+    edited: tuple[LinearMap, ...]
+    modules: str
     final_norm: nn.Module
     head: nn.Module
     hidden_size: int
@@ -54,6 +58,20 @@ class ModelStructure:
     @property
     def device(self) -> torch.device:
         return next(self.head.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.edited[0].weight.dtype
+
+    @property
+    def head_weights(self) -> int:
+        """How many weights the head has."""
+        return sum(parameter.numel() for parameter in self.head.parameters())
+
+    @cached_property
+    def block_weights(self) -> tuple[int, ...]:
+        """How many weights the linear maps of each block have."""
+        return tuple(sum(inputs * outputs for *_, inputs, outputs in _linears(block)) for block in self.blocks)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """From the last block's output ``[..., hidden]`` to logits ``[..., vocabulary]``."""
@@ -75,16 +93,20 @@ class ModelStructure:
             )
 
 
-def find_structure(model: Any) -> ModelStructure:
+def find_structure(model: Any, modules: str = "down") -> ModelStructure:
     """Find blocks, MLP down-projections, final norm and head of a Hugging Face causal LM.
 
     The blocks are the longest ``ModuleList`` of equal modules; in each, the MLP down-projection is the linear map onto
     the hidden size with the widest input that another linear map of the block feeds (its up-projection has the same
     width, or twice that where gate and up are fused). Attention's output projection is narrower.
 
+    Args:
+        modules: the map of each MLP that is edited: ``down``; ``up``, whose output the down-projection takes, times the
+            gate where there is one; ``gate``, whose output passes the activation; ``fused``, both in one map.
+
     Raises:
-        StructureError: an encoder-decoder, no or several candidates (a mixture of experts), quantised, meta or
-            offloaded weights. The message lists the linear maps that were seen.
+        StructureError: MLPs without such a map; an encoder-decoder, no or several candidates (a mixture of experts),
+            quantised, meta or offloaded weights. The message lists the linear maps that were seen.
     """
     config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
@@ -100,7 +122,10 @@ def find_structure(model: Any) -> ModelStructure:
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     softcap = getattr(config, "final_logit_softcapping", None)
     heads = int(getattr(config, "num_attention_heads", None) or 1)
-    return ModelStructure(tuple(blocks), down, norm, head, hidden, heads, float(scale), softcap)
+    edited = down
+    if modules != "down":
+        edited = tuple(_find_feeding(block, found, modules) for block, found in zip(blocks, down, strict=True))
+    return ModelStructure(tuple(blocks), down, edited, modules, norm, head, hidden, heads, float(scale), softcap)
 
 
 def check_weights_finite(model: nn.Module) -> None:
@@ -160,7 +185,7 @@ def _linears(block: nn.Module) -> list[tuple[str, nn.Module, int, int]]:
     return out
 
 
-def _find_down(path: str, block: nn.Module, layer: int, hidden: int) -> DownProjection:
+def _find_down(path: str, block: nn.Module, layer: int, hidden: int) -> LinearMap:
     linears = _linears(block)
     stacked = [name for name, parameter in block.named_parameters() if parameter.ndim > 2]
     if stacked:
@@ -177,12 +202,57 @@ def _find_down(path: str, block: nn.Module, layer: int, hidden: int) -> DownProj
             raise StructureError(
                 f"{path}.{found[0][0]}: its weight is computed (parametrised), not a parameter; bake it in"
             )
-        return DownProjection(layer, f"{path}.{found[0][0]}", found[0][1])
+        return LinearMap(layer, f"{path}.{found[0][0]}", found[0][1])
     seen = ", ".join(f"{name} {inputs}→{outputs}" for name, _, inputs, outputs in linears) or _summary(block)
     why = f"{len(found)} candidates for the MLP down-projection (experts?)"
     if len(found) < 2:
         why = "no MLP down-projection beside the attention's output" if fed else "no MLP down-projection"
     raise StructureError(f"{path} ({type(block).__name__}): {why}; hidden size {hidden}; linear maps seen: {seen}")
+
+
+def _find_feeding(block: nn.Module, down: LinearMap, kind: str) -> LinearMap:
+    """The map of kind ``up``, ``gate`` or ``fused`` that feeds the down-projection of a block."""
+    name_in_block = next(name for name, module, *_ in _linears(block) if module is down.module)
+    inside, width = name_in_block.rpartition(".")[0], down.weight.shape[1]
+    path = down.name.removesuffix(name_in_block)
+    siblings = [(name, m, outputs) for name, m, _, outputs in _linears(block) if name.rpartition(".")[0] == inside]
+    single = [(name, module) for name, module, outputs in siblings if outputs == width and module is not down.module]
+    found = {"fused": [(name, module) for name, module, outputs in siblings if outputs == 2 * width]}
+    if len(single) == 1:
+        found["up"] = single
+    elif len(single) == 2:
+        linear = [_is_linear_in(block.get_submodule(inside), module, down) for _, module in single]
+        if linear.count(True) == 1:
+            found["up"], found["gate"] = [single[linear.index(True)]], [single[linear.index(False)]]
+    if len(found.get(kind, [])) == 1:
+        (name, module), *_ = found[kind]
+        return LinearMap(down.layer, path + name, module)
+    has = ", ".join(["down", *(name for name, maps in found.items() if len(maps) == 1)])
+    raise StructureError(f"{down.name}: its MLP has no map of the kind {kind!r}; expected modules of {has}")
+
+
+@torch.no_grad()
+def _is_linear_in(mlp: nn.Module, module: nn.Module, down: LinearMap) -> bool:
+    """Whether what enters the down-projection is negated with the output of ``module``: a gate passes an activation."""
+    seen: list[Tensor] = []
+    hidden = torch.linspace(-1, 1, 2 * _inputs(module)).view(1, 2, -1).to(down.weight)
+    handle = down.module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    try:
+        mlp(hidden)
+        negated = module.register_forward_hook(lambda _, args, out: -out)
+        try:
+            mlp(hidden)
+        finally:
+            negated.remove()
+    finally:
+        handle.remove()
+    return torch.allclose(seen[0], -seen[1], rtol=1e-2, atol=1e-3 * float(seen[0].abs().max()))
+
+
+def _inputs(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
 
 
 def _find_final_norm(model: nn.Module, blocks_path: str, hidden: int) -> nn.Module:

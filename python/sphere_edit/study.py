@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere_edit import runs
-from sphere_edit.config import ConfigError, EditConfig, foreign
+from sphere_edit.config import ConfigError, EditConfig, foreign, preset
 from sphere_edit.data import load_requests
 from sphere_edit.journal import InUse, RunError, locked
 from sphere_edit.methods import method_class
@@ -107,7 +107,8 @@ class Study:
     def config(self, run: str) -> EditConfig:
         """The settings of a run: the preset of its method, the study's that this method has a use for, its own."""
         method = self.method(run)
-        shared = {name: value for name, value in self.settings.items() if name not in foreign(method)}
+        targets = str((self.settings | self.runs[run]).get("targets", preset(self.preset, method).targets))
+        shared = {name: value for name, value in self.settings.items() if name not in foreign(method, targets)}
         own = {name: expanded(value) for name, value in (shared | self.runs[run]).items()}
         config = on_preset(self.preset, own)
         method_class(config)  # the method's name is known

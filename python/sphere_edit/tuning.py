@@ -78,13 +78,13 @@ def tune(
     size = max(1, _TOKENS_PER_PASS // max(len(row.ids) for row in rows))
     parts = [_part(model, structure, rows[at : at + size], at, layers[0]) for at in range(0, len(rows), size)]
     updates = {
-        layer: torch.zeros(structure.down[layer].weight.shape, device=structure.device, requires_grad=True)
+        layer: torch.zeros(structure.edited[layer].weight.shape, device=structure.device, requires_grad=True)
         for layer in layers
     }
     adam = torch.optim.Adam(updates.values(), lr=config.ft_lr)
     with ExitStack() as stack:
         for layer, update in updates.items():
-            stack.enter_context(_added(structure.down[layer].module, update))
+            stack.enter_context(_added(structure.edited[layer].module, update))
         for step in range(config.ft_steps):
             adam.zero_grad()
             found = []

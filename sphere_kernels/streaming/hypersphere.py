@@ -167,6 +167,24 @@ class HypersphereState:
         return out
 
     @torch.no_grad()
+    def updated(self, left: Tensor | None, right: Tensor) -> Tensor:
+        """The weight as `update_` would leave it, bit for bit, in ``weight``'s dtype; nothing is changed.
+
+        Args:
+            left, right: as for `update_`.
+
+        Raises:
+            TypeError, ValueError: a factor that does not fit.
+        """
+        check_factors(left, right, self.weight)
+        out, right = self.master.clone(), right.to(self.master.dtype)
+        if left is None:
+            out += right
+        else:
+            self._products.add_(out, left.to(self.master.dtype), right)
+        return out.to(self.weight.dtype)
+
+    @torch.no_grad()
     def update_(self, left: Tensor | None, right: Tensor) -> None:
         """``weight += left @ right``; Gram matrix and energies follow.
 

@@ -12,7 +12,7 @@ from sphere_edit.config import EditConfig
 from sphere_edit.editor import SphereEditor
 from sphere_edit.engine import Engine
 from sphere_edit.replay import frozen
-from sphere_edit.values import optimise_values
+from sphere_edit.targets.optimised import optimise_values
 from sphere_kernels.streaming import HypersphereState
 
 _LAYERS = (1, 2, 3)

@@ -13,8 +13,8 @@ from sphere_edit.config import PRESETS, EditConfig, auto_layers, preset
 from sphere_edit.methods import METHODS, Method, make_method
 from sphere_edit.replay import frozen
 from sphere_edit.structure import find_structure
+from sphere_edit.targets.optimised import optimise_values
 from sphere_edit.tuning import tune
-from sphere_edit.values import optimise_values
 from sphere_kernels import LowRankUpdate
 
 D, N = 24, 10

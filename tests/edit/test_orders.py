@@ -20,7 +20,7 @@ from sphere_edit.looks import look
 from sphere_edit.methods import Method
 from sphere_edit.procedure import RunOptions, resume, rollback
 from sphere_edit.structure import find_structure
-from sphere_edit.values import optimise_values
+from sphere_edit.targets.optimised import optimise_values
 
 _PRUNING = {"method": "prune", "covariance_weight": 1e-3, "value_clamp": 400.0, "value_lr": 50.0}
 _COPIES = {**_PRUNING, "prune_in": "copies"}

@@ -9,12 +9,12 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit import values
 from sphere_edit.config import EditConfig
 from sphere_edit.replay import frozen
 from sphere_edit.requests import EditRequest
 from sphere_edit.structure import find_structure
-from sphere_edit.values import optimise_values
+from sphere_edit.targets import optimised
+from sphere_edit.targets.optimised import optimise_values
 
 _LAYER = 2
 _CONTEXTS = ["{}", "The cat sat. {}", "Therefore, one says. {}"]
@@ -183,7 +183,7 @@ def test_other_facts_in_the_batch_do_not_matter(tokenizer):
 def test_groups_may_be_cut_anywhere(rows, tokenizer, monkeypatch):
     requests, config = tiny.facts(6), _STOPPING
     want, _ = _run("llama", tokenizer, requests, config=config, check=False)
-    monkeypatch.setattr(values, "_ROWS_PER_GROUP", rows)
+    monkeypatch.setattr(optimised, "_ROWS_PER_GROUP", rows)
     got, _ = _run("llama", tokenizer, requests, config=config, check=False)
     torch.testing.assert_close(got.target, want.target, atol=2e-3, rtol=2e-3)
     assert torch.equal(got.steps, want.steps)

@@ -20,6 +20,7 @@ HIDDEN = 32
 CONFIG = EditConfig(
     layers=(1, 2, 3),
     batch_size=2,
+    targets="optimised",
     value_steps=4,
     contexts=2,
     context_length=4,

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from sphere_edit.config import EditConfig
 from sphere_edit.contexts import in_context
-from sphere_edit.replay import Replay, record_after_prefix
+from sphere_edit.replay import record_after_prefix
 from sphere_edit.requests import EditRequest
 from sphere_edit.structure import ModelStructure
+from sphere_edit.targets.groups import Group
 from sphere_edit.tokens import Row, encode
 
 _ROWS_PER_GROUP = 96  # bounds the activations that a backward pass keeps
@@ -42,38 +43,6 @@ class Values:
     loss: Tensor
     nll: Tensor
     steps: Tensor
-
-
-@dataclass
-class _Group:
-    """Rows with equally many tokens from the subject on.
-
-    ``read`` are the (row, column) places whose logits matter, flattened; ``want`` the token each should predict, or -1
-    where the KL term reads the distribution; ``fact`` the fact of each place, ``weight`` its share in the fact's loss.
-    """
-
-    replay: Replay
-    row_fact: Tensor
-    read_row: Tensor
-    read_column: Tensor
-    want: Tensor
-    weight: Tensor
-    reference: Tensor | None = None  # log-probabilities at the KL places before any change
-
-    def rows(self, keep: Tensor) -> _Group:
-        place = torch.full((len(self.row_fact),), -1, dtype=torch.long, device=keep.device)
-        place[keep] = torch.arange(len(keep), device=keep.device)
-        read = place[self.read_row] >= 0
-        reference = None if self.reference is None else self.reference[read[self.want < 0]]
-        return _Group(
-            self.replay.rows(keep),
-            self.row_fact[keep],
-            place[self.read_row[read]],
-            self.read_column[read],
-            self.want[read],
-            self.weight[read],
-            reference,
-        )
 
 
 @torch.enable_grad()
@@ -138,7 +107,7 @@ def optimise_values(
             limit = config.value_clamp * norm
             delta *= (limit / delta.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)[:, None]
         if done.any():
-            groups = [kept for group in groups if (kept := _shrink(group, active)) is not None]
+            groups = [kept for group in groups if (kept := group.wanted(active, _SHRINK)) is not None]
     return Values(final, loss_out, nll_out, steps)
 
 
@@ -150,7 +119,7 @@ def _prepare(
     contexts: Sequence[str],
     config: EditConfig,
     layer: int,
-) -> tuple[list[_Group], Tensor]:
+) -> tuple[list[Group], Tensor]:
     """Group the rows by tokens to replay; also z₀ ``[facts, hidden]`` from the bare prompts."""
     by_length: dict[int, list[tuple[int, bool, Row]]] = defaultdict(list)
     for fact, request in enumerate(requests):
@@ -170,65 +139,25 @@ def _prepare(
                 if bare:
                     start[fact] = group.replay.hidden[i, 0].float()
             groups.append(group)
-    for group in groups:
-        kl = group.want < 0
-        if kl.any():
-            with torch.no_grad():
-                group.reference = _log_probs(structure, group, group.replay.hidden)[kl]
     return groups, start
 
 
 def _make_group(
     model: Any, structure: ModelStructure, part: Sequence[tuple[int, bool, Row]], contexts: int, layer: int
-) -> _Group:
+) -> Group:
     rows = [r for _, _, r in part]
     replay = record_after_prefix(
         model, structure, [r.ids for r in rows], [r.subject_last for r in rows], layer + 1, len(structure.blocks) - 1
     )
-    places = []
-    for i, r in enumerate(rows):
-        if r.target:
-            first = len(r.ids) - len(r.target) - r.subject_last
-            places += [(i, first + k, token, 1 / (contexts * len(r.target))) for k, token in enumerate(r.target)]
-        else:
-            places.append((i, 0, -1, 1.0))
-    device = structure.device
-    row, column, want = (torch.tensor(x, device=device) for x in list(zip(*places, strict=True))[:3])
-    weight = torch.tensor([p[3] for p in places], device=device)
-    return _Group(replay, torch.tensor([fact for fact, _, _ in part], device=device), row, column, want, weight)
+    return Group.of(structure, replay, [fact for fact, _, _ in part], rows, contexts)
 
 
-def _log_probs(structure: ModelStructure, group: _Group, hidden: Tensor) -> Tensor:
-    """``[places, vocabulary]`` log-probabilities, fp32, after the blocks above the edited layer."""
-    out = group.replay.run(hidden)[group.read_row, group.read_column]
-    return structure.logits(out).float().log_softmax(-1)
-
-
-def _group_loss(structure: ModelStructure, group: _Group, delta: Tensor, facts: int) -> tuple[Tensor, Tensor]:
+def _group_loss(structure: ModelStructure, group: Group, delta: Tensor, facts: int) -> tuple[Tensor, Tensor]:
     """This group's share of each fact's NLL and KL, ``[facts]`` each."""
     hidden = group.replay.hidden
     shift = delta[group.row_fact].to(hidden.dtype)
     hidden = torch.cat([hidden[:, :1] + shift[:, None], hidden[:, 1:]], 1)
-    log_probs = _log_probs(structure, group, hidden)
-    fact = group.row_fact[group.read_row]
-    zero = torch.zeros(facts, device=delta.device)
-    targets, kl = group.want >= 0, group.want < 0
-    picked = log_probs[targets].gather(1, group.want[targets][:, None])[:, 0]
-    nll = zero.index_add(0, fact[targets], -picked * group.weight[targets])
-    if group.reference is None:
-        return nll, zero
-    now = log_probs[kl]
-    divergence = (now.exp() * (now - group.reference)).sum(1)
-    return nll, zero.index_add(0, fact[kl], divergence)
-
-
-def _shrink(group: _Group, active: Tensor) -> _Group | None:
-    wanted = active[group.row_fact]
-    count = int(wanted.sum())
-    if count == 0:
-        return None
-    worth = count <= _SHRINK * len(wanted) and group.replay.can_cut
-    return group.rows(wanted.nonzero()[:, 0]) if worth else group
+    return group.losses(group.log_probs(structure, hidden), facts)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -1,0 +1,186 @@
+"""Find the wanted changes of a batch through the weights that are written for them.
+
+In rounds: a forward and backward pass under the weights as they are tells, per fact, how likely its target is and, per
+edited map, which way its output should move at the subject's last token; the changes wanted so far move that way; the
+method solves for all of them anew, SPHERE projects, the weights are written; and the next round sees what came of it.
+So whatever the null space or SPHERE takes away, other facts disturb, or a norm after the MLP makes of a change, is
+still missing in the next round's loss and is asked for again. A batch remains one update: that of its last round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphere_edit.config import EditConfig
+from sphere_edit.contexts import in_context
+from sphere_edit.requests import EditRequest
+from sphere_edit.targets.passes import Passes, Seen
+from sphere_edit.targets.plain import Plain
+from sphere_edit.tokens import Row, encode
+
+Asked = dict[int, tuple[Tensor, Tensor]]  # by layer: keys [facts, d] and wanted changes [facts, n]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the rounds of a batch came to.
+
+    Attributes:
+        plain: what a forward pass of the model itself said after the last write.
+        rounds: ``[facts]`` int64, forward and backward passes that each fact took.
+        wanted: ``{layer: [facts, n]}`` fp32, the changes that were solved for at last.
+        flops: of the linear maps in all passes.
+    """
+
+    plain: Plain
+    rounds: Tensor
+    wanted: dict[int, Tensor]
+    flops: float
+
+
+def close_loop(
+    passes: Passes,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    contexts: Sequence[str],
+    config: EditConfig,
+    batch: int,
+    write: Callable[[Asked], None],
+    look: Callable[[Sequence[Row]], Plain],
+    progress: Callable[[int, int], None] | None = None,
+) -> Loop:
+    """Write updates until every fact is known or ``loop_rounds`` passes are used up.
+
+    Per fact and edited map, with g the gradient of its loss and s the mean output length over the batch in the
+    first round: a direction ``u ← m u + g / ‖g‖`` and a wanted change ``v ← v − c s u / √layers``. The step c is
+    ``loop_reach`` times what a straight line needs to half of ``loop_stop``, at most ``loop_step``, and half of
+    that for each time that the fact's loss rose. A fact takes part until its NLL is below ``loop_stop``. Then its
+    change stays as it is, 0 where the model knew it before, and stays in the solve with the fact's last key. At the end
+    `look` asks the model itself. Facts that it does not have are taken up again while there are rounds left.
+
+    Args:
+        contexts: templates with ``{}``, the first the bare prompt; where there are more, each round asks in one drawn
+            anew, and a fact's key is the mean over its rounds.
+        batch: its number, which seeds the draw.
+        write: puts the update for keys and wanted changes, each by layer, into the model, in place of the one before.
+        look: at the bare prompts, by the model itself.
+        progress: called with (facts known, facts).
+
+    Raises:
+        FloatingPointError: by ``write``, where a loss or gradient is not finite.
+    """
+    facts, layers = len(requests), config.layers
+    drawn = torch.Generator().manual_seed((config.seed * 1_000_003 + batch) % 2**63)
+    bare = [encode(tokenizer, request.prompt, request.subject, request.target_new) for request in requests]
+    active = torch.ones(facts, dtype=torch.bool)
+    rounds = torch.zeros(facts, dtype=torch.long)
+    steps: _Steps | None = None
+    plain, round_number, begun, flops = None, 0, False, 0.0
+    while active.any() and round_number < config.loop_rounds:
+        if not begun or len(contexts) > 1:
+            flops += passes.flops if round_number else 0.0
+            context = contexts[int(torch.randint(len(contexts), (), generator=drawn)) if round_number else 0]
+            rows = _rows(tokenizer, requests, bare, context, active, config.loop_kl > 0)
+            passes.begin(rows, facts)
+            begun = True
+        passes.keep(active.to(passes.device))
+        seen = passes.run(config.loop_kl)
+        steps = steps or _Steps(seen, config, len(contexts) > 1)
+        steps.see(seen)
+        rounds += seen.ran.cpu()
+        round_number += 1
+        unknown = active.to(passes.device) & ~(seen.nll < config.loop_stop)
+        if unknown.any():
+            steps.move(seen, unknown)
+        if unknown.any() or plain is None and round_number == 1:
+            write({layer: (steps.keys[layer], steps.wanted[layer]) for layer in layers})
+        active = unknown.cpu()
+        if not active.any() or round_number == config.loop_rounds:
+            plain = look(bare)
+            flops += plain.flops
+            active = ~plain.known
+            begun = False
+        if progress is not None:
+            progress(facts - int(active.sum()), facts)
+    assert steps is not None and plain is not None
+    return Loop(plain, rounds, steps.wanted, flops + passes.flops)
+
+
+class _Steps:
+    """Keys, wanted changes and what decides the next step, by layer or by fact."""
+
+    def __init__(self, first: Seen, config: EditConfig, averaged: bool) -> None:
+        self._config, self._averaged = config, averaged
+        root = len(config.layers) ** 0.5
+        self._unit = {layer: length.mean() / root for layer, length in first.lengths.items()}
+        self.keys = {layer: torch.zeros_like(keys) for layer, keys in first.keys.items()}
+        self.wanted = {layer: torch.zeros_like(gradient) for layer, gradient in first.gradients.items()}
+        self._direction = {layer: torch.zeros_like(gradient) for layer, gradient in first.gradients.items()}
+        self._before = torch.full_like(first.nll, torch.inf)
+        self._caution = torch.ones_like(first.nll)
+        self._times = torch.zeros_like(first.nll)
+
+    def see(self, seen: Seen) -> None:
+        """Take the keys of the facts that were run."""
+        self._times[seen.ran] += 1
+        for layer, keys in self.keys.items():
+            new = seen.keys[layer][seen.ran]
+            share = 1 / self._times[seen.ran, None] if self._averaged else 1.0
+            keys[seen.ran] += share * (new - keys[seen.ran])
+
+    def move(self, seen: Seen, unknown: Tensor) -> None:
+        """One step of the facts that are not known yet, ``[facts]`` bool."""
+        config = self._config
+        self._caution[unknown & (seen.nll > self._before)] *= 0.5
+        self._before = torch.where(unknown, seen.nll, self._before)
+        norms = {layer: gradient.norm(dim=1) for layer, gradient in seen.gradients.items()}
+        slope = sum((norm * self._unit[layer] for layer, norm in norms.items()), torch.zeros_like(seen.nll))
+        straight = (seen.nll - config.loop_stop / 2) / slope.clamp_min(1e-30)
+        step = self._caution * (config.loop_reach * straight).clamp(max=config.loop_step)
+        for layer, gradient in seen.gradients.items():
+            toward = gradient / norms[layer].clamp_min(1e-30)[:, None]
+            direction = config.loop_momentum * self._direction[layer] + toward
+            self._direction[layer] = torch.where(unknown[:, None], direction, self._direction[layer])
+            self.wanted[layer][unknown] -= (step[:, None] * self._unit[layer] * direction)[unknown]
+
+
+def _rows(
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    bare: Sequence[Row],
+    context: str,
+    active: Tensor,
+    essence: bool,
+) -> list[tuple[int, Row]]:
+    """(fact, row) of the active facts in a context, and of what they are where that is wanted."""
+    rows = []
+    for fact, request in enumerate(requests):
+        if not active[fact]:
+            continue
+        row = bare[fact]
+        if context != "{}":
+            row = encode(tokenizer, in_context(context, request.prompt), request.subject, request.target_new)
+        rows.append((fact, row))
+        if essence:
+            about = encode(tokenizer, "{} is a", request.subject)
+            rows.append((fact, Row(about.ids[: about.subject_last + 1], about.subject_last)))
+    return rows
+
+
+def told(loop: Loop, requests: Sequence[EditRequest]) -> dict[str, Any]:
+    """What a batch's event says of its rounds."""
+    unlearned = [request.id for request, known in zip(requests, loop.plain.known.tolist(), strict=True) if not known]
+    nll = loop.plain.nll
+    return {
+        "nll": float(nll.mean()),
+        "fact_nll": [round(value, 4) for value in nll.tolist()],
+        "steps": float(loop.rounds.float().mean()),
+        "learned": len(requests) - len(unlearned),
+        "unlearned": unlearned,
+        "flops": loop.flops,
+    }

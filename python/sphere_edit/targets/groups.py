@@ -1,0 +1,104 @@
+"""Rows of facts that are run together, and what the loss reads of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sphere_edit.replay import Replay
+from sphere_edit.structure import ModelStructure
+from sphere_edit.tokens import Row
+
+
+@dataclass
+class Group:
+    """Rows whose tokens from the subject's last on are replayed together.
+
+    Attributes:
+        row_fact: ``[rows]``, the fact of each row.
+        read_row, read_column: the places whose logits matter, flattened.
+        want: the token each should predict, or -1 where the KL term reads the distribution.
+        weight: the place's share in its fact's loss.
+        reference: log-probabilities at the KL places before any change, ``[KL places, vocabulary]``.
+    """
+
+    replay: Replay
+    row_fact: Tensor
+    read_row: Tensor
+    read_column: Tensor
+    want: Tensor
+    weight: Tensor
+    reference: Tensor | None = None
+
+    @classmethod
+    def of(cls, structure: ModelStructure, replay: Replay, facts: Sequence[int], rows: Sequence[Row], of: int) -> Group:
+        """The group of a replay whose first column is each row's subject; KL rows are those without a target.
+
+        Args:
+            of: in how many rows each fact has its target.
+        """
+        places = []
+        for i, row in enumerate(rows):
+            if row.target:
+                first = len(row.ids) - len(row.target) - row.subject_last
+                places += [(i, first + k, token, 1 / (of * len(row.target))) for k, token in enumerate(row.target)]
+            else:
+                places.append((i, 0, -1, 1.0))
+        device = structure.device
+        at, column, want = (torch.tensor(x, device=device) for x in list(zip(*places, strict=True))[:3])
+        weight = torch.tensor([p[3] for p in places], device=device)
+        group = cls(replay, torch.tensor(list(facts), device=device), at, column, want, weight)
+        if (want < 0).any():
+            with torch.no_grad():
+                group.reference = group.log_probs(structure, replay.hidden)[want < 0]
+        return group
+
+    def rows(self, keep: Tensor) -> Group:
+        """The same group for some of its rows, ``[kept]`` indices."""
+        place = torch.full((len(self.row_fact),), -1, dtype=torch.long, device=keep.device)
+        place[keep] = torch.arange(len(keep), device=keep.device)
+        read = place[self.read_row] >= 0
+        reference = None if self.reference is None else self.reference[read[self.want < 0]]
+        return Group(
+            self.replay.rows(keep),
+            self.row_fact[keep],
+            place[self.read_row[read]],
+            self.read_column[read],
+            self.want[read],
+            self.weight[read],
+            reference,
+        )
+
+    def wanted(self, active: Tensor, worth: float) -> Group | None:
+        """Without the rows of facts that are not active; as it is where more than the share ``worth`` of them is, or
+        where it cannot be cut."""
+        active = active[self.row_fact]
+        count = int(active.sum())
+        if count == 0:
+            return None
+        return self.rows(active.nonzero()[:, 0]) if count <= worth * len(active) and self.replay.can_cut else self
+
+    def tells_target(self) -> Tensor:
+        """Indices of the rows that have the target; the others are for the KL term."""
+        return self.read_row[self.want >= 0].unique()
+
+    def log_probs(self, structure: ModelStructure, hidden: Tensor) -> Tensor:
+        """``[places, vocabulary]`` log-probabilities, fp32, after the blocks from the replay's first on."""
+        out = self.replay.run(hidden)[self.read_row, self.read_column]
+        return structure.logits(out).float().log_softmax(-1)
+
+    def losses(self, log_probs: Tensor, facts: int) -> tuple[Tensor, Tensor]:
+        """This group's share of each fact's NLL and KL, ``[facts]`` each."""
+        fact = self.row_fact[self.read_row]
+        zero = torch.zeros(facts, device=log_probs.device)
+        targets, kl = self.want >= 0, self.want < 0
+        picked = log_probs[targets].gather(1, self.want[targets][:, None])[:, 0]
+        nll = zero.index_add(0, fact[targets], -picked * self.weight[targets])
+        if self.reference is None:
+            return nll, zero
+        now = log_probs[kl]
+        divergence = (now.exp() * (now - self.reference)).sum(1)
+        return nll, zero.index_add(0, fact[kl], divergence)
