@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sphere_edit.config import PRESETS, ConfigError
+from sphere_edit.config import PRESETS, TARGETS, ConfigError
 from sphere_edit.methods import METHODS
 from sphere_edit.options import (
     check_same,
@@ -89,6 +89,9 @@ def run_command(
     method: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(METHODS)}, or package.module:Class of your own.")
     ] = None,
+    targets: Annotated[
+        str | None, typer.Option(help=f"Where the wanted changes come from: {', '.join(TARGETS)}.")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks to edit, e.g. 4,5,6,7,8.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Facts solved for together.")] = None,
     sphere: Annotated[bool | None, typer.Option("--sphere/--no-sphere", help="SPHERE's projection.")] = None,
@@ -140,6 +143,7 @@ def run_command(
     with plain_errors():
         named = {
             "method": method,
+            "targets": targets,
             "layers": None if layers is None else numbers(layers),
             "batch_size": batch_size,
             "sphere": sphere,

@@ -61,8 +61,11 @@ class Passes:
     """
 
     def __init__(self, model: Any, structure: ModelStructure, layers: Sequence[int], arithmetic: str) -> None:
-        self.copied = arithmetic == "bfloat16" and structure.dtype != torch.bfloat16
-        if self.copied:
+        self._followed = model
+        self._edited = {id(structure.edited[layer].module.weight) for layer in layers}
+        self._copied = arithmetic == "bfloat16" and structure.dtype != torch.bfloat16
+        self._versions = self._others()
+        if self._copied:
             model = copy.deepcopy(model).to(torch.bfloat16)
             structure = find_structure(model, structure.modules)
         self._model, self._structure, self._layers = model, structure, tuple(layers)
@@ -77,10 +80,20 @@ class Passes:
 
     @torch.no_grad()
     def follow(self, weights: Mapping[int, Tensor]) -> None:
-        """The model's edited weights ``{layer: [n, d]}`` have been written."""
-        if self.copied:
-            for layer, weight in weights.items():
-                self._structure.edited[layer].weight.copy_(weight)
+        """The model's edited weights ``{layer: [n, d]}`` may have been written, and whatever else was since."""
+        if not self._copied:
+            return
+        for layer, weight in weights.items():
+            self._structure.edited[layer].weight.copy_(weight)
+        before, self._versions = self._versions, self._others()
+        if self._versions != before:
+            for own, other in zip(self._model.parameters(), self._followed.parameters(), strict=True):
+                own.copy_(other)
+
+    def _others(self) -> list[tuple[int, int]]:
+        """Which differ once a parameter that is not edited has been replaced or written by torch."""
+        others = (parameter for parameter in self._followed.parameters() if id(parameter) not in self._edited)
+        return [(parameter.data_ptr(), parameter._version) for parameter in others]
 
     @torch.no_grad()
     def begin(self, rows: Sequence[tuple[int, Row]], facts: int) -> None:
