@@ -22,10 +22,11 @@ class EditConfig:
             have theirs: five of them from an eighth of the depth on, for ROME and FT one.
         modules: which map of each block's MLP: ``down``, ``up``, ``gate`` or ``fused`` (gate and up in one); see
             `sphere_edit.structure.find_structure`.
-        method: the editor: ``alphaedit``, ``memit``, ``rect``, ``prune``, ``rome`` or ``ft``, or a class of one's own,
-            ``package.module:Class``; see `sphere_edit.methods`. Settings that some methods have no use for may not be
-            given to these.
-        null_space: AlphaEdit's projection onto the null space of the key covariance. Off leaves a ridge least-squares.
+        method: the editor: ``alphaedit``, ``memit``, ``rect``, ``prune``, ``rome``, ``ridge`` or ``ft``, or a class of
+            one's own, ``package.module:Class``; see `sphere_edit.methods`. Settings that some methods have no use for
+            may not be given to these.
+        null_space: AlphaEdit's projection onto the null space of the key covariance, in ``ridge`` too. Off leaves a
+            ridge least-squares.
         sphere: SPHERE's projection of each update away from the weight's principal directions.
         energy_ratio: η, the share of the spectrum's energy that the principal directions hold.
         alpha: α, how much of the update inside the principal directions is suppressed; 0 none, 1 all.
@@ -59,7 +60,12 @@ class EditConfig:
         value_stop: a fact is done when its loss falls below this.
         value_stop_on: which loss: ``loss`` (NLL + KL + decay, published) or ``nll`` alone.
         null_space_threshold: eigenvalues of the key covariance below this span the null space.
-        ridge: λ of AlphaEdit's solve.
+        gradient_lr: length of the wanted changes, η·d of UltraEdit's η and the map's inputs d; see
+            `sphere_edit.targets.gradient`.
+        gradient_whiten: gradients are whitened by their running covariance, once there are more positions than
+            dimensions, and not only divided by their deviations (StableEdit).
+        gradient_preheat: the running statistics begin with so many other facts, which are not edited: world-facts.
+        ridge: λ of AlphaEdit's solve, and of ``ridge``, which is the same without a history.
         covariance_weight: weight of the key covariance in the solve of MEMIT, RECT and PRUNE.
         history: those three solve against the keys of earlier batches too; published without.
         rect_share: share of the entries of its update that RECT keeps.
@@ -103,6 +109,9 @@ class EditConfig:
     value_clamp: float = 4.0
     value_stop: float = 0.05
     value_stop_on: str = "loss"
+    gradient_lr: float = 4e-3
+    gradient_whiten: bool = False
+    gradient_preheat: int = 0
     null_space_threshold: float = 2e-2
     ridge: float = 10.0
     covariance_weight: float = 15000.0
@@ -171,13 +180,14 @@ class EditConfig:
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(EditConfig)}
 _LEAST_SQUARES = ("memit", "rect", "prune")
-_SOLVING = ("alphaedit", *_LEAST_SQUARES, "rome")
+_RIDGE = ("alphaedit", "ridge")
+_SOLVING = ("alphaedit", *_LEAST_SQUARES, "rome", "ridge")
 _METHODS = (*_SOLVING, "ft")
 # Settings that are of use to some methods, or with some targets, only.
 _USED_BY = {
-    "null_space": ("alphaedit",),
-    "null_space_threshold": ("alphaedit",),
-    "ridge": ("alphaedit",),
+    "null_space": _RIDGE,
+    "null_space_threshold": _RIDGE,
+    "ridge": _RIDGE,
     "covariance_weight": _LEAST_SQUARES,
     "history": _LEAST_SQUARES,
     "rect_share": ("rect",),
@@ -233,7 +243,7 @@ _POSITIVE_INT = {
     "ft_steps",
     "loop_rounds",
 }
-_COUNT = {"contexts", "measure_every", "seed"}
+_COUNT = {"contexts", "measure_every", "seed", "gradient_preheat"}
 _POSITIVE = {
     "value_lr",
     "value_clamp",
@@ -244,10 +254,11 @@ _POSITIVE = {
     "loop_step",
     "loop_reach",
     "loop_stop",
+    "gradient_lr",
 }
 _NOT_NEGATIVE = {"value_weight_decay", "value_kl", "value_stop", "energy_s", "ft_stop", "loop_kl"}
 _SHARE = {"energy_ratio", "alpha", "rect_share", "loop_momentum"}
-_FLAGS = {"null_space", "sphere", "history"}
+_FLAGS = {"null_space", "sphere", "history", "gradient_whiten"}
 
 
 def _check(name: str, value: Any) -> None:
@@ -279,6 +290,7 @@ def _check(name: str, value: Any) -> None:
 # Published settings of AlphaEdit; `preset` changes them for other methods. AlphaEdit's hparams for llama3-8b, gpt2-xl
 # and gpt-j-6b, SPHERE's for qwen2.5-7b.
 _PUBLISHED = EditConfig(targets="optimised")
+_GRADIENT = EditConfig(method="ridge", targets="gradient", null_space=False, sphere=False, ridge=1.0, contexts=0)
 PRESETS: dict[str, EditConfig] = {
     "auto": EditConfig(),
     "llama3-8b": _PUBLISHED.replace(layers=(4, 5, 6, 7, 8), value_lr=0.1, value_weight_decay=0.5, value_clamp=0.75),
@@ -288,6 +300,9 @@ PRESETS: dict[str, EditConfig] = {
     ),
     "gpt-j-6b": _PUBLISHED.replace(layers=(3, 4, 5, 6, 7, 8), value_weight_decay=0.5, value_clamp=0.75),
     "smollm2-135m": EditConfig(layers=(4, 5, 6, 7, 8), contexts=0),
+    # For any model, without SPHERE as published; with --sphere it is projected like any other method.
+    "ultraedit": _GRADIENT,
+    "stableedit": _GRADIENT.replace(ridge=10.0, gradient_whiten=True, gradient_preheat=1000),
 }
 # Chosen by measurement (benchmarks/preset.py, table in the README): the values of a small model need a large clamp and
 # step to reach their targets, and stopping at their NLL rather than the whole loss spares the neighbours.

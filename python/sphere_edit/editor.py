@@ -28,6 +28,7 @@ from sphere_edit.requests import EditRequest, as_requests, batches, check_batche
 from sphere_edit.structure import ModelStructure, check_weights_finite, find_structure, model_sha256
 from sphere_edit.targets import plain
 from sphere_edit.targets.closed_loop import close_loop, told
+from sphere_edit.targets.gradient import Seen, look_back, preheating_facts
 from sphere_edit.targets.optimised import optimise_values
 from sphere_edit.targets.passes import Passes, fast_bfloat16
 from sphere_edit.text import text_path
@@ -309,7 +310,13 @@ class SphereEditor:
                 self._cache,
                 lambda done, total: self._on_progress("covariance of keys", done, total),
             )
-        self._engine = Engine(self.weights(), covariances, config, self._original)
+        engine = Engine(self.weights(), covariances, config, self._original)
+        preheating = preheating_facts(config)
+        if preheating:
+            for part in batches(preheating, config.batch_size):
+                self._see_gradients(engine, part)
+                engine.lifelong.commit()
+        self._engine = engine
         ranks = getattr(self._engine.method, "null_space_rank", {})
         self._fingerprints = {
             "model": model_sha256(self.model),
@@ -317,6 +324,8 @@ class SphereEditor:
             "contexts": _sha256(json.dumps(self._contexts)),
         }
         self._fingerprints |= {f"covariance.{layer}": tensor_sha256(value) for layer, value in covariances.items()}
+        if preheating:
+            self._fingerprints["preheating facts"] = _sha256(json.dumps([vars(fact) for fact in preheating]))
         source = getattr(sys.modules[method_class(config).__module__], "__file__", None)
         if ":" in config.method and source is not None:
             self._fingerprints["method"] = file_sha256(Path(source))
@@ -348,7 +357,7 @@ class SphereEditor:
         engine, clock = self._engine, Clock()
         assert engine is not None
         place = {"batch": engine.batches + 1, "edits": self._edits + len(batch)}
-        ways = {"closed_loop": self._close_loop, "optimised": self._solve}
+        ways = {"closed_loop": self._close_loop, "optimised": self._solve, "gradient": self._gradient}
         done, told = (self._train if engine.method.trains else ways[self.config.targets])(engine, batch, clock)
         layers = {layer: record for layer, (record, _) in done.items()}
         events = [{"event": "energy", **place, "layer": layer, **event} for layer, (_, event) in done.items()]
@@ -410,6 +419,34 @@ class SphereEditor:
         )
         clock.lap("passes")
         return engine.settle(loop.plain.keys, clock), told(loop, batch)
+
+    def _gradient(self, engine: Engine, batch: Sequence[EditRequest], clock: Clock) -> tuple[_Done, Event]:
+        """Updates of all layers from one backward pass; as `_train`."""
+        seen = self._see_gradients(engine, batch)
+        clock.lap("pass")
+        asked = {layer: (keys, engine.lifelong.residuals(layer, keys)) for layer, keys in seen.keys.items()}
+        clock.lap("statistics")
+        done = {
+            layer: engine.write(layer, *found, engine.solve(layer, *found, clock), clock)
+            for layer, found in asked.items()
+        }
+        positions = len(seen.keys[self.config.layers[0]])
+        return done, {"nll": float(seen.nll.mean()), "positions": positions}
+
+    def _see_gradients(self, engine: Engine, facts: Sequence[EditRequest]) -> Seen:
+        """One pass over the facts' prompts and targets, taken into the statistics."""
+        rows = [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in facts]
+        seen = look_back(
+            self.model,
+            self.structure,
+            rows,
+            self.config.layers,
+            lambda done, total: self._on_progress("gradients", done, total),
+        )
+        check_finite("a gradient or likelihood", seen.nll, *seen.keys.values(), *seen.gradients.values())
+        for layer, keys in seen.keys.items():
+            engine.lifelong.see(layer, keys, seen.gradients[layer])
+        return seen
 
     def _solve(self, engine: Engine, batch: Sequence[EditRequest], clock: Clock) -> tuple[_Done, Event]:
         """Values, then updates layer by layer; as `_train`."""

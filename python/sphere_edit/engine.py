@@ -14,6 +14,7 @@ from sphere_edit.files import tensor_sha256
 from sphere_edit.measures import Measures
 from sphere_edit.methods import Update, make_method
 from sphere_edit.records import Event, LayerRecord, ReplayError, over, under
+from sphere_edit.targets.gradient import Lifelong
 from sphere_kernels import LowRankUpdate
 from sphere_kernels.streaming import HypersphereState
 
@@ -53,6 +54,7 @@ class Engine:
     ) -> None:
         self.method = make_method(config, covariances)
         self._originals, self._projects_keys = originals, config.project == "solve"
+        self.lifelong = Lifelong(weights if config.targets == "gradient" and not self.method.trains else {}, config)
         self.measures = Measures(config, originals, covariances)
         self.states = {
             layer: HypersphereState(
@@ -87,6 +89,7 @@ class Engine:
             yield
             self._whole = False
             self.method.commit()
+            self.lifelong.commit()
             self.batches += 1
             self._whole = True
         except BaseException:
@@ -94,6 +97,7 @@ class Engine:
             for layer, state in self._undo.items():
                 self.states[layer].load_state_dict(state)
             self.method.rollback()
+            self.lifelong.rollback()
             raise
         finally:
             self._undo, self._before, self._tried = {}, {}, {}
@@ -207,7 +211,9 @@ class Engine:
         event |= self.measures.of_batch(layer, self.batches + 1, self._undo[layer], state, update)
         clock.lap("measure")
         factor = None if left is None else left.cpu()
-        record = LayerRecord(keys.float().cpu(), factor, right.cpu(), tensor_sha256(state.master))
+        gradients = self.lifelong.seen(layer)
+        gradients = None if gradients is None else gradients.cpu()
+        record = LayerRecord(keys.float().cpu(), factor, right.cpu(), tensor_sha256(state.master), gradients)
         clock.lap("record")
         return record, event
 
@@ -219,6 +225,10 @@ class Engine:
         """
         state = self.states[layer]
         device = state.master.device
+        if self.lifelong.follows(layer):
+            if record.gradients is None:
+                raise ReplayError(f"layer {layer}: the record has no gradients, which the running statistics take")
+            self.lifelong.see(layer, record.keys.to(device), record.gradients.to(device))
         self.method.remember(layer, self._entering(layer, record.keys.to(device)))
         self._add(layer, None if record.left is None else record.left.to(device), record.right.to(device))
         found = tensor_sha256(state.master)
@@ -241,6 +251,7 @@ class Engine:
         found = over("method", self.method.state_dict())
         for layer, state in self.states.items():
             found |= over(f"weight.{layer}", state.state_dict())
+        found |= over("lifelong", self.lifelong.state_dict())
         return found | {"batches": torch.tensor(self.batches)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -254,6 +265,7 @@ class Engine:
             raise ValueError(f"state must hold {expected} as this editor's does, got {found}")
         self._whole = False
         self.method.load_state_dict(under("method", state))
+        self.lifelong.load_state_dict(under("lifelong", state))
         for layer, own in self.states.items():
             own.load_state_dict(under(f"weight.{layer}", state))
         self.batches = int(state["batches"])

@@ -23,12 +23,14 @@ class LayerRecord:
         left: ``[n, k]``, or None.
         right: ``[k, d]``, projected: the weight took ``left @ right``; without ``left``, ``[n, d]``, what it took.
         sha256: of the weight afterwards; of its fp32 master where the model has 16 bits. All tensors fp32 on the CPU.
+        gradients: ``[b, n]``, with ``keys`` what the statistics of gradient targets have taken; None for others.
     """
 
     keys: Tensor
     left: Tensor | None
     right: Tensor
     sha256: str
+    gradients: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

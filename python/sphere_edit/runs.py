@@ -278,7 +278,8 @@ def read_requests(run: Path) -> list[EditRequest]:
 
 
 def write_batch(journal: Journal, batch: BatchRecord) -> None:
-    """Keep a batch: per layer ``4.keys``, ``4.left`` and ``4.right`` of its `LayerRecord`, and ``random_state``.
+    """Keep a batch: per layer ``4.keys``, ``4.left``, ``4.right`` and ``4.gradients`` of its `LayerRecord`, as far
+    as it has them, and ``random_state``.
 
     Its events, which hold times, go into the journal's line: the same batch gives the same file."""
     tensors = {"random_state": batch.random_state}
@@ -286,6 +287,8 @@ def write_batch(journal: Journal, batch: BatchRecord) -> None:
         tensors |= {f"{layer}.keys": done.keys, f"{layer}.right": done.right}
         if done.left is not None:
             tensors[f"{layer}.left"] = done.left
+        if done.gradients is not None:
+            tensors[f"{layer}.gradients"] = done.gradients
     facts = {
         "number": batch.number,
         "requests": list(batch.requests),
@@ -299,7 +302,11 @@ def read_batch(journal: Journal, record: Record) -> BatchRecord:
     tensors, facts = load_file(path), read_facts(path)
     layers = {
         int(layer): LayerRecord(
-            tensors[f"{layer}.keys"], tensors.get(f"{layer}.left"), tensors[f"{layer}.right"], sha256
+            tensors[f"{layer}.keys"],
+            tensors.get(f"{layer}.left"),
+            tensors[f"{layer}.right"],
+            sha256,
+            tensors.get(f"{layer}.gradients"),
         )
         for layer, sha256 in facts["sha256"].items()
     }

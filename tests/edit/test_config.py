@@ -31,6 +31,9 @@ _BAD = {
     "value_clamp": [0, -4, _NAN],
     "value_stop": [-1, _NAN],
     "value_stop_on": ["kl", None],
+    "gradient_lr": [0, -1, _NAN, "1"],
+    "gradient_whiten": [1, None],
+    "gradient_preheat": [-1, 0.5, True],
     "null_space_threshold": [0, -1, _INF],
     "ridge": [0, -10, _NAN],
     "covariance_weight": [0, -10, _NAN],
@@ -112,12 +115,12 @@ def test_automatic_layers(depth, layers):
 _ELSEWHERE = [
     ("rome", "history", True, "memit, rect, prune"),
     ("alphaedit", "covariance_weight", 3.0, "memit, rect, prune"),
-    ("memit", "ridge", 3.0, "alphaedit"),
-    ("memit", "null_space", False, "alphaedit"),
+    ("memit", "ridge", 3.0, "alphaedit, ridge"),
+    ("memit", "null_space", False, "alphaedit, ridge"),
     ("rect", "prune_in", "copies", "prune"),
     ("prune", "rect_share", 0.2, "rect"),
     ("rome", "ft_lr", 0.1, "ft"),
-    ("ft", "project", "batch", "alphaedit, memit, rect, prune, rome"),
+    ("ft", "project", "batch", "alphaedit, memit, rect, prune, rome, ridge"),
 ]
 
 

@@ -238,6 +238,8 @@ _METHODS = {
     "prune": {"method": "prune", "covariance_weight": 1e-3, "value_clamp": 400.0, "value_lr": 50.0},  # it has to prune
     "rome": {"method": "rome", "layers": (2,)},
     "ft": {"method": "ft", "layers": (3, 4), "ft_steps": 3, "ft_lr": 1e-2},
+    "gradient": {"method": "ridge", "targets": "gradient", "gradient_lr": 0.3, "ridge": 1.0, "gradient_whiten": True},
+    "gradient-history": {"targets": "gradient", "gradient_lr": 0.3, "gradient_preheat": 3},
 }
 
 
