@@ -23,7 +23,7 @@ from sphere_edit.keys import LayerPass
 from sphere_edit.methods import method_class
 from sphere_edit.models import cache_dir
 from sphere_edit.records import BatchRecord, EditResult, Event, LayerRecord, ReplayError, over, under
-from sphere_edit.replay import check_replay, frozen
+from sphere_edit.replay import check_replay, frozen, not_additive
 from sphere_edit.requests import EditRequest, as_requests, batches, check_batches
 from sphere_edit.structure import ModelStructure, check_weights_finite, find_structure, model_sha256
 from sphere_edit.targets import plain
@@ -31,6 +31,7 @@ from sphere_edit.targets.closed_loop import close_loop, told
 from sphere_edit.targets.gradient import Seen, look_back, preheating_facts
 from sphere_edit.targets.optimised import optimise_values
 from sphere_edit.targets.passes import Passes, fast_bfloat16
+from sphere_edit.targets.reached import share_reached, share_written, warn_missed
 from sphere_edit.text import text_path
 from sphere_edit.tokens import Row, check_fits, check_tokenizer, encode
 from sphere_edit.tuning import tune
@@ -94,6 +95,7 @@ class SphereEditor:
         self._engine: Engine | None = None
         self._contexts: list[str] = []
         self._passes: Passes | None = None
+        self._not_additive: tuple[int, ...] = ()  # layers whose blocks do not move by what their maps do
         self._events: list[Event] = []
         self._fingerprints: dict[str, str] = {}
         self._edits, self._keeping = 0, 0.0
@@ -295,7 +297,10 @@ class SphereEditor:
 
     def _prepare(self) -> None:
         config, start = self.config, time.perf_counter()
-        check_replay(self.model, self.structure, encode(self.tokenizer, "The capital of France is").ids)
+        ids = encode(self.tokenizer, "The capital of France is").ids
+        check_replay(self.model, self.structure, ids)
+        if config.targets == "optimised" and not method_class(config).trains:
+            self._not_additive = not_additive(self.model, self.structure, config.layers, ids)
         self._contexts = generate_contexts(
             self.model, self.tokenizer, config.contexts, config.context_length, config.seed
         )
@@ -363,6 +368,7 @@ class SphereEditor:
         events = [{"event": "energy", **place, "layer": layer, **event} for layer, (_, event) in done.items()]
         seconds = {**clock, "keep": self._keeping}  # that of the batch before
         events.append({"event": "batch", **place, "size": len(batch), **told, "seconds": seconds})
+        warn_missed(events[-1])
         ids = [request.id for request in batch]
         return BatchRecord(engine.batches + 1, ids, layers, events, torch.get_rng_state())
 
@@ -418,7 +424,10 @@ class SphereEditor:
             lambda done, total: self._on_progress("facts", done, total),
         )
         clock.lap("passes")
-        return engine.settle(loop.plain.keys, clock), told(loop, batch)
+        done = engine.settle(loop.plain.keys, clock)
+        written = {layer: record for layer, (record, _) in done.items()}
+        reached = share_written(written, loop.plain.keys, loop.wanted)
+        return done, told(loop, batch) | {"reached": reached}
 
     def _gradient(self, engine: Engine, batch: Sequence[EditRequest], clock: Clock) -> tuple[_Done, Event]:
         """Updates of all layers from one backward pass; as `_train`."""
@@ -460,6 +469,7 @@ class SphereEditor:
             config,
             layers[-1],
             lambda done, total: self._on_progress("values", done, total),
+            [self.structure.edited[layer] for layer in layers] if self._not_additive else (),
         )
         clock.lap("values")
         done: _Done = {}
@@ -469,7 +479,11 @@ class SphereEditor:
             for i, layer in enumerate(layers):
                 walk.advance(layer)
                 keys = walk.keys()
-                residuals = (values.target - walk.values()) / (len(layers) - i)
+                residuals = (
+                    values.outputs[layer] - walk.outputs()
+                    if values.outputs
+                    else (values.target - walk.values()) / (len(layers) - i)
+                )
                 clock.lap("keys")
                 solved[layer] = keys, residuals, engine.solve(layer, keys, residuals, clock)
                 if config.project != "batch":
@@ -478,8 +492,16 @@ class SphereEditor:
                     trials.enter_context(engine.tried(layer, solved[layer][2]))
         if config.project == "batch":
             done = {layer: engine.write(layer, *found, clock) for layer, found in solved.items()}
+            walk = LayerPass(self.model, self.tokenizer, self.structure, batch, ["{}"], layers)
+            walk.advance(layers[-1])
+        got = (walk.outputs() if values.outputs else walk.values()) - values.start
+        reached = share_reached([(got, values.target - values.start)])
+        rows = [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in batch]
+        seen = plain.look(self.model, self.structure, rows, layers[-1:])
+        clock.lap("check")
         parts = {"loss": values.loss, "nll": values.nll, "steps": values.steps.float()}
-        return done, {name: float(part.mean()) for name, part in parts.items()}
+        means = {name: float(part.mean()) for name, part in parts.items()}
+        return done, means | plain.learned(seen, batch) | {"reached": reached}
 
 
 def _sha256(text: str) -> str:

@@ -213,7 +213,8 @@ def _joined(part: Sequence[int], width: int, prefixes: Sequence[_Prefixes]) -> P
 
 
 class _Probes:
-    """Within, each edited map's output at the first column takes a zero whose gradient can be asked for."""
+    """Within, each edited map's output at the first column takes a zero whose gradient can be asked for; it comes before
+    hooks of others, as what the weight gives does."""
 
     def __init__(self, maps: Sequence[Any], hidden: Tensor) -> None:
         self._maps, self._shape = maps, hidden.shape[:2]
@@ -222,7 +223,7 @@ class _Probes:
         self.lengths: list[Tensor] = [hidden] * len(maps)
 
     def __enter__(self) -> _Probes:
-        self._handles = [m.module.register_forward_hook(self._hook(i)) for i, m in enumerate(self._maps)]
+        self._handles = [m.module.register_forward_hook(self._hook(i), prepend=True) for i, m in enumerate(self._maps)]
         return self
 
     def __exit__(self, *_: object) -> None:
