@@ -288,6 +288,7 @@ PRESETS: dict[str, EditConfig] = {
     ),
     "gpt-j-6b": _PUBLISHED.replace(layers=(3, 4, 5, 6, 7, 8), value_weight_decay=0.5, value_clamp=0.75),
     "smollm2-135m": EditConfig(layers=(4, 5, 6, 7, 8), contexts=0),
+    "gemma3-270m": EditConfig(layers=(2, 3, 4, 5, 6), contexts=0),
 }
 # Chosen by measurement (benchmarks/preset.py, table in the README): the values of a small model need a large clamp and
 # step to reach their targets, and stopping at their NLL rather than the whole loss spares the neighbours.
