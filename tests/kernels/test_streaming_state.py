@@ -299,6 +299,47 @@ def test_factors_of_any_dtype_and_strides():
                 torch.testing.assert_close(value, expected.state_dict()[key], msg=f"{name}, {key}")
 
 
+_PLACES = {
+    "rows": lambda whole: whole,
+    "turned": lambda whole: whole.mT.contiguous().mT,  # as of Conv1D
+    "every other": lambda whole: whole.repeat_interleave(2, -1)[..., ::2],
+    "part": lambda whole: torch.cat([whole, whole], -2)[..., : whole.shape[-2], :],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("place", _PLACES)
+@pytest.mark.parametrize("shape", [(33, 70), (70, 33), (2, 5, 12), (1, 1)], ids=str)
+def test_updated_is_what_update_would_leave(shape, place, dtype):
+    """Bit for bit over a stream of updates, low-rank and whole; asking changes nothing."""
+    weight = _PLACES[place](randn(*shape, dtype=dtype))
+    state = HypersphereState(weight)
+    for k, b in enumerate((2, 0, 17, None, 1)):
+        left, right = factors(weight, b or 2, seed=k)
+        if b is None:
+            left, right = None, left @ right
+        elif b == 0:
+            left, right = left[..., :0], right[..., :0, :]
+        before = bits(state)
+        told = state.updated(left, right)
+        assert_same_bits(bits(state), before)
+        assert told.dtype == dtype and told.shape == weight.shape
+        assert told.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
+        state.update_(left, right)
+        assert torch.equal(told, weight)
+        assert b == 0 or not torch.equal(told, before["weight"])
+
+
+def test_updated_takes_the_factors_that_update_takes():
+    state = HypersphereState(randn(6, 20, dtype=torch.float32))
+    for left, right in ((randn(6, 2), randn(3, 20)), (randn(5, 2), randn(2, 20)), (None, randn(6, 19))):
+        with pytest.raises(ValueError) as told:
+            state.updated(left, right)
+        with pytest.raises(ValueError) as done:
+            state.update_(left, right)
+        assert str(told.value) == str(done.value)
+
+
 def test_inference_mode():
     weight = randn(6, 20, dtype=torch.float32)
     left, right = factors(weight, 2, seed=0)
