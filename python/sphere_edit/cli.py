@@ -25,6 +25,7 @@ from sphere_edit.terminal import (
     bars,
     console,
     energy_table,
+    guard_lines,
     note,
     plain_errors,
     say,
@@ -109,6 +110,13 @@ def run_command(
         int | None,
         typer.Option(help="Seed of everything drawn while editing; world-facts has its own, as in world-facts:seed=1."),
     ] = None,
+    guard: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of a batch whose energies, update or facts learned stand out: warn, skip (leave its facts "
+            "out), stop, or off. May differ with --resume."
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, as in config.yaml; may be repeated."),
@@ -154,6 +162,7 @@ def run_command(
             "refresh_every": refresh_every,
             "covariance_text": covariance_text,
             "seed": seed,
+            "guard": guard,
         }
         if going_on is not None:
             given = {name: context.params[name] for name in context.params if _is_given(context, name)}
@@ -170,6 +179,7 @@ def run_command(
         from sphere_edit.procedure import RunOptions, run
 
         with runs.new_run(out, overwrite) as journal:
+            journal.on_note = note
             if journal.folder != out.resolve():
                 say(f"{out} stays until this run is complete; till then it is in {journal.folder}")
             requests = load_requests(data, limit=limit, order=order, on_note=note)
@@ -218,7 +228,8 @@ def _resume(folder: Path, given: dict[str, Any], chosen: dict[str, Any], trust_r
             loaded, tokenizer = load_as(model, recorded, trust_remote_code)
             say(f"{folder}: going on after batch {journal.batches}")
             with bars() as progress, way_on(journal):
-                resume(loaded, tokenizer, folder, on_progress=progress, journal=journal)
+                guard = chosen.get("guard")
+                resume(loaded, tokenizer, folder, on_progress=progress, journal=journal, guard=guard)
     _say_result(target)
 
 
@@ -232,6 +243,8 @@ def _say_result(run: Path) -> None:
 
     events = runs.read_events(run)
     console.print(energy_table(events), scores_table(events))
+    for line in guard_lines(events):
+        say(line)
     say(f"report: {run / runs.REPORT}")
 
 

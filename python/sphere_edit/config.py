@@ -80,6 +80,10 @@ class EditConfig:
         covariance_text: ``builtin`` or the path of a text file (``.txt``, ``.gz``).
         covariance_tokens: how many tokens of it are read at most.
         energy_s: s of the hyperspherical energy that is reported.
+        guard: what becomes of a batch that stands out from the run's earlier ones, by its layers' energies, the length of
+            its updates or the share of facts learned (see `sphere_edit.guard`). ``warn`` keeps it and says so; ``skip``
+            undoes it, leaves its facts out and goes on; ``stop`` undoes it and ends with a `GuardError`; ``off`` does
+            not look.
         measure_every: batches between two of which movement, spectrum and bound are measured; 0 none. See
             `sphere_edit.measures`.
         seed: of everything drawn.
@@ -130,6 +134,7 @@ class EditConfig:
     covariance_text: str = "builtin"
     covariance_tokens: int = 100_000
     energy_s: float = 1.0
+    guard: str = "warn"
     measure_every: int = 1
     seed: int = 0
 
@@ -237,6 +242,7 @@ _CHOICES = {
     "targets": TARGETS,
     "modules": ("down", "up", "gate", "fused"),
     "loop_arithmetic": ("auto", "model", "bfloat16"),
+    "guard": ("stop", "skip", "warn", "off"),
 }
 _POSITIVE_INT = {
     "refresh_every",

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from sphere_edit.contexts import generate_contexts
 from sphere_edit.covariance import key_covariances
 from sphere_edit.engine import Clock, Engine, check_finite
 from sphere_edit.files import file_sha256, tensor_sha256
+from sphere_edit.guard import BROKEN, Guard, GuardError
+from sphere_edit.guard import told as told_by_guard
 from sphere_edit.keys import LayerPass
 from sphere_edit.methods import method_class
 from sphere_edit.models import cache_dir
@@ -55,6 +58,7 @@ class SphereEditor:
         on_progress: called with (what, done, total) during the long steps.
         on_batch: called with the record of every batch once it is in the weights and before it is final, to put it in a
             safe place: if it raises, the batch is undone, and the error goes on. Events of the batch come afterwards.
+        on_note: called with what a user should hear of batches that stand out (see ``guard``); by default a warning.
 
     Raises:
         StructureError, ConfigError, ValueError: the model, the layers or a setting does not fit.
@@ -73,6 +77,7 @@ class SphereEditor:
         on_event: Callable[[Event], None] | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
+        on_note: Callable[[str], None] = warnings.warn,
     ) -> None:
         config = preset(config) if isinstance(config, str) else config
         self.structure: ModelStructure = find_structure(model, config.modules)
@@ -91,8 +96,9 @@ class SphereEditor:
         self.on_event = on_event or (lambda event: None)
         self._on_progress = on_progress or (lambda what, done, total: None)
         self._original = {layer: weight.clone() for layer, weight in self.weights().items()}
-        self._on_batch = on_batch
+        self._on_batch, self._on_note = on_batch, on_note
         self._engine: Engine | None = None
+        self._guard = Guard({})
         self._contexts: list[str] = []
         self._passes: Passes | None = None
         self._not_additive: tuple[int, ...] = ()  # layers whose blocks do not move by what their maps do
@@ -108,7 +114,7 @@ class SphereEditor:
 
     @property
     def edits(self) -> int:
-        """How many facts they held."""
+        """How many facts they held, with those of batches left out."""
         return self._edits
 
     def edit(self, requests: Iterable[EditRequest | Mapping[str, Any]]) -> EditResult:
@@ -116,6 +122,7 @@ class SphereEditor:
 
         Raises:
             RequestError, ValueError: a request that cannot be edited; nothing has been touched then.
+            GuardError: with ``guard: stop`` a batch stands out; it has been undone, the batches before it stay.
         """
         todo = self.check(requests)
         result = EditResult(todo, events=self._events)
@@ -208,9 +215,12 @@ class SphereEditor:
                 f"{sorted(self.config.layers)}"
             )
         self._check_ours()
+        before = self._figures()
         with self._engine.batch():
             for layer in self.config.layers:
                 self._engine.replay(layer, record.layers[layer])
+        if not record.skipped:
+            self._guard.accept(record.events, before)
         self._edits += len(record.requests)
         torch.set_rng_state(record.random_state)
 
@@ -226,7 +236,7 @@ class SphereEditor:
         self.prepare()
         assert self._engine is not None
         counts = {"edits": torch.tensor(self._edits), "random_state": torch.get_rng_state()}
-        return counts | over("engine", self._engine.state_dict())
+        return counts | over("engine", self._engine.state_dict()) | over("guard", self._guard.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state_dict` of an editor of the same model and settings; the weights are written too."""
@@ -234,6 +244,7 @@ class SphereEditor:
         assert self._engine is not None
         self._check_unmoved()
         self._engine.load_state_dict(under("engine", state))
+        self._guard.load_state_dict(under("guard", state))
         self._aside = None
         self._edits = int(state["edits"])
         torch.set_rng_state(state["random_state"])
@@ -322,6 +333,7 @@ class SphereEditor:
                 self._see_gradients(engine, part)
                 engine.lifelong.commit()
         self._engine = engine
+        self._guard = Guard({i: orthogonal_energy(len(w), config.energy_s) for i, w in self._original.items()})
         ranks = getattr(self._engine.method, "null_space_rank", {})
         self._fingerprints = {
             "model": model_sha256(self.model),
@@ -346,17 +358,80 @@ class SphereEditor:
 
     def _edit_batch(self, batch: Sequence[EditRequest], result: EditResult) -> None:
         assert self._engine is not None
-        with self._engine.batch():
-            record = self._write_batch(batch)
-            start = time.perf_counter()
-            if self._on_batch is not None:
-                self._on_batch(record)
-            self._keeping = time.perf_counter() - start
+        start, before, random_state = time.perf_counter(), self._figures(), torch.get_rng_state()
+        try:
+            with self._engine.batch():
+                record = self._guarded(batch, before)
+                self._keep(record)
+        except GuardError as error:
+            if self.config.guard != "skip":
+                raise
+            torch.set_rng_state(random_state)
+            with self._engine.batch():
+                record = self._left_out(batch, error, time.perf_counter() - start)
+                self._keep(record)
+        if not record.skipped:
+            self._guard.accept(record.events, before)
         self._edits += len(batch)
         if self._on_batch is None:
             result.records.append(record)
         for event in record.events:
             self._say(event)
+        for event in record.events:
+            if event["event"] == "guard":
+                self._on_note(told_by_guard(event))
+
+    def _keep(self, record: BatchRecord) -> None:
+        start = time.perf_counter()
+        if self._on_batch is not None:
+            self._on_batch(record)
+        self._keeping = time.perf_counter() - start
+
+    def _figures(self) -> dict[int, Event]:
+        """Per layer what the guard compares a batch with."""
+        engine = self._engine
+        assert engine is not None
+        return {i: {**engine.energy(i), "weight_norm": engine.weight_norm(i)} for i in self.config.layers}
+
+    def _guarded(self, batch: Sequence[EditRequest], before: Mapping[int, Event]) -> BatchRecord:
+        """The batch, written; raises GuardError where it stands out and may not stay."""
+        assert self._engine is not None
+        number, ids, guard = self._engine.batches + 1, [request.id for request in batch], self.config.guard
+        try:
+            record = self._write_batch(batch)
+        except BROKEN as error:
+            if guard in ("warn", "off"):  # nothing that could be kept
+                raise
+            raise GuardError(number, ids, [], str(error)) from error
+        found = self._guard.judge(record.events, before) if guard != "off" else []
+        if found:
+            error = GuardError(number, ids, found)
+            if guard != "warn" or any(one["value"] is None for one in found):
+                raise error
+            record.events.append(self._stands_out("kept", error))
+        return record
+
+    def _left_out(self, batch: Sequence[EditRequest], error: GuardError, seconds: float) -> BatchRecord:
+        """A record of the batch that changes nothing."""
+        engine, layers, facts = self._engine, self.config.layers, len(batch)
+        assert engine is not None
+        place = {"batch": error.batch, "edits": self._edits + facts}
+        events = [{"event": "energy", **place, "layer": layer, **engine.energy(layer)} for layer in layers]
+        events.append({"event": "batch", **place, "size": facts, "skipped": True, "seconds": {"skipped": seconds}})
+        events.append(self._stands_out("skipped", error))
+        records = {layer: engine.nothing(layer) for layer in layers}
+        return BatchRecord(error.batch, error.facts, records, events, torch.get_rng_state())
+
+    def _stands_out(self, action: str, error: GuardError) -> Event:
+        place = {"batch": error.batch, "edits": self._edits + len(error.facts)}
+        return {
+            "event": "guard",
+            **place,
+            "action": action,
+            "facts": error.facts,
+            "found": error.found,
+            "why": error.why,
+        }
 
     def _write_batch(self, batch: Sequence[EditRequest]) -> BatchRecord:
         engine, clock = self._engine, Clock()

@@ -88,8 +88,9 @@ class Engine:
         try:
             yield
             self._whole = False
-            self.method.commit()
-            self.lifelong.commit()
+            if self._undo:  # else nothing was solved for, in a batch left out
+                self.method.commit()
+                self.lifelong.commit()
             self.batches += 1
             self._whole = True
         except BaseException:
@@ -206,7 +207,7 @@ class Engine:
         state, (left, right) = self.states[layer], _factors(update)
         self._add(layer, left, right)
         event = self.energy(layer) | event
-        event["weight_norm"] = float(state.gram.diagonal().double().sum().sqrt())
+        event["weight_norm"] = self.weight_norm(layer)
         clock.lap("update")
         event |= self.measures.of_batch(layer, self.batches + 1, self._undo[layer], state, update)
         clock.lap("measure")
@@ -218,25 +219,31 @@ class Engine:
         return record, event
 
     def replay(self, layer: int, record: LayerRecord) -> None:
-        """Add what an earlier run added, and remember its keys; within `batch`.
+        """Add what an earlier run added, if anything, and remember its keys; within `batch`.
 
         Raises:
             ReplayError: the weight is then not what it was there.
         """
         state = self.states[layer]
         device = state.master.device
-        if self.lifelong.follows(layer):
-            if record.gradients is None:
-                raise ReplayError(f"layer {layer}: the record has no gradients, which the running statistics take")
-            self.lifelong.see(layer, record.keys.to(device), record.gradients.to(device))
-        self.method.remember(layer, self._entering(layer, record.keys.to(device)))
-        self._add(layer, None if record.left is None else record.left.to(device), record.right.to(device))
+        if not record.empty:
+            if self.lifelong.follows(layer):
+                if record.gradients is None:
+                    raise ReplayError(f"layer {layer}: the record has no gradients, which the running statistics take")
+                self.lifelong.see(layer, record.keys.to(device), record.gradients.to(device))
+            self.method.remember(layer, self._entering(layer, record.keys.to(device)))
+            self._add(layer, None if record.left is None else record.left.to(device), record.right.to(device))
         found = tensor_sha256(state.master)
         if found != record.sha256:
             raise ReplayError(
                 f"layer {layer}: the weight after this batch has SHA-256 {found[:16]}…, not {record.sha256[:16]}…; "
                 "only the same machine, thread count and versions give the same bits"
             )
+
+    def nothing(self, layer: int) -> LayerRecord:
+        """The record of a layer in a batch that is left out: states and history stay as they are."""
+        n, d = (master := self.states[layer].master).shape
+        return LayerRecord(torch.empty(0, d), torch.empty(n, 0), torch.empty(0, d), tensor_sha256(master))
 
     def finished(self, layer: int) -> Tensor:
         """The weight as the method hands it over, ``[n, d]``."""
@@ -245,6 +252,10 @@ class Engine:
     def energy(self, layer: int) -> dict[str, float]:
         state = self.states[layer]
         return {"energy": float(state.energy), "excess": float(state.excess)}
+
+    def weight_norm(self, layer: int) -> float:
+        """Frobenius norm of the weight."""
+        return float(self.states[layer].gram.diagonal().double().sum().sqrt())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that decides what comes next, by reference."""

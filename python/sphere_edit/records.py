@@ -32,6 +32,11 @@ class LayerRecord:
     sha256: str
     gradients: Tensor | None = None
 
+    @property
+    def empty(self) -> bool:
+        """Whether the weight took nothing: neither keys nor an update."""
+        return len(self.keys) == 0 and self.left is not None and self.left.shape[1] == 0
+
 
 @dataclass(frozen=True, eq=False)
 class BatchRecord:
@@ -50,6 +55,11 @@ class BatchRecord:
     layers: dict[int, LayerRecord]
     events: list[Event]
     random_state: Tensor
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the guard has left the batch out: it has its number and its facts, and changes nothing."""
+        return all(done.empty for done in self.layers.values())
 
 
 @dataclass

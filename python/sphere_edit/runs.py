@@ -172,6 +172,12 @@ def has_deltas(journal: Journal) -> bool:
     return found is not None and found["number"] == journal.batches and not (journal.fault or journal.fault_of(found))
 
 
+def guard_of(journal: Journal, begun: str) -> str:
+    """The setting ``guard`` of a run that was begun with ``begun``: the one it was resumed with last."""
+    found = journal.last("setting")
+    return begun if found is None else str(found["guard"])
+
+
 def place(folder: Path, name: str | None) -> Path:
     """Where a run that was to replace ``name`` goes: a folder that was moved or copied since replaces nothing."""
     return folder.with_name(name) if name and folder.name.startswith(f"{name}.partial-") else folder

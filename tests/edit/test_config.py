@@ -57,6 +57,7 @@ _BAD = {
     "covariance_text": ["", None, 5],
     "covariance_tokens": [0, 1e5],
     "energy_s": [-1, _NAN, _INF],
+    "guard": ["loud", None, True],
     "measure_every": [-1, 0.5, True, None],
     "seed": [-1, 0.5, None],
 }
