@@ -111,10 +111,8 @@ class Guard:
                 change = abs(event["energy"] - before[layer]["energy"])
                 figures.append(("energy", layer, change / self._orthogonal[layer]))
                 figures.append(("step", layer, event["update_norm"] / (before[layer]["weight_norm"] or 1.0)))
-            elif event["event"] == "batch":
-                known = event.get("learned", event.get("reached"))
-                if known is not None:
-                    figures.append(("learned", None, known / event["size"]))
+            elif event["event"] == "batch" and "learned" in event:
+                figures.append(("learned", None, event["learned"] / event["size"]))
         return figures
 
     def _usual(self, name: str, layer: int | None, size: int) -> float:

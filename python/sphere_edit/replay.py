@@ -175,9 +175,7 @@ def check_replay(model: Any, structure: ModelStructure, ids: Sequence[int]) -> N
 
 
 @torch.no_grad()
-def not_additive(
-    model: Any, structure: ModelStructure, layers: Sequence[int], ids: Sequence[int]
-) -> tuple[int, ...]:
+def not_additive(model: Any, structure: ModelStructure, layers: Sequence[int], ids: Sequence[int]) -> tuple[int, ...]:
     """Those of ``layers``, ascending, whose block does not add the output of its edited map to its own as it is.
 
     A norm, a multiplier, an adapter or a hook comes between then. A change as long as the block's output is put onto

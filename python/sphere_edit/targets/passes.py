@@ -213,8 +213,8 @@ def _joined(part: Sequence[int], width: int, prefixes: Sequence[_Prefixes]) -> P
 
 
 class _Probes:
-    """Within, each edited map's output at the first column takes a zero whose gradient can be asked for; it comes before
-    hooks of others, as what the weight gives does."""
+    """Within, each edited map's output at the first column takes a zero whose gradient can be asked for; it comes
+    before hooks of others, as what the weight gives does."""
 
     def __init__(self, maps: Sequence[Any], hidden: Tensor) -> None:
         self._maps, self._shape = maps, hidden.shape[:2]
