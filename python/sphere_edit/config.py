@@ -60,7 +60,8 @@ class EditConfig:
         value_beta1, value_beta2: Adam's; .5 and .9 with ``value_lr: 1`` halve the steps on SmolLM2.
         value_stop: a fact is done when its loss falls below this.
         value_stop_on: which loss: ``loss`` (NLL + KL + decay, published) or ``nll`` alone; or ``argmax``: a fact is
-            done two steps after every token of its target became the likeliest in all contexts, whatever ``value_stop``.
+            done two steps after every token of its target became the likeliest in all contexts, whatever
+            ``value_stop``.
         null_space_threshold: eigenvalues of the key covariance below this span the null space.
         gradient_lr: length of the wanted changes, η·d of UltraEdit's η and the map's inputs d; see
             `sphere_edit.targets.gradient`.
@@ -81,9 +82,9 @@ class EditConfig:
         covariance_tokens: how many tokens of it are read at most.
         energy_s: s of the hyperspherical energy that is reported.
         guard: what becomes of a batch that stands out from the run's earlier ones, by its layers' energies, the length
-            of its updates or the share of facts learned (see `sphere_edit.guard`). ``warn`` keeps it and says so; ``skip``
-            undoes it, leaves its facts out and goes on; ``stop`` undoes it and ends with a `GuardError`; ``off`` does
-            not look.
+            of its updates or the share of facts learned (see `sphere_edit.guard`). ``warn`` keeps it and says so;
+            ``skip`` undoes it, leaves its facts out and goes on; ``stop`` undoes it and ends with a `GuardError`;
+            ``off`` does not look.
         measure_every: batches between two of which movement, spectrum and bound are measured; 0 none. See
             `sphere_edit.measures`.
         seed: of everything drawn.
