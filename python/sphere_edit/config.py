@@ -188,6 +188,7 @@ class EditConfig:
         return cls.from_dict({name: value for name, value in values.items() if name not in unused})
 
 
+OPEN: dict[str, Any] = {"layers": [], "loop_arithmetic": "auto"}  # what the editor chooses by the model and machine
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(EditConfig)}
 _LEAST_SQUARES = ("memit", "rect", "prune")
 _RIDGE = ("alphaedit", "ridge")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from sphere_edit.config import DEFAULTS, ConfigError, EditConfig, foreign, preset
+from sphere_edit.config import DEFAULTS, OPEN, ConfigError, EditConfig, foreign, preset
 from sphere_edit.methods import method_class
 from sphere_edit.requests import EditRequest
 
@@ -133,7 +133,7 @@ def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Ma
         if name == "guard":  # what is in the weights does not depend on it
             continue
         expected = {**own, **EditConfig().to_dict(), **recorded["settings"]}.get(name)
-        if value != expected:
+        if value != expected and value != OPEN.get(name, expected):
             raise ConfigError(
                 f"{name}: the run was begun with {expected!r}, got {value!r}; begin a new run to change it"
             )
