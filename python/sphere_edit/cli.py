@@ -110,8 +110,8 @@ def run_command(
     guard: Annotated[
         str | None,
         typer.Option(
-            help="What becomes of a batch whose energies, update or facts learned stand out: warn, skip (leave its facts "
-            "out), stop, or off. May differ with --resume."
+            help="What becomes of a batch whose energies, update or facts learned stand out: warn, skip (leave its "
+            "facts out), stop, or off. May differ with --resume."
         ),
     ] = None,
     set_: Annotated[

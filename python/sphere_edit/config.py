@@ -72,10 +72,10 @@ class EditConfig:
         covariance_text: ``builtin`` or the path of a text file (``.txt``, ``.gz``).
         covariance_tokens: how many tokens of it are read at most.
         energy_s: s of the hyperspherical energy that is reported.
-        guard: what becomes of a batch that stands out from the run's earlier ones, by its layers' energies, the length of
-            its updates or the share of facts learned (see `sphere_edit.guard`). ``warn`` keeps it and says so; ``skip``
-            undoes it, leaves its facts out and goes on; ``stop`` undoes it and ends with a `GuardError`; ``off`` does
-            not look.
+        guard: what becomes of a batch that stands out from the run's earlier ones, by its layers' energies, the length
+            of its updates or the share of facts learned (see `sphere_edit.guard`). ``warn`` keeps it and says so;
+            ``skip`` undoes it, leaves its facts out and goes on; ``stop`` undoes it and ends with a `GuardError`;
+            ``off`` does not look.
         measure_every: batches between two of which movement, spectrum and bound are measured; 0 none. See
             `sphere_edit.measures`.
         seed: of everything drawn.
