@@ -21,9 +21,10 @@ import torch
 
 from benchmarks.collect import store
 from sphere_edit import EditRequest, SphereEditor, load_model, load_requests, preset
-from sphere_edit.guard import GuardError
+from sphere_edit.guard import Guard, GuardError
+from sphere_edit.records import Event
 from sphere_edit.runs import environment
-from sphere_kernels import LowRankUpdate, env, orthogonal_energy
+from sphere_kernels import LowRankUpdate, env
 
 MODEL, DATA, SIZE = "smollm2-135m", "counterfact_all.jsonl.gz", 20
 STUDIES = Path(__file__).parent / "study" / "results"
@@ -78,47 +79,20 @@ class Run:
     """An editor whose healthy batches are counted with what stood out in them."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str, method: str | None, targets: str, size: int) -> None:
-        self.name, self.rows = name, list[Row]()
+        self.name = name
+        self.alarms: list[str] = []
         config = preset(MODEL, method, targets).replace(batch_size=size, measure_every=0, contexts=0)
         self.editor = SphereEditor(model, tokenizer, config, on_note=print)
 
     def healthy(self, facts: Sequence[EditRequest]) -> None:
-        events = self.editor.edit(facts).events
-        layers, previous = self.editor.config.layers, {}
-        for event in events:
-            if event["event"] == "energy":
-                if "update_norm" in event:
-                    n = len(self.editor.weights()[event["layer"]])
-                    change = abs(event["energy"] - previous[event["layer"]]) / orthogonal_energy(n)
-                    self._keep(event["batch"], "energy", change)
-                    self._keep(event["batch"], "step", event["update_norm"] / event["weight_norm"])
-                previous[event["layer"]] = event["energy"]
-            elif event["event"] == "batch":
-                learned = event.get("learned")
-                self._keep(event["batch"], "learned", None if learned is None else learned / event["size"])
-            elif event["event"] == "guard":
-                self._keep(event["batch"], "stood out", event["why"])
-        assert all(layer in previous for layer in layers)
-
-    def _keep(self, batch: int, name: str, value: Any) -> None:
-        while len(self.rows) < batch:
-            self.rows.append({})
-        if value is not None:
-            self.rows[batch - 1].setdefault(name, []).append(value)
+        self.alarms += [event["why"] for event in self.editor.edit(facts).events if event["event"] == "guard"]
 
     def summary(self) -> Row:
-        def of(name: str) -> list[float]:
-            return [value for row in self.rows for value in row.get(name, [])]
-
-        return {
-            "kind": "healthy",
-            "run": self.name,
-            "batches": len(self.rows),
-            "false_alarms": [row["stood out"][0] for row in self.rows if "stood out" in row],
-            "energy": max(of("energy")),
-            "step": max(of("step")),
-            "learned": min(of("learned"), default=None),
-        }
+        """The extremes of the batches that have not been undone, as the guard has seen them."""
+        seen = {name: values.tolist() for name, values in self.editor._guard.state_dict().items()}
+        row = {"kind": "healthy", "run": self.name, "batches": self.editor.batches, "false_alarms": self.alarms}
+        row |= {of: max(max(v) for name, v in seen.items() if name.startswith(of)) for of in ("energy", "step")}
+        return row | {"learned": min(seen["learned"], default=None)}
 
     def sabotaged(self, facts: Sequence[EditRequest]) -> list[Row]:
         """Each kind of sabotage on the batch that comes next; the weights are as before afterwards."""
@@ -126,16 +100,22 @@ class Run:
         engine, warns = editor._engine, editor.config
         assert engine is not None
         editor.config = warns.replace(guard="stop")
-        before = {layer: weight.clone() for layer, weight in editor.weights().items()}
+        before, judge = {layer: weight.clone() for layer, weight in editor.weights().items()}, Guard.judge
         for name, sabotage in SABOTAGE.items():
             row: Row = {"kind": "sabotaged", "run": self.name, "after": editor.batches, "sabotage": name}
             batch = contradictory(facts) if name == "contradictory facts" else list(facts)
             state = {key: value.clone() for key, value in editor.state_dict().items()}
+
+            def noting(guard: Guard, *given: Any, row: Row = row) -> list[Event]:
+                for figure, _, value in guard._figures(*given):
+                    row[figure] = max(value, row.get(figure, 0.0))
+                return judge(guard, *given)
+
+            solve = patch.object(engine.method, "solve", sabotage(engine.method.solve))
             try:
-                with patch.object(engine.method, "solve", sabotage(engine.method.solve)):
-                    events = editor.edit(batch).events
-                learned = next(event.get("learned") for event in events if event["event"] == "batch")
-                row |= {"seen": False, "by": None, "learned": learned}
+                with solve, patch.object(Guard, "judge", noting):
+                    editor.edit(batch)
+                row |= {"seen": False, "by": None}
                 editor.load_state_dict(state)
             except GuardError as error:
                 row |= {"seen": True, "by": sorted({one["figure"] for one in error.found}) or "loop", "why": error.why}

@@ -405,10 +405,10 @@ class SphereEditor:
             raise GuardError(number, ids, [], str(error)) from error
         found = self._guard.judge(record.events, before) if guard != "off" else []
         if found:
-            told = GuardError(number, ids, found)
+            standing = GuardError(number, ids, found)
             if guard != "warn" or any(one["value"] is None for one in found):
-                raise told
-            record.events.append(self._stands_out("kept", told))
+                raise standing
+            record.events.append(self._stands_out("kept", standing))
         return record
 
     def _left_out(self, batch: Sequence[EditRequest], error: GuardError, seconds: float) -> BatchRecord:

@@ -11,7 +11,7 @@ median and MAD, which a broken batch or two cannot move. While there are fewer t
 | learned | the batch: share of its facts that the model has then, where the targets tell | below the usual |
 
 The usual reaches to ``median + 8 max(1.48 MAD, median / 2)``, five medians at least, and is never less than `LEAST`; of
-the share learned to ``median − 4 max(1.48 MAD, median / 10, its error for so many facts)``, where a run's first batches
+the share learned to ``median − 4 max(1.48 MAD, median / 20, its error for so many facts)``, where a run's first batches
 are taken to learn half. What is not finite stands out always.
 """
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from sphere_edit.records import Event
 
 FIRST = 5  # batches until medians are taken
-BOUND = {"energy": 0.1, "step": 2.0}  # in the batches before
+BOUND = {"energy": 0.05, "step": 1.0}  # in the batches before
 LEAST = {"energy": 0.002, "step": 0.02}  # what is below harms nothing, however still the run was
 _SPREADS, _SHARE_SPREADS = 8.0, 4.0
 _NORMAL = 1.4826  # standard deviations in a MAD
@@ -126,7 +126,7 @@ class Guard:
             return max(LEAST[name], middle + _SPREADS * max(spread, middle / 2))
         chance = (middle * size + 0.5) / (size + 1)  # never 0 or 1, of which a few facts tell little
         error = math.sqrt(chance * (1 - chance) / size)
-        return middle - _SHARE_SPREADS * max(spread, middle / 10, error)
+        return middle - _SHARE_SPREADS * max(spread, middle / 20, error)
 
 
 def describe(found: Sequence[Mapping[str, Any]]) -> str:
