@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sphere_edit import SphereEditor, evaluate, load_model, load_requests, preset
+from sphere_edit.tokens import encode
 
 FACTS = 100
 WAYS = {
@@ -48,7 +49,8 @@ def test_edits(benchmark, loaded, way, gemm_gflops):
         events.clear()
         editor.on_event = events.append
 
-    rounds = 1 if way == "optimised" else 3
+    rounds = 3 if way in ("closed_loop", "gradient") else 1
+    rows = [encode(tokenizer, request.prompt, request.subject, request.target_new) for request in requests]
     benchmark.pedantic(editor.edit, args=(requests,), setup=fresh, rounds=rounds)
     batch = next(event for event in events if event["event"] == "batch")
     scores = evaluate(model, tokenizer, requests).to_dict()
@@ -57,6 +59,11 @@ def test_edits(benchmark, loaded, way, gemm_gflops):
         facts=len(requests),
         passes=round(batch["steps"], 2) if "steps" in batch else 1,
         gflops_per_fact=round(batch["flops"] / len(requests) / 1e9, 1) if "flops" in batch else None,
+        tokens={
+            "before the subject": sum(row.subject_last for row in rows) / len(rows),
+            "from the subject on": sum(len(row.ids) - row.subject_last for row in rows) / len(rows),
+            "of the target": sum(len(row.target) for row in rows) / len(rows),
+        },
         seconds={stage: round(seconds, 3) for stage, seconds in batch["seconds"].items()},
         scores={name: scores[name]["mean"] for name in scores},
         arithmetic=editor.config.loop_arithmetic if "closed" in way else "model",
