@@ -146,7 +146,7 @@ def editing() -> str:
 
 
 def fact_flops(tokens: dict[str, float], passes: float, blocks: int, weights: int, head: int) -> float:
-    """Of the linear maps, for one fact of a batch: its tokens before the subject once, those from it on once through all
+    """Of the linear maps, for a fact of a batch: its tokens before the subject once, those from it on once through all
     blocks, then forward and backward from the first edited block on in each pass, and a whole pass at the end.
 
     Args:
