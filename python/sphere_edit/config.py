@@ -19,7 +19,8 @@ class EditConfig:
 
     Args:
         layers: decoder blocks whose MLP down-projection is edited, ascending; empty chooses where the published presets
-            have theirs: five of them from an eighth of the depth on, for ROME and FT one.
+            have theirs: five of them from an eighth of the depth on, for ROME and FT one, for
+            gradient targets the five before the last.
         modules: which map of each block's MLP: ``down``, ``up``, ``gate`` or ``fused`` (gate and up in one); see
             `sphere_edit.structure.find_structure`.
         method: the editor: ``alphaedit``, ``memit``, ``rect``, ``prune``, ``rome``, ``ridge`` or ``ft``, or a class of
@@ -324,6 +325,7 @@ PRESETS: dict[str, EditConfig] = {
 # step to reach their targets, and stopping at their NLL rather than the whole loss spares the neighbours.
 _OF_TARGETS: dict[tuple[str, str], dict[str, Any]] = {
     ("smollm2-135m", "optimised"): {"value_stop": 0.1, "value_stop_on": "nll", "contexts": 5},
+    ("smollm2-135m", "gradient"): {"layers": (24, 25, 26, 27, 28), "gradient_lr": 1.0},
 }
 
 
@@ -359,9 +361,13 @@ def preset(name: str, method: str | None = None, targets: str | None = None) -> 
     return base.replace(method=method, targets=targets, **known)
 
 
-def auto_layers(depth: int, method: str = "alphaedit") -> tuple[int, ...]:
+def auto_layers(depth: int, method: str = "alphaedit", targets: str = "optimised") -> tuple[int, ...]:
     """Five blocks from an eighth of the depth on (4–8 of 32); fewer where the model is shallow, never the last.
 
-    For ROME and FT the one block at the depth of the published one; FT may have the last."""
+    For ROME and FT the one block at the depth of the published one; FT may have the last. For gradient targets the five
+    before the last (26–30 of 32), where down-projections took them best in the demo's model, and UltraEdit's are in
+    Mistral-7B (29, 30)."""
     first, count = (int(depth * _PLACE[method]), 1) if method in _PLACE else (depth // 8, 5)
+    if targets == "gradient" and method != "ft":
+        first, count = max(depth - 6, 0), 5
     return tuple(i for i in range(first, first + count) if i < depth - (method != "ft"))

@@ -85,7 +85,7 @@ class SphereEditor:
         if config.project == "solve" and (method.trains or method.projects):
             raise ConfigError(f"project: {config.method} has no solve to project in; expected 'layer', got 'solve'")
         if not config.layers:
-            config = config.replace(layers=auto_layers(len(self.structure.blocks), config.method))
+            config = config.replace(layers=auto_layers(len(self.structure.blocks), config.method, config.targets))
         if config.targets == "closed_loop" and config.loop_arithmetic == "auto" and not method.trains:
             config = config.replace(loop_arithmetic="bfloat16" if fast_bfloat16(self.structure) else "model")
         check_tokenizer(tokenizer)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit.config import ConfigError, EditConfig, preset
+from sphere_edit.config import ConfigError, EditConfig, auto_layers, preset
 from sphere_edit.editor import SphereEditor
 from sphere_edit.files import tensor_sha256
 from sphere_edit.methods import make_method
@@ -414,3 +414,14 @@ def test_presets():
     assert (stable.ridge, stable.gradient_whiten, stable.gradient_preheat > 0) == (10.0, True, True)
     assert preset("ultraedit", "memit").targets == "gradient" and preset("ultraedit", "ft").targets == "closed_loop"
     assert preset("ultraedit", "alphaedit").null_space is False
+    tuned = preset("smollm2-135m", targets="gradient")
+    assert (tuned.method, tuned.layers, tuned.sphere) == ("alphaedit", (24, 25, 26, 27, 28), True)
+    assert tuned.gradient_lr > 100 * EditConfig().gradient_lr and tuned.contexts == 0
+
+
+def test_layers_for_gradients(tokenizer):
+    assert auto_layers(30, "ridge", "gradient") == (24, 25, 26, 27, 28)
+    assert auto_layers(5, "rome", "gradient") == (0, 1, 2, 3) and auto_layers(32, "ft", "gradient") == (21,)
+    assert SphereEditor(tiny.make_model("llama", num_hidden_layers=8), tokenizer, "ultraedit").config.layers == tuple(
+        range(2, 7)
+    )
