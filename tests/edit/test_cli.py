@@ -237,4 +237,4 @@ def test_a_run_in_another_dtype_is_applied_in_it(folder, tmp_path):
 
 
 def test_exponents_without_a_point_are_numbers():
-    assert settings("auto", None, ["value_lr=1e-3"], {}).value_lr == 1e-3
+    assert settings("auto", None, ["loop_step=1e-3"], {}).loop_step == 1e-3
