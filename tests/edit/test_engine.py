@@ -40,6 +40,14 @@ _SETTINGS = {
     "ft": {"method": "ft", "layers": (3, 4), "ft_steps": 3, "ft_lr": 1e-2},
     "bf16": {"dtype": torch.bfloat16},
     "fp64": {"dtype": torch.float64, "refresh_every": 2},
+    "loop": {"targets": "closed_loop", "contexts": 0},
+    "loop-contexts": {"targets": "closed_loop", "refresh_every": 2, "loop_kl": 0.1},
+    "loop-bf16": {"targets": "closed_loop", "contexts": 0, "dtype": torch.bfloat16, "project": "solve"},
+    "loop-memit-history": {
+        **{"targets": "closed_loop", "method": "memit", "covariance_weight": 0.1, "history": True, "modules": "up"},
+    },
+    "loop-rect": {"targets": "closed_loop", "method": "rect", "covariance_weight": 0.1, "subspace": "pretrained"},
+    "loop-prune": {"targets": "closed_loop", "method": "prune", "covariance_weight": 1e-3, "loop_step": 50.0},
 }
 settings = pytest.mark.parametrize("changes", _SETTINGS.values(), ids=_SETTINGS)
 
