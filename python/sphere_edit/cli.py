@@ -26,6 +26,7 @@ from sphere_edit.terminal import (
     console,
     energy_table,
     guard_lines,
+    learned_table,
     note,
     plain_errors,
     say,
@@ -242,7 +243,8 @@ def _say_result(run: Path) -> None:
     from sphere_edit import runs
 
     events = runs.read_events(run)
-    console.print(energy_table(events), scores_table(events))
+    tables = energy_table(events), learned_table(events), scores_table(events)
+    console.print(*(table for table in tables if table is not None))
     for line in guard_lines(events):
         say(line)
     say(f"report: {run / runs.REPORT}")

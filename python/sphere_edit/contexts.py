@@ -15,8 +15,8 @@ _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 def generate_contexts(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> list[str]:
     """``["{}"]`` and ``count`` prefixes ``"<generated>. {}"``, sampled (top 5) by the model itself with a fixed seed.
 
-    A model reads the first token of a row as a rest for its attention, not as a word. Where the tokenizer adds no token
-    for that, a newline is it; a model that has nothing before its opening words writes no text.
+    Models use the first token of a row as a sink for their attention, not as a word. Where the tokenizer adds none, a
+    newline takes that place: a model that finds an opening word there writes no text.
 
     Args:
         model: a causal LM in evaluation mode.

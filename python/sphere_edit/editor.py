@@ -34,7 +34,7 @@ from sphere_edit.targets.closed_loop import close_loop, told
 from sphere_edit.targets.gradient import Seen, look_back, preheating_facts
 from sphere_edit.targets.optimised import optimise_values
 from sphere_edit.targets.passes import Passes, fast_bfloat16
-from sphere_edit.targets.reached import share_reached, share_written, warn_missed
+from sphere_edit.targets.reached import missed, share_reached, share_written
 from sphere_edit.text import text_path
 from sphere_edit.tokens import Row, check_fits, check_tokenizer, encode
 from sphere_edit.tuning import tune
@@ -58,7 +58,8 @@ class SphereEditor:
         on_progress: called with (what, done, total) during the long steps.
         on_batch: called with the record of every batch once it is in the weights and before it is final, to put it in a
             safe place: if it raises, the batch is undone, and the error goes on. Events of the batch come afterwards.
-        on_note: called with what a user should hear of batches that stand out (see ``guard``); by default a warning.
+        on_note: called with what a user should hear of batches that stand out (see ``guard``), or whose wanted
+            changes are not in the weights (see `sphere_edit.targets.reached`); by default a warning.
 
     Raises:
         StructureError, ConfigError, ValueError: the model, the layers or a setting does not fit.
@@ -443,7 +444,8 @@ class SphereEditor:
         events = [{"event": "energy", **place, "layer": layer, **event} for layer, (_, event) in done.items()]
         seconds = {**clock, "keep": self._keeping}  # that of the batch before
         events.append({"event": "batch", **place, "size": len(batch), **told, "seconds": seconds})
-        warn_missed(events[-1])
+        if said := missed(events[-1]):
+            self._on_note(said)
         ids = [request.id for request in batch]
         return BatchRecord(engine.batches + 1, ids, layers, events, torch.get_rng_state())
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sphere_edit.records import Event
+from sphere_edit.targets.reached import missed
 
 _STAGES = {
     "values": "optimise values",
@@ -55,6 +56,22 @@ class Log:
 
     def score(self, name: str, when: str) -> dict[str, Any]:
         return self.scores.get(when, {}).get(name) or {"mean": None, "stderr": None, "n": None}
+
+    def learned(self) -> dict[str, Any] | None:
+        """How many facts the model had right after their batch, of how many, which not, and what was reached of their
+        wanted changes; None for runs that do not say."""
+        seen = [event for event in self.of_kind("batch") if event.get("learned") is not None]
+        if not seen:
+            return None
+        return {
+            "learned": sum(event["learned"] for event in seen),
+            "of": sum(event["size"] for event in seen),
+            "unlearned": [fact for event in seen for fact in event.get("unlearned", ())],
+            "reached": mean_of(event.get("reached") for event in seen),
+            "least": min((event["reached"] for event in seen if event.get("reached") is not None), default=None),
+            "looped": any(event.get("rounds") is not None for event in seen),
+            "missed": [said for event in seen if event.get("rounds") is None and (said := missed(event))],
+        }
 
     def excess(self, when: str) -> float:
         """Of all edited layers together."""

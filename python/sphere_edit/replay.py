@@ -214,7 +214,7 @@ def added(module: nn.Module, shape: torch.Size, column: int, change: Tensor) -> 
     def hook(_: nn.Module, __: Any, out: Tensor) -> Tensor:
         whole = out.reshape(*shape, -1).clone()  # OPT flattens rows and tokens before its MLP
         whole[:, column] += change
-        sums.append(whole[:, column])
+        sums.append(whole[:, column].clone())  # Falcon adds to the output in place
         return whole.view(out.shape)
 
     handle = module.register_forward_hook(hook, prepend=True)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from sphere_edit.guard import told
 from sphere_edit.journal import Journal, resume_command
+from sphere_edit.targets.reached import named
 
 console = Console()
 errors = Console(stderr=True)
@@ -106,6 +107,22 @@ def energy_table(events: list[dict[str, Any]]) -> Table:
             str(last.get("rank", "-")),
             f"{100 * last.get('suppressed', 0):.1f} %",
         )
+    return table
+
+
+def learned_table(events: list[dict[str, Any]]) -> Table | None:
+    """What each batch learned and reached, a row for each of the last ten; None where the events do not say."""
+    found = [event for event in events if event["event"] == "batch" and event.get("learned") is not None]
+    if not found:
+        return None
+    table = Table(title=f"facts learned: {sum(e['learned'] for e in found)} of {sum(e['size'] for e in found)}")
+    for name in ("batch", "learned", "reached", "not learned"):
+        table.add_column(name, justify="right" if name != "not learned" else "left")
+    for event in found[-10:]:
+        reached = event.get("reached")
+        counted = f"{event['learned']} of {event['size']}"
+        shown = "-" if reached is None else f"{reached:.2f}"
+        table.add_row(str(event["batch"]), counted, shown, escape(named(event.get("unlearned", []))))
     return table
 
 

@@ -29,6 +29,8 @@ _BAD = {
     "value_weight_decay": [-1, _NAN, "0"],
     "value_kl": [-1e-3, _INF],
     "value_clamp": [0, -4, _NAN],
+    "value_beta1": [-0.1, 1, 1.5, _NAN, True],
+    "value_beta2": [-0.1, 1.0, None],
     "value_stop": [-1, _NAN],
     "value_stop_on": ["kl", None],
     "gradient_lr": [0, -1, _NAN, "1"],

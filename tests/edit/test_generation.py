@@ -11,7 +11,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from sphere_edit import generation
+from sphere_edit import contexts, generation
 from sphere_edit.cli import app
 from sphere_edit.contexts import generate_contexts
 from sphere_edit.data import DataError, load_requests
@@ -208,6 +208,24 @@ def test_a_models_own_settings_of_generation_do_not_count(name, tokenizer):
     setattr(own, name, _OWN[name])
     assert said(model) == want
     assert model.generation_config is own and getattr(own, name) == _OWN[name]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_prefixes_begin_after_a_token_that_is_no_word(bos, tokenizer, bos_tokenizer, monkeypatch):
+    """After BOS where the tokenizer has it, else after a newline, which is not in the prefix."""
+    model, tok = tiny.make_model("llama"), bos_tokenizer if bos else tokenizer
+    rows, original = [], contexts.continue_rows
+
+    def spy(model, tokenizer, given, *args, **sampling):
+        rows.extend(given)
+        return original(model, tokenizer, given, *args, **sampling)
+
+    monkeypatch.setattr(contexts, "continue_rows", spy)
+    templates = generate_contexts(model, tok, 3, 4, 0)
+    openings = ["The", "Therefore", "Because"]
+    assert [list(row) for row in rows] == [tok(text if bos else f"\n{text}")["input_ids"] for text in openings]
+    assert templates[0] == "{}" and all(t.endswith(". {}") for t in templates[1:])
+    assert all(t.startswith(text) for t, text in zip(templates[1:], openings, strict=True))
 
 
 def test_a_models_own_settings_are_put_back_after_a_failure(tokenizer, monkeypatch):

@@ -33,6 +33,10 @@ def test_equal_direct_passes_under_edited_weights(family, contexts, bos, tokeniz
         want_keys, want_values = _expected(model, tok, structure, requests, contexts, layer)
         torch.testing.assert_close(walk.keys(), want_keys, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(walk.values(), want_values, atol=2e-5, rtol=1e-4)
+        bare, _ = _expected(model, tok, structure, requests, contexts[:1], layer)
+        bias = getattr(structure.down[layer].module, "bias", None)
+        outputs = bare @ structure.down[layer].weight.T + (0 if bias is None else bias)
+        torch.testing.assert_close(walk.outputs(), outputs, atol=2e-5, rtol=1e-4)
         generator = torch.Generator().manual_seed(layer)
         weight = structure.down[layer].weight
         weight += 0.3 * torch.randn(weight.shape, generator=generator)  # an edit, which the layers above must see

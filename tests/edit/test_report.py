@@ -17,6 +17,7 @@ from sphere_edit import files, runs
 from sphere_edit.config import EditConfig
 from sphere_edit.measures import correlations
 from sphere_edit.report import write_report
+from sphere_edit.terminal import learned_table
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -274,6 +275,47 @@ def test_tiles_hold_the_key_figures(run: Path, page: Page) -> None:
     assert "27.61 → 30.61" in tiles[-2] or "27.62 → 30.62" in tiles[-2]
     was, now = sum(e["excess"] for e in energies[:5]), sum(e["excess"] for e in energies[-5:])
     assert f"{was:.1f} → {now:.1f}" in tiles[-1]
+
+
+def _with_learned(run: Path, figures: list[dict[str, Any]]) -> Path:
+    """The run with more said of its batches."""
+    events, left = runs.read_events(run), iter(figures)
+    for event in events:
+        if event["event"] == "batch":
+            event |= next(left)
+    (run / runs.METRICS).write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    return run
+
+
+def test_what_was_learned_and_reached_is_shown(tmp_path: Path) -> None:
+    figures: list[dict[str, Any]] = [
+        {"learned": 4, "unlearned": [], "reached": 0.9},
+        {"learned": 2, "unlearned": ["3", "<b>7</b>"], "reached": 0.4},
+        {"learned": 4, "unlearned": [], "reached": None},
+    ]
+    run = _with_learned(make_run(tmp_path / "run"), figures)
+    html, page = load(run)
+    text = " ".join("".join(page.texts).split())
+    assert "10 of 12 facts learned" in text and "Not learned: 3, <b>7</b>." in text
+    assert "Reached: 0.650 of the wanted changes, 0.400 in the batch that reached least" in text
+    assert html.count('<p class="warning">') == 1 and "batch 2: reached 0.40 of the wanted change" in text
+    table = learned_table(runs.read_events(run))
+    assert table is not None and "10 of 12" in str(table.title)
+    shown = [list(column.cells) for column in table.columns]
+    assert shown[1:3] == [["4 of 4", "2 of 4", "4 of 4"], ["0.90", "0.40", "-"]] and shown[3][1] == "3, <b>7</b>"
+
+
+def test_a_closed_loop_is_not_blamed_for_what_it_reached(tmp_path: Path) -> None:
+    figures = [{"learned": 4, "unlearned": [], "reached": 0.4, "rounds": 3} for _ in range(3)]
+    html, page = load(_with_learned(make_run(tmp_path / "run"), figures))
+    text = " ".join("".join(page.texts).split())
+    assert "12 of 12 facts learned" in text and "Not learned" not in text and 'class="warning"' not in html
+    assert "Reached: 0.400" in text and "The rounds ask for more" in text
+
+
+def test_runs_that_do_not_say_what_was_learned(run: Path, page: Page) -> None:
+    assert "facts learned" not in "".join(page.texts)
+    assert learned_table(runs.read_events(run)) is None
 
 
 def test_requests_show_hit_or_miss(page: Page) -> None:

@@ -67,10 +67,11 @@ def _plain(model, tokenizer, structure, request: EditRequest, contexts, config: 
 
     delta = torch.zeros_like(start, requires_grad=True)
     reference = about(torch.zeros_like(start)).detach()
-    adam = torch.optim.Adam([delta], lr=config.value_lr)
+    adam = torch.optim.Adam([delta], lr=config.value_lr, betas=(config.value_beta1, config.value_beta2))
+    likeliest = 0
     for step in range(1, config.value_steps + 1):
         adam.zero_grad()
-        nll = torch.zeros(())
+        nll, first = torch.zeros(()), True
         for context in contexts:
             template = context.replace("{}", request.prompt)
             prompt, at = plain.subject_last(tokenizer, template, request.subject)
@@ -79,12 +80,15 @@ def _plain(model, tokenizer, structure, request: EditRequest, contexts, config: 
                 log_probs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
             places = range(len(prompt), len(whole))
             nll = nll - sum(log_probs[i - 1, whole[i]] for i in places) / len(places) / len(contexts)
+            first = first and all(int(log_probs[i - 1].argmax()) == whole[i] for i in places)
         now = about(delta)
         kl = (now.exp() * (now - reference)).sum()
         decay = config.value_weight_decay * (delta.norm() / start.norm() ** 2 if step > 1 else 0.0 * delta.sum())
         loss = nll + config.value_kl * kl + decay
-        stop = loss if config.value_stop_on == "loss" else nll
-        if stop.item() < config.value_stop or step == config.value_steps:
+        likeliest += first
+        stops = {"loss": loss.item() < config.value_stop, "nll": nll.item() < config.value_stop}
+        stops["argmax"] = first and likeliest == 3
+        if stops[config.value_stop_on] or step == config.value_steps:
             return (start + delta).detach(), loss.item(), nll.item(), step
         loss.backward()
         adam.step()
@@ -136,6 +140,8 @@ def test_equals_the_plain_implementation(family, tokenizer):
         {"value_steps": 1},
         {"value_steps": 2},
         {"value_kl": 0.0, "value_weight_decay": 0.0},
+        {"value_beta1": 0.5, "value_beta2": 0.9, "value_lr": 0.3},
+        {"value_beta1": 0.0, "value_beta2": 0.0},
     ],
     ids=str,
 )
@@ -173,6 +179,17 @@ def test_stopping_on_nll_is_earlier(tokenizer):
     on_loss, _ = _run("llama", tokenizer, requests, _CONTEXTS[:2], config, check=False)
     on_nll, _ = _run("llama", tokenizer, requests, _CONTEXTS[:2], config.replace(value_stop_on="nll"), check=False)
     assert (on_nll.steps <= on_loss.steps).all() and (on_nll.steps < on_loss.steps).any()
+
+
+def test_stopping_two_steps_after_the_target_is_the_likeliest(tokenizer):
+    """Facts get there at different steps, in every context; a loss below every threshold does not stop them before."""
+    tongue, words = tiny.facts(4)[3], ("the", "of", "a", "in", "to")
+    requests = [EditRequest(tongue.prompt, tongue.subject, word, None, id=word) for word in words] + tiny.facts(1)
+    config = _STOPPING.replace(value_steps=30, value_lr=0.8, value_stop=1e9, value_stop_on="argmax")
+    got, want = _run("llama", tokenizer, requests, _CONTEXTS[:2], config)
+    _assert_close(got, want)
+    stopped = got.steps < 30
+    assert stopped.sum() >= 3 and len(set(got.steps[stopped].tolist())) >= 3 and not stopped[-1]
 
 
 def test_other_facts_in_the_batch_do_not_matter(tokenizer):

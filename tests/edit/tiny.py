@@ -99,11 +99,39 @@ UNUSUAL: dict[str, tuple[type, dict[str, Any], str]] = {
         "model.layers.{}.mlp.down_proj",
     ),
 }
+# Families whose blocks do not add the MLP's output as it is: norms after it, or multipliers.
+_DOWN = "model.layers.{}.mlp.down_proj"
+_WINDOW = {"sliding_window": 64}
+NOT_ADDITIVE: dict[str, tuple[type, dict[str, Any], str]] = {
+    "gemma2-hard": (hf.Gemma2Config, _LLAMA | _HEADS | _WINDOW | {"query_pre_attn_scalar": 8}, _DOWN),
+    "gemma3": (hf.Gemma3TextConfig, _LLAMA | _HEADS | _WINDOW | {"query_pre_attn_scalar": 8}, _DOWN),
+    "gemma4": (
+        hf.Gemma4TextConfig,
+        _LLAMA
+        | _HEADS
+        | _WINDOW
+        | {"hidden_size_per_layer_input": 0, "global_head_dim": 8, "layer_types": ["full_attention"] * 5},
+        _DOWN,
+    ),
+    "olmo2": (hf.Olmo2Config, _LLAMA, _DOWN),
+    "olmo3": (hf.Olmo3Config, _LLAMA | _WINDOW, _DOWN),
+    "glm4": (hf.Glm4Config, _LLAMA | _HEADS, _DOWN),
+    "exaone4": (hf.Exaone4Config, _LLAMA | _HEADS | _WINDOW, _DOWN),
+    "granite-multiplied": (hf.GraniteConfig, _LLAMA | {"residual_multiplier": 0.3, "logits_scaling": 3.0}, _DOWN),
+    "hyperclovax": (hf.HyperCLOVAXConfig, _LLAMA | _HEADS | {"residual_multiplier": 0.3, "use_post_norm": True}, _DOWN),
+    "minicpm3": (
+        hf.MiniCPM3Config,
+        _LLAMA
+        | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "v_head_dim": 8}
+        | {"qk_rope_head_dim": 8, "head_dim": 8, "scale_depth": 1.4},
+        _DOWN,
+    ),
+}
 
 
 def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A tiny random causal LM in evaluation mode, the same for the same arguments; the random state is left alone."""
-    config_class, settings, _ = (FAMILIES | UNUSUAL)[family]
+    config_class, settings, _ = (FAMILIES | UNUSUAL | NOT_ADDITIVE)[family]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = hf.AutoModelForCausalLM.from_config(config_class(**{**settings, **changes}))
@@ -171,6 +199,33 @@ def places(count: int) -> list[EditRequest]:
         EditRequest("The town of {} is", f"Place {i}", words[i % 4], words[(i + 1) % 4], id=str(i))
         for i in range(count)
     ]
+
+
+def towns(count: int) -> list[EditRequest]:
+    """So many facts of one token each, whose subject ends the prompt; see `train`."""
+    names = [f"{a}{b}" for a in "BDFGKLMNPRSTVZ" for b in "aeiou"]
+    words = ("the", "of", "in", "and")
+    return [
+        EditRequest("A town is {}", name, words[(i + 1) % 4], words[i % 4], id=name)
+        for i, name in enumerate(names[:count])
+    ]
+
+
+def train(model: Any, tokenizer: Any, requests: list[EditRequest], steps: int = 60) -> Any:
+    """Teach a tiny model the true targets, in a few seconds; it then knows its facts, as a real one does."""
+    rows = [tokenizer(f"{request.text} {request.target_true}")["input_ids"] for request in requests]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = labels[i, : len(row)] = torch.tensor(row)
+    model.train()
+    adam = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        adam.zero_grad()
+        model(input_ids=ids, attention_mask=(labels >= 0).long(), labels=labels).loss.backward()
+        adam.step()
+    adam.zero_grad()
+    return model.eval()
 
 
 def state(model: Any) -> dict[str, torch.Tensor]:

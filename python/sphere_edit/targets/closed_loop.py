@@ -179,6 +179,7 @@ def told(loop: Loop, requests: Sequence[EditRequest]) -> dict[str, Any]:
         "nll": float(nll.mean()),
         "fact_nll": [round(value, 4) for value in nll.tolist()],
         "steps": float(loop.rounds.float().mean()),
+        "rounds": int(loop.rounds.max()),
         **learned(loop.plain, requests),
         "flops": loop.flops,
     }
