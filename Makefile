@@ -10,7 +10,7 @@ DEMO_EDITS ?= 40
 DEMO_OUT ?= runs/demo
 SPHERE_EDIT_DATA ?= $(wildcard ../shared/data)
 TEST_ARGS ?=
-BENCHES ?= energy gram directions projection streaming overhead values evaluation
+BENCHES ?= energy gram directions projection streaming overhead values targets evaluation
 GPU_ARGS ?=
 
 BIN := $(VENV)/bin

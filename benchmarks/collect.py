@@ -12,6 +12,7 @@ from typing import Any
 from sphere_edit import runs
 
 RESULTS = Path(__file__).parent / "results"
+_OF_BATCH = ("size", "loss", "nll", "steps", "learned", "reached", "flops", "seconds")
 
 
 def row(run: Path) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def row(run: Path) -> dict[str, Any]:
             }
             for layer, seen in sorted(energies.items())
         },
-        "batches": [{k: e[k] for k in ("size", "loss", "nll", "steps", "seconds")} for e in _of(events, "batch")],
+        "batches": [{k: e[k] for k in _OF_BATCH if k in e} for e in _of(events, "batch")],
         "seconds": sum(e["seconds"] for e in _of(events, "finished")),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from math import ceil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.gpu_model import (
     BATCH,
+    MATRIX,
     MULTIPROCESSORS,
     OPERATIONS,
     PRECISIONS,
@@ -27,6 +29,10 @@ from benchmarks.gpu_model import (
 from benchmarks.kernel_tables import table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/gpu.md"
+RESULTS = Path(__file__).parent / "results"
+FIRST = 4  # the first edited block
+# Blocks, weights of the linear maps of one block, weights of the head.
+MODELS = {"SmolLM2-135M": (30, 3_538_944, 28_311_552), "Llama-3-8B": (32, 218_103_808, 525_336_576)}
 
 
 def times() -> str:
@@ -125,6 +131,34 @@ def against() -> str:
     return table([*head, "energy expected, ms"], cells)
 
 
+def editing() -> str:
+    """Flops of a fact in the closed loop, and the facts a second that they allow."""
+    stored = json.loads((RESULTS / "targets.json").read_text())
+    info = next(b["extra_info"] for b in stored["benchmarks"] if b["name"] == "test_edits[closed_loop]")
+    cells = []
+    for name, (blocks, weights, head) in MODELS.items():
+        flops = fact_flops(info["tokens"], info["passes"], blocks, weights, head)
+        counted = f"{info['gflops_per_fact']:.3g}" if name == "SmolLM2-135M" else "–"
+        best, expected = MATRIX["half"] / flops, 0.5 * MATRIX["half"] / flops
+        cells.append([name, f"{flops / 1e9:.3g}", counted, f"{best:.3g}", f"{expected:.3g}"])
+    head_row = ["prediction, not measured", "Gflop per fact", "counted, with padding", "facts per second at best"]
+    return table([*head_row, "at half of the rate"], cells)
+
+
+def fact_flops(tokens: dict[str, float], passes: float, blocks: int, weights: int, head: int) -> float:
+    """Of the linear maps, for a fact of a batch: its tokens before the subject once, those from it on once through all
+    blocks, then forward and backward from the first edited block on in each pass, and a whole pass at the end.
+
+    Args:
+        tokens: of a fact, as ``results/targets.json`` has them.
+        blocks, weights, head: of the model: blocks, weights of the linear maps of one, weights of the head.
+    """
+    before, tail, reads = tokens.values()
+    once = blocks * weights * (2 * (before + tail)) + reads * head
+    rounds = 2 * passes * ((blocks - FIRST) * weights * tail + reads * head)
+    return 2 * (once + rounds)
+
+
 def _named(precision: str) -> str:
     return {"half": "bf16"}.get(precision, f"fp32 {precision}")
 
@@ -138,6 +172,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-work": work,
     "gpu-times": times,
     "gpu-against": against,
+    "gpu-editing": editing,
 }
 
 

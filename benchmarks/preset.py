@@ -42,7 +42,7 @@ def main() -> None:
 
     rows = [measure("before", environment=environment(), edits=EDITS, batch_size=BATCH)]
     for name, changes in SETTINGS.items():
-        config = preset("smollm2-135m").replace(batch_size=BATCH, **changes)
+        config = preset("smollm2-135m", targets="optimised").replace(batch_size=BATCH, **changes)
         editor = SphereEditor(model, tokenizer, config)
         editor.prepare()
         start = time.perf_counter()

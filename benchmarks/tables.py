@@ -77,6 +77,29 @@ def values(stored: dict[str, Any]) -> str:
     return table([head, "facts", "losses of the shared facts", "seconds per fact", "ratio"], rows)
 
 
+def targets(stored: dict[str, Any]) -> str:
+    """A batch of edits by where its targets come from, out of one run of the benchmark."""
+    ways = {
+        "test_edits[optimised]": "optimised, as published",
+        "test_edits[closed_loop_model]": "closed loop, in fp32",
+        "test_edits[closed_loop]": "closed loop",
+        "test_edits[gradient]": "gradient (UltraEdit)",
+    }
+    found, per = per_unit(stored, "facts")
+    rows = []
+    for name, way in ways.items():
+        info, ratio = found[name], per["test_edits[optimised]"] / per[name]
+        flops = "–" if info["gflops_per_fact"] is None else f"{info['gflops_per_fact']:.1f}"
+        said = f"{way}, in {info['arithmetic']}" if info["arithmetic"] == "bfloat16" else way
+        names = ("efficacy_accuracy", "generalization_accuracy", "specificity_success")
+        scored = [f"{info['scores'][score]:.3f}" for score in names]
+        speed = [f"{per[name]:.3f}", f"{1 / per[name]:.1f}", f"{ratio:.1f}×"]
+        rows.append([said, *speed, f"{info['passes']}", flops, *scored])
+    head = [f"{found['test_edits[closed_loop]']['threads']} threads", "seconds per fact", "edits per second", "ratio"]
+    head += ["passes", "Gflop per fact", "efficacy accuracy", "generalization accuracy", "specificity success"]
+    return table(head, rows)
+
+
 def evaluation(stored: dict[str, Any]) -> str:
     """Milliseconds per target scored, both ways, out of one run of the benchmark."""
     ways = {"test_one_by_one": "one forward pass per prompt and target", "test_batched": "batched, prompts run once"}
@@ -103,6 +126,7 @@ def preset(stored: dict[str, Any]) -> str:
 # Each with the file it is made of.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "values": ("values", values),
+    "targets": ("targets", targets),
     "evaluation": ("evaluation", evaluation),
     "preset": ("preset", preset),
     "demo": ("demo", scores),

@@ -24,7 +24,7 @@ FACTS, EVERY = 32, 8
 @pytest.fixture(scope="module")
 def setting():
     model, tokenizer = load_model("smollm2-135m")
-    config = preset("smollm2-135m").replace(value_stop=0.0, value_stop_on="loss")
+    config = preset("smollm2-135m", targets="optimised").replace(value_stop=0.0, value_stop_on="loss")
     with frozen(model):
         contexts = generate_contexts(model, tokenizer, config.contexts, config.context_length, config.seed)
         yield {

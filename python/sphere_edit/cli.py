@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sphere_edit.config import PRESETS, ConfigError
+from sphere_edit.config import PRESETS, TARGETS, ConfigError
 from sphere_edit.methods import METHODS
 from sphere_edit.options import (
     check_same,
@@ -25,6 +25,7 @@ from sphere_edit.terminal import (
     bars,
     console,
     energy_table,
+    guard_lines,
     note,
     plain_errors,
     say,
@@ -89,6 +90,9 @@ def run_command(
     method: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(METHODS)}, or package.module:Class of your own.")
     ] = None,
+    targets: Annotated[
+        str | None, typer.Option(help=f"Where the wanted changes come from: {', '.join(TARGETS)}.")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks to edit, e.g. 4,5,6,7,8.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Facts solved for together.")] = None,
     sphere: Annotated[bool | None, typer.Option("--sphere/--no-sphere", help="SPHERE's projection.")] = None,
@@ -105,6 +109,13 @@ def run_command(
     seed: Annotated[
         int | None,
         typer.Option(help="Seed of everything drawn while editing; world-facts has its own, as in world-facts:seed=1."),
+    ] = None,
+    guard: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of a batch whose energies, update or facts learned stand out: warn, skip (leave its "
+            "facts out), stop, or off. May differ with --resume."
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -140,6 +151,7 @@ def run_command(
     with plain_errors():
         named = {
             "method": method,
+            "targets": targets,
             "layers": None if layers is None else numbers(layers),
             "batch_size": batch_size,
             "sphere": sphere,
@@ -150,6 +162,7 @@ def run_command(
             "refresh_every": refresh_every,
             "covariance_text": covariance_text,
             "seed": seed,
+            "guard": guard,
         }
         if going_on is not None:
             given = {name: context.params[name] for name in context.params if _is_given(context, name)}
@@ -166,6 +179,7 @@ def run_command(
         from sphere_edit.procedure import RunOptions, run
 
         with runs.new_run(out, overwrite) as journal:
+            journal.on_note = note
             if journal.folder != out.resolve():
                 say(f"{out} stays until this run is complete; till then it is in {journal.folder}")
             requests = load_requests(data, limit=limit, order=order, on_note=note)
@@ -214,7 +228,8 @@ def _resume(folder: Path, given: dict[str, Any], chosen: dict[str, Any], trust_r
             loaded, tokenizer = load_as(model, recorded, trust_remote_code)
             say(f"{folder}: going on after batch {journal.batches}")
             with bars() as progress, way_on(journal):
-                resume(loaded, tokenizer, folder, on_progress=progress, journal=journal)
+                guard = chosen.get("guard")
+                resume(loaded, tokenizer, folder, on_progress=progress, journal=journal, guard=guard)
     _say_result(target)
 
 
@@ -228,6 +243,8 @@ def _say_result(run: Path) -> None:
 
     events = runs.read_events(run)
     console.print(energy_table(events), scores_table(events))
+    for line in guard_lines(events):
+        say(line)
     say(f"report: {run / runs.REPORT}")
 
 

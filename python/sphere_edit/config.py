@@ -19,13 +19,15 @@ class EditConfig:
 
     Args:
         layers: decoder blocks whose MLP down-projection is edited, ascending; empty chooses where the published presets
-            have theirs: five of them from an eighth of the depth on, for ROME and FT one.
+            have theirs: five of them from an eighth of the depth on, for ROME and FT one, for
+            gradient targets the five before the last.
         modules: which map of each block's MLP: ``down``, ``up``, ``gate`` or ``fused`` (gate and up in one); see
             `sphere_edit.structure.find_structure`.
-        method: the editor: ``alphaedit``, ``memit``, ``rect``, ``prune``, ``rome`` or ``ft``, or a class of one's own,
-            ``package.module:Class``; see `sphere_edit.methods`. Settings that some methods have no use for may not be
-            given to these.
-        null_space: AlphaEdit's projection onto the null space of the key covariance. Off leaves a ridge least-squares.
+        method: the editor: ``alphaedit``, ``memit``, ``rect``, ``prune``, ``rome``, ``ridge`` or ``ft``, or a class of
+            one's own, ``package.module:Class``; see `sphere_edit.methods`. Settings that some methods have no use for
+            may not be given to these.
+        null_space: AlphaEdit's projection onto the null space of the key covariance, in ``ridge`` too. Off leaves a
+            ridge least-squares.
         sphere: SPHERE's projection of each update away from the weight's principal directions.
         energy_ratio: η, the share of the spectrum's energy that the principal directions hold.
         alpha: α, how much of the update inside the principal directions is suppressed; 0 none, 1 all.
@@ -56,10 +58,18 @@ class EditConfig:
             from a forward pass of the model itself.
         value_steps, value_lr, value_weight_decay, value_kl, value_clamp: Adam on each fact's value; the clamp is in
             units of the hidden state's norm.
+        value_beta1, value_beta2: Adam's; .5 and .9 with ``value_lr: 1`` halve the steps on SmolLM2.
         value_stop: a fact is done when its loss falls below this.
-        value_stop_on: which loss: ``loss`` (NLL + KL + decay, published) or ``nll`` alone.
+        value_stop_on: which loss: ``loss`` (NLL + KL + decay, published) or ``nll`` alone; or ``argmax``: a fact is
+            done two steps after every token of its target became the likeliest in all contexts, whatever
+            ``value_stop``.
         null_space_threshold: eigenvalues of the key covariance below this span the null space.
-        ridge: λ of AlphaEdit's solve.
+        gradient_lr: length of the wanted changes, η·d of UltraEdit's η and the map's inputs d; see
+            `sphere_edit.targets.gradient`.
+        gradient_whiten: gradients are whitened by their running covariance, once there are more positions than
+            dimensions, and not only divided by their deviations (StableEdit).
+        gradient_preheat: the running statistics begin with so many other facts, which are not edited: world-facts.
+        ridge: λ of AlphaEdit's solve, and of ``ridge``, which is the same without a history.
         covariance_weight: weight of the key covariance in the solve of MEMIT, RECT and PRUNE.
         history: those three solve against the keys of earlier batches too; published without.
         rect_share: share of the entries of its update that RECT keeps.
@@ -72,6 +82,10 @@ class EditConfig:
         covariance_text: ``builtin`` or the path of a text file (``.txt``, ``.gz``).
         covariance_tokens: how many tokens of it are read at most.
         energy_s: s of the hyperspherical energy that is reported.
+        guard: what becomes of a batch that stands out from the run's earlier ones, by its layers' energies, the length
+            of its updates or the share of facts learned (see `sphere_edit.guard`). ``warn`` keeps it and says so;
+            ``skip`` undoes it, leaves its facts out and goes on; ``stop`` undoes it and ends with a `GuardError`;
+            ``off`` does not look.
         measure_every: batches between two of which movement, spectrum and bound are measured; 0 none. See
             `sphere_edit.measures`.
         seed: of everything drawn.
@@ -101,8 +115,13 @@ class EditConfig:
     value_weight_decay: float = 1e-3
     value_kl: float = 0.0625
     value_clamp: float = 4.0
+    value_beta1: float = 0.9
+    value_beta2: float = 0.999
     value_stop: float = 0.05
     value_stop_on: str = "loss"
+    gradient_lr: float = 4e-3
+    gradient_whiten: bool = False
+    gradient_preheat: int = 0
     null_space_threshold: float = 2e-2
     ridge: float = 10.0
     covariance_weight: float = 15000.0
@@ -117,6 +136,7 @@ class EditConfig:
     covariance_text: str = "builtin"
     covariance_tokens: int = 100_000
     energy_s: float = 1.0
+    guard: str = "warn"
     measure_every: int = 1
     seed: int = 0
 
@@ -169,15 +189,17 @@ class EditConfig:
         return cls.from_dict({name: value for name, value in values.items() if name not in unused})
 
 
+OPEN: dict[str, Any] = {"layers": [], "loop_arithmetic": "auto"}  # what the editor chooses by the model and machine
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(EditConfig)}
 _LEAST_SQUARES = ("memit", "rect", "prune")
-_SOLVING = ("alphaedit", *_LEAST_SQUARES, "rome")
+_RIDGE = ("alphaedit", "ridge")
+_SOLVING = ("alphaedit", *_LEAST_SQUARES, "rome", "ridge")
 _METHODS = (*_SOLVING, "ft")
 # Settings that are of use to some methods, or with some targets, only.
 _USED_BY = {
-    "null_space": ("alphaedit",),
-    "null_space_threshold": ("alphaedit",),
-    "ridge": ("alphaedit",),
+    "null_space": _RIDGE,
+    "null_space_threshold": _RIDGE,
+    "ridge": _RIDGE,
     "covariance_weight": _LEAST_SQUARES,
     "history": _LEAST_SQUARES,
     "rect_share": ("rect",),
@@ -217,12 +239,13 @@ def _check_unused(name: str, why: str, value: Any) -> None:
 
 _CHOICES = {
     "subspace": ("current", "pretrained"),
-    "value_stop_on": ("loss", "nll"),
+    "value_stop_on": ("loss", "nll", "argmax"),
     "prune_in": ("weights", "copies"),
     "project": ("layer", "batch", "solve"),
     "targets": TARGETS,
     "modules": ("down", "up", "gate", "fused"),
     "loop_arithmetic": ("auto", "model", "bfloat16"),
+    "guard": ("stop", "skip", "warn", "off"),
 }
 _POSITIVE_INT = {
     "refresh_every",
@@ -233,7 +256,7 @@ _POSITIVE_INT = {
     "ft_steps",
     "loop_rounds",
 }
-_COUNT = {"contexts", "measure_every", "seed"}
+_COUNT = {"contexts", "measure_every", "seed", "gradient_preheat"}
 _POSITIVE = {
     "value_lr",
     "value_clamp",
@@ -244,10 +267,12 @@ _POSITIVE = {
     "loop_step",
     "loop_reach",
     "loop_stop",
+    "gradient_lr",
 }
 _NOT_NEGATIVE = {"value_weight_decay", "value_kl", "value_stop", "energy_s", "ft_stop", "loop_kl"}
 _SHARE = {"energy_ratio", "alpha", "rect_share", "loop_momentum"}
-_FLAGS = {"null_space", "sphere", "history"}
+_BELOW_ONE = {"value_beta1", "value_beta2"}
+_FLAGS = {"null_space", "sphere", "history", "gradient_whiten"}
 
 
 def _check(name: str, value: Any) -> None:
@@ -270,6 +295,8 @@ def _check(name: str, value: Any) -> None:
         ok, expected = number and value >= 0, "a number of at least 0"
     elif name in _SHARE:
         ok, expected = number and 0 <= value <= 1, "a number from 0 to 1"
+    elif name in _BELOW_ONE:
+        ok, expected = number and 0 <= value < 1, "a number of at least 0 and below 1"
     else:
         ok, expected = isinstance(value, str) and bool(value), "a text"
     if not ok:
@@ -279,6 +306,7 @@ def _check(name: str, value: Any) -> None:
 # Published settings of AlphaEdit; `preset` changes them for other methods. AlphaEdit's hparams for llama3-8b, gpt2-xl
 # and gpt-j-6b, SPHERE's for qwen2.5-7b.
 _PUBLISHED = EditConfig(targets="optimised")
+_GRADIENT = EditConfig(method="ridge", targets="gradient", null_space=False, sphere=False, ridge=1.0, contexts=0)
 PRESETS: dict[str, EditConfig] = {
     "auto": EditConfig(),
     "llama3-8b": _PUBLISHED.replace(layers=(4, 5, 6, 7, 8), value_lr=0.1, value_weight_decay=0.5, value_clamp=0.75),
@@ -289,11 +317,15 @@ PRESETS: dict[str, EditConfig] = {
     "gpt-j-6b": _PUBLISHED.replace(layers=(3, 4, 5, 6, 7, 8), value_weight_decay=0.5, value_clamp=0.75),
     "smollm2-135m": EditConfig(layers=(4, 5, 6, 7, 8), contexts=0),
     "gemma3-270m": EditConfig(layers=(2, 3, 4, 5, 6), contexts=0),
+    # For any model, without SPHERE as published; with --sphere it is projected like any other method.
+    "ultraedit": _GRADIENT,
+    "stableedit": _GRADIENT.replace(ridge=10.0, gradient_whiten=True, gradient_preheat=1000),
 }
 # Chosen by measurement (benchmarks/preset.py, table in the README): the values of a small model need a large clamp and
 # step to reach their targets, and stopping at their NLL rather than the whole loss spares the neighbours.
 _OF_TARGETS: dict[tuple[str, str], dict[str, Any]] = {
     ("smollm2-135m", "optimised"): {"value_stop": 0.1, "value_stop_on": "nll", "contexts": 5},
+    ("smollm2-135m", "gradient"): {"layers": (24, 25, 26, 27, 28), "gradient_lr": 1.0},
 }
 
 
@@ -329,9 +361,13 @@ def preset(name: str, method: str | None = None, targets: str | None = None) -> 
     return base.replace(method=method, targets=targets, **known)
 
 
-def auto_layers(depth: int, method: str = "alphaedit") -> tuple[int, ...]:
+def auto_layers(depth: int, method: str = "alphaedit", targets: str = "optimised") -> tuple[int, ...]:
     """Five blocks from an eighth of the depth on (4–8 of 32); fewer where the model is shallow, never the last.
 
-    For ROME and FT the one block at the depth of the published one; FT may have the last."""
+    For ROME and FT the one block at the depth of the published one; FT may have the last. For gradient targets the five
+    before the last (26–30 of 32), where down-projections took them best in the demo's model, and UltraEdit's are in
+    Mistral-7B (29, 30)."""
     first, count = (int(depth * _PLACE[method]), 1) if method in _PLACE else (depth // 8, 5)
+    if targets == "gradient" and method != "ft":
+        first, count = max(depth - 6, 0), 5
     return tuple(i for i in range(first, first + count) if i < depth - (method != "ft"))

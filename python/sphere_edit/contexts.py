@@ -15,6 +15,9 @@ _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 def generate_contexts(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> list[str]:
     """``["{}"]`` and ``count`` prefixes ``"<generated>. {}"``, sampled (top 5) by the model itself with a fixed seed.
 
+    A model reads the first token of a row as a rest for its attention, not as a word. Where the tokenizer adds no token
+    for that, a newline is it; a model that has nothing before its opening words writes no text.
+
     Args:
         model: a causal LM in evaluation mode.
         count: number of generated prefixes; 0 leaves the bare prompt only.
@@ -26,14 +29,21 @@ def generate_contexts(model: Any, tokenizer: Any, count: int, length: int, seed:
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     templates = ["{}"]
+    before = "" if _adds_first(tokenizer) else "\n"
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for i in range(count):
-            row = encode(tokenizer, _OPENINGS[i % len(_OPENINGS)]).ids
+            row = encode(tokenizer, before + _OPENINGS[i % len(_OPENINGS)]).ids
             out = continue_rows(model, tokenizer, [row], length, min_new_tokens=length, **TOP_5)
             text = tokenizer.decode(out[0], skip_special_tokens=True)
             templates.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". {}")
     return templates
+
+
+def _adds_first(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a token of its own before a text."""
+    whole, bare = (tokenizer(_OPENINGS[0], add_special_tokens=special)["input_ids"] for special in (True, False))
+    return bool(whole[0] != bare[0])
 
 
 def in_context(context: str, prompt: str) -> str:

@@ -78,6 +78,7 @@ def key_covariances(
             "window": str(_WINDOW),
             "computed": f"torch {torch.__version__}, {structure.device.type}, {torch.get_num_threads()} threads",
         }
+        | ({} if structure.modules == "down" else {"modules": structure.modules})
         for layer in layers
     }
     paths = {layer: _path(cache, described[layer], model, config.covariance_text) for layer in layers}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,17 +20,21 @@ from sphere_edit.contexts import generate_contexts
 from sphere_edit.covariance import key_covariances
 from sphere_edit.engine import Clock, Engine, check_finite
 from sphere_edit.files import file_sha256, tensor_sha256
+from sphere_edit.guard import BROKEN, Guard, GuardError
+from sphere_edit.guard import told as told_by_guard
 from sphere_edit.keys import LayerPass
 from sphere_edit.methods import method_class
 from sphere_edit.models import cache_dir
 from sphere_edit.records import BatchRecord, EditResult, Event, LayerRecord, ReplayError, over, under
-from sphere_edit.replay import check_replay, frozen
+from sphere_edit.replay import check_replay, frozen, not_additive
 from sphere_edit.requests import EditRequest, as_requests, batches, check_batches
 from sphere_edit.structure import ModelStructure, check_weights_finite, find_structure, model_sha256
 from sphere_edit.targets import plain
 from sphere_edit.targets.closed_loop import close_loop, told
+from sphere_edit.targets.gradient import Seen, look_back, preheating_facts
 from sphere_edit.targets.optimised import optimise_values
 from sphere_edit.targets.passes import Passes, fast_bfloat16
+from sphere_edit.targets.reached import share_reached, share_written, warn_missed
 from sphere_edit.text import text_path
 from sphere_edit.tokens import Row, check_fits, check_tokenizer, encode
 from sphere_edit.tuning import tune
@@ -53,6 +58,7 @@ class SphereEditor:
         on_progress: called with (what, done, total) during the long steps.
         on_batch: called with the record of every batch once it is in the weights and before it is final, to put it in a
             safe place: if it raises, the batch is undone, and the error goes on. Events of the batch come afterwards.
+        on_note: called with what a user should hear of batches that stand out (see ``guard``); by default a warning.
 
     Raises:
         StructureError, ConfigError, ValueError: the model, the layers or a setting does not fit.
@@ -71,6 +77,7 @@ class SphereEditor:
         on_event: Callable[[Event], None] | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
+        on_note: Callable[[str], None] = warnings.warn,
     ) -> None:
         config = preset(config) if isinstance(config, str) else config
         self.structure: ModelStructure = find_structure(model, config.modules)
@@ -78,7 +85,7 @@ class SphereEditor:
         if config.project == "solve" and (method.trains or method.projects):
             raise ConfigError(f"project: {config.method} has no solve to project in; expected 'layer', got 'solve'")
         if not config.layers:
-            config = config.replace(layers=auto_layers(len(self.structure.blocks), config.method))
+            config = config.replace(layers=auto_layers(len(self.structure.blocks), config.method, config.targets))
         if config.targets == "closed_loop" and config.loop_arithmetic == "auto" and not method.trains:
             config = config.replace(loop_arithmetic="bfloat16" if fast_bfloat16(self.structure) else "model")
         check_tokenizer(tokenizer)
@@ -89,10 +96,12 @@ class SphereEditor:
         self.on_event = on_event or (lambda event: None)
         self._on_progress = on_progress or (lambda what, done, total: None)
         self._original = {layer: weight.clone() for layer, weight in self.weights().items()}
-        self._on_batch = on_batch
+        self._on_batch, self._on_note = on_batch, on_note
         self._engine: Engine | None = None
+        self._guard = Guard({})
         self._contexts: list[str] = []
         self._passes: Passes | None = None
+        self._not_additive: tuple[int, ...] = ()  # layers whose blocks do not move by what their maps do
         self._events: list[Event] = []
         self._fingerprints: dict[str, str] = {}
         self._edits, self._keeping = 0, 0.0
@@ -105,7 +114,7 @@ class SphereEditor:
 
     @property
     def edits(self) -> int:
-        """How many facts they held."""
+        """How many facts they held, with those of batches left out."""
         return self._edits
 
     def edit(self, requests: Iterable[EditRequest | Mapping[str, Any]]) -> EditResult:
@@ -113,6 +122,7 @@ class SphereEditor:
 
         Raises:
             RequestError, ValueError: a request that cannot be edited; nothing has been touched then.
+            GuardError: with ``guard: stop`` a batch stands out; it has been undone, the batches before it stay.
         """
         todo = self.check(requests)
         result = EditResult(todo, events=self._events)
@@ -205,9 +215,12 @@ class SphereEditor:
                 f"{sorted(self.config.layers)}"
             )
         self._check_ours()
+        before = self._figures()
         with self._engine.batch():
             for layer in self.config.layers:
                 self._engine.replay(layer, record.layers[layer])
+        if not record.skipped:
+            self._guard.accept(record.events, before)
         self._edits += len(record.requests)
         torch.set_rng_state(record.random_state)
 
@@ -223,7 +236,7 @@ class SphereEditor:
         self.prepare()
         assert self._engine is not None
         counts = {"edits": torch.tensor(self._edits), "random_state": torch.get_rng_state()}
-        return counts | over("engine", self._engine.state_dict())
+        return counts | over("engine", self._engine.state_dict()) | over("guard", self._guard.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state_dict` of an editor of the same model and settings; the weights are written too."""
@@ -231,6 +244,7 @@ class SphereEditor:
         assert self._engine is not None
         self._check_unmoved()
         self._engine.load_state_dict(under("engine", state))
+        self._guard.load_state_dict(under("guard", state))
         self._aside = None
         self._edits = int(state["edits"])
         torch.set_rng_state(state["random_state"])
@@ -294,7 +308,10 @@ class SphereEditor:
 
     def _prepare(self) -> None:
         config, start = self.config, time.perf_counter()
-        check_replay(self.model, self.structure, encode(self.tokenizer, "The capital of France is").ids)
+        ids = encode(self.tokenizer, "The capital of France is").ids
+        check_replay(self.model, self.structure, ids)
+        if config.targets == "optimised" and not method_class(config).trains:
+            self._not_additive = not_additive(self.model, self.structure, config.layers, ids)
         self._contexts = generate_contexts(
             self.model, self.tokenizer, config.contexts, config.context_length, config.seed
         )
@@ -309,7 +326,14 @@ class SphereEditor:
                 self._cache,
                 lambda done, total: self._on_progress("covariance of keys", done, total),
             )
-        self._engine = Engine(self.weights(), covariances, config, self._original)
+        engine = Engine(self.weights(), covariances, config, self._original)
+        preheating = preheating_facts(config)
+        if preheating:
+            for part in batches(preheating, config.batch_size):
+                self._see_gradients(engine, part)
+                engine.lifelong.commit()
+        self._engine = engine
+        self._guard = Guard({i: orthogonal_energy(len(w), config.energy_s) for i, w in self._original.items()})
         ranks = getattr(self._engine.method, "null_space_rank", {})
         self._fingerprints = {
             "model": model_sha256(self.model),
@@ -317,6 +341,8 @@ class SphereEditor:
             "contexts": _sha256(json.dumps(self._contexts)),
         }
         self._fingerprints |= {f"covariance.{layer}": tensor_sha256(value) for layer, value in covariances.items()}
+        if preheating:
+            self._fingerprints["preheating facts"] = _sha256(json.dumps([vars(fact) for fact in preheating]))
         source = getattr(sys.modules[method_class(config).__module__], "__file__", None)
         if ":" in config.method and source is not None:
             self._fingerprints["method"] = file_sha256(Path(source))
@@ -332,28 +358,92 @@ class SphereEditor:
 
     def _edit_batch(self, batch: Sequence[EditRequest], result: EditResult) -> None:
         assert self._engine is not None
-        with self._engine.batch():
-            record = self._write_batch(batch)
-            start = time.perf_counter()
-            if self._on_batch is not None:
-                self._on_batch(record)
-            self._keeping = time.perf_counter() - start
+        start, before, random_state = time.perf_counter(), self._figures(), torch.get_rng_state()
+        try:
+            with self._engine.batch():
+                record = self._guarded(batch, before)
+                self._keep(record)
+        except GuardError as error:
+            if self.config.guard != "skip":
+                raise
+            torch.set_rng_state(random_state)
+            with self._engine.batch():
+                record = self._left_out(batch, error, time.perf_counter() - start)
+                self._keep(record)
+        if not record.skipped:
+            self._guard.accept(record.events, before)
         self._edits += len(batch)
         if self._on_batch is None:
             result.records.append(record)
         for event in record.events:
             self._say(event)
+        for event in record.events:
+            if event["event"] == "guard":
+                self._on_note(told_by_guard(event))
+
+    def _keep(self, record: BatchRecord) -> None:
+        start = time.perf_counter()
+        if self._on_batch is not None:
+            self._on_batch(record)
+        self._keeping = time.perf_counter() - start
+
+    def _figures(self) -> dict[int, Event]:
+        """Per layer what the guard compares a batch with."""
+        engine = self._engine
+        assert engine is not None
+        return {i: {**engine.energy(i), "weight_norm": engine.weight_norm(i)} for i in self.config.layers}
+
+    def _guarded(self, batch: Sequence[EditRequest], before: Mapping[int, Event]) -> BatchRecord:
+        """The batch, written; raises GuardError where it stands out and may not stay."""
+        assert self._engine is not None
+        number, ids, guard = self._engine.batches + 1, [request.id for request in batch], self.config.guard
+        try:
+            record = self._write_batch(batch)
+        except BROKEN as error:
+            if guard in ("warn", "off"):  # nothing that could be kept
+                raise
+            raise GuardError(number, ids, [], str(error)) from error
+        found = self._guard.judge(record.events, before) if guard != "off" else []
+        if found:
+            standing = GuardError(number, ids, found)
+            if guard != "warn" or any(one["value"] is None for one in found):
+                raise standing
+            record.events.append(self._stands_out("kept", standing))
+        return record
+
+    def _left_out(self, batch: Sequence[EditRequest], error: GuardError, seconds: float) -> BatchRecord:
+        """A record of the batch that changes nothing."""
+        engine, layers, facts = self._engine, self.config.layers, len(batch)
+        assert engine is not None
+        place = {"batch": error.batch, "edits": self._edits + facts}
+        events = [{"event": "energy", **place, "layer": layer, **engine.energy(layer)} for layer in layers]
+        events.append({"event": "batch", **place, "size": facts, "skipped": True, "seconds": {"skipped": seconds}})
+        events.append(self._stands_out("skipped", error))
+        records = {layer: engine.nothing(layer) for layer in layers}
+        return BatchRecord(error.batch, error.facts, records, events, torch.get_rng_state())
+
+    def _stands_out(self, action: str, error: GuardError) -> Event:
+        place = {"batch": error.batch, "edits": self._edits + len(error.facts)}
+        return {
+            "event": "guard",
+            **place,
+            "action": action,
+            "facts": error.facts,
+            "found": error.found,
+            "why": error.why,
+        }
 
     def _write_batch(self, batch: Sequence[EditRequest]) -> BatchRecord:
         engine, clock = self._engine, Clock()
         assert engine is not None
         place = {"batch": engine.batches + 1, "edits": self._edits + len(batch)}
-        ways = {"closed_loop": self._close_loop, "optimised": self._solve}
+        ways = {"closed_loop": self._close_loop, "optimised": self._solve, "gradient": self._gradient}
         done, told = (self._train if engine.method.trains else ways[self.config.targets])(engine, batch, clock)
         layers = {layer: record for layer, (record, _) in done.items()}
         events = [{"event": "energy", **place, "layer": layer, **event} for layer, (_, event) in done.items()]
         seconds = {**clock, "keep": self._keeping}  # that of the batch before
         events.append({"event": "batch", **place, "size": len(batch), **told, "seconds": seconds})
+        warn_missed(events[-1])
         ids = [request.id for request in batch]
         return BatchRecord(engine.batches + 1, ids, layers, events, torch.get_rng_state())
 
@@ -409,7 +499,38 @@ class SphereEditor:
             lambda done, total: self._on_progress("facts", done, total),
         )
         clock.lap("passes")
-        return engine.settle(loop.plain.keys, clock), told(loop, batch)
+        done = engine.settle(loop.plain.keys, clock)
+        written = {layer: record for layer, (record, _) in done.items()}
+        reached = share_written(written, loop.plain.keys, loop.wanted)
+        return done, told(loop, batch) | {"reached": reached}
+
+    def _gradient(self, engine: Engine, batch: Sequence[EditRequest], clock: Clock) -> tuple[_Done, Event]:
+        """Updates of all layers from one backward pass; as `_train`."""
+        seen = self._see_gradients(engine, batch)
+        clock.lap("pass")
+        asked = {layer: (keys, engine.lifelong.residuals(layer, keys)) for layer, keys in seen.keys.items()}
+        clock.lap("statistics")
+        done = {
+            layer: engine.write(layer, *found, engine.solve(layer, *found, clock), clock)
+            for layer, found in asked.items()
+        }
+        positions = len(seen.keys[self.config.layers[0]])
+        return done, {"nll": float(seen.nll.mean()), "positions": positions}
+
+    def _see_gradients(self, engine: Engine, facts: Sequence[EditRequest]) -> Seen:
+        """One pass over the facts' prompts and targets, taken into the statistics."""
+        rows = [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in facts]
+        seen = look_back(
+            self.model,
+            self.structure,
+            rows,
+            self.config.layers,
+            lambda done, total: self._on_progress("gradients", done, total),
+        )
+        check_finite("a gradient or likelihood", seen.nll, *seen.keys.values(), *seen.gradients.values())
+        for layer, keys in seen.keys.items():
+            engine.lifelong.see(layer, keys, seen.gradients[layer])
+        return seen
 
     def _solve(self, engine: Engine, batch: Sequence[EditRequest], clock: Clock) -> tuple[_Done, Event]:
         """Values, then updates layer by layer; as `_train`."""
@@ -423,6 +544,7 @@ class SphereEditor:
             config,
             layers[-1],
             lambda done, total: self._on_progress("values", done, total),
+            [self.structure.edited[layer] for layer in layers] if self._not_additive else (),
         )
         clock.lap("values")
         done: _Done = {}
@@ -432,7 +554,11 @@ class SphereEditor:
             for i, layer in enumerate(layers):
                 walk.advance(layer)
                 keys = walk.keys()
-                residuals = (values.target - walk.values()) / (len(layers) - i)
+                residuals = (
+                    values.outputs[layer] - walk.outputs()
+                    if values.outputs
+                    else (values.target - walk.values()) / (len(layers) - i)
+                )
                 clock.lap("keys")
                 solved[layer] = keys, residuals, engine.solve(layer, keys, residuals, clock)
                 if config.project != "batch":
@@ -441,8 +567,16 @@ class SphereEditor:
                     trials.enter_context(engine.tried(layer, solved[layer][2]))
         if config.project == "batch":
             done = {layer: engine.write(layer, *found, clock) for layer, found in solved.items()}
+            walk = LayerPass(self.model, self.tokenizer, self.structure, batch, ["{}"], layers)
+            walk.advance(layers[-1])
+        got = (walk.outputs() if values.outputs else walk.values()) - values.start
+        reached = share_reached([(got, values.target - values.start)])
+        rows = [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in batch]
+        seen = plain.look(self.model, self.structure, rows, layers[-1:])
+        clock.lap("check")
         parts = {"loss": values.loss, "nll": values.nll, "steps": values.steps.float()}
-        return done, {name: float(part.mean()) for name, part in parts.items()}
+        means = {name: float(part.mean()) for name, part in parts.items()}
+        return done, means | plain.learned(seen, batch) | {"reached": reached}
 
 
 def _sha256(text: str) -> str:

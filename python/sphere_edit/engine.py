@@ -14,6 +14,7 @@ from sphere_edit.files import tensor_sha256
 from sphere_edit.measures import Measures
 from sphere_edit.methods import Update, make_method
 from sphere_edit.records import Event, LayerRecord, ReplayError, over, under
+from sphere_edit.targets.gradient import Lifelong
 from sphere_kernels import LowRankUpdate
 from sphere_kernels.streaming import HypersphereState
 
@@ -53,6 +54,7 @@ class Engine:
     ) -> None:
         self.method = make_method(config, covariances)
         self._originals, self._projects_keys = originals, config.project == "solve"
+        self.lifelong = Lifelong(weights if config.targets == "gradient" and not self.method.trains else {}, config)
         self.measures = Measures(config, originals, covariances)
         self.states = {
             layer: HypersphereState(
@@ -86,7 +88,9 @@ class Engine:
         try:
             yield
             self._whole = False
-            self.method.commit()
+            if self._undo:  # else nothing was solved for, in a batch left out
+                self.method.commit()
+                self.lifelong.commit()
             self.batches += 1
             self._whole = True
         except BaseException:
@@ -94,6 +98,7 @@ class Engine:
             for layer, state in self._undo.items():
                 self.states[layer].load_state_dict(state)
             self.method.rollback()
+            self.lifelong.rollback()
             raise
         finally:
             self._undo, self._before, self._tried = {}, {}, {}
@@ -202,31 +207,43 @@ class Engine:
         state, (left, right) = self.states[layer], _factors(update)
         self._add(layer, left, right)
         event = self.energy(layer) | event
-        event["weight_norm"] = float(state.gram.diagonal().double().sum().sqrt())
+        event["weight_norm"] = self.weight_norm(layer)
         clock.lap("update")
         event |= self.measures.of_batch(layer, self.batches + 1, self._undo[layer], state, update)
         clock.lap("measure")
         factor = None if left is None else left.cpu()
-        record = LayerRecord(keys.float().cpu(), factor, right.cpu(), tensor_sha256(state.master))
+        gradients = self.lifelong.seen(layer)
+        gradients = None if gradients is None else gradients.cpu()
+        record = LayerRecord(keys.float().cpu(), factor, right.cpu(), tensor_sha256(state.master), gradients)
         clock.lap("record")
         return record, event
 
     def replay(self, layer: int, record: LayerRecord) -> None:
-        """Add what an earlier run added, and remember its keys; within `batch`.
+        """Add what an earlier run added, if anything, and remember its keys; within `batch`.
 
         Raises:
             ReplayError: the weight is then not what it was there.
         """
         state = self.states[layer]
         device = state.master.device
-        self.method.remember(layer, self._entering(layer, record.keys.to(device)))
-        self._add(layer, None if record.left is None else record.left.to(device), record.right.to(device))
+        if not record.empty:
+            if self.lifelong.follows(layer):
+                if record.gradients is None:
+                    raise ReplayError(f"layer {layer}: the record has no gradients, which the running statistics take")
+                self.lifelong.see(layer, record.keys.to(device), record.gradients.to(device))
+            self.method.remember(layer, self._entering(layer, record.keys.to(device)))
+            self._add(layer, None if record.left is None else record.left.to(device), record.right.to(device))
         found = tensor_sha256(state.master)
         if found != record.sha256:
             raise ReplayError(
                 f"layer {layer}: the weight after this batch has SHA-256 {found[:16]}…, not {record.sha256[:16]}…; "
                 "only the same machine, thread count and versions give the same bits"
             )
+
+    def nothing(self, layer: int) -> LayerRecord:
+        """The record of a layer in a batch that is left out: states and history stay as they are."""
+        n, d = (master := self.states[layer].master).shape
+        return LayerRecord(torch.empty(0, d), torch.empty(n, 0), torch.empty(0, d), tensor_sha256(master))
 
     def finished(self, layer: int) -> Tensor:
         """The weight as the method hands it over, ``[n, d]``."""
@@ -236,11 +253,16 @@ class Engine:
         state = self.states[layer]
         return {"energy": float(state.energy), "excess": float(state.excess)}
 
+    def weight_norm(self, layer: int) -> float:
+        """Frobenius norm of the weight."""
+        return float(self.states[layer].gram.diagonal().double().sum().sqrt())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that decides what comes next, by reference."""
         found = over("method", self.method.state_dict())
         for layer, state in self.states.items():
             found |= over(f"weight.{layer}", state.state_dict())
+        found |= over("lifelong", self.lifelong.state_dict())
         return found | {"batches": torch.tensor(self.batches)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -254,6 +276,7 @@ class Engine:
             raise ValueError(f"state must hold {expected} as this editor's does, got {found}")
         self._whole = False
         self.method.load_state_dict(under("method", state))
+        self.lifelong.load_state_dict(under("lifelong", state))
         for layer, own in self.states.items():
             own.load_state_dict(under(f"weight.{layer}", state))
         self.batches = int(state["batches"])

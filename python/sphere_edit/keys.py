@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sphere_edit.contexts import in_context
-from sphere_edit.replay import Replay, record
+from sphere_edit.replay import Replay, added, record
 from sphere_edit.requests import EditRequest
 from sphere_edit.structure import ModelStructure
 from sphere_edit.tokens import encode, pad_left
@@ -81,6 +81,15 @@ class LayerPass:
     def values(self) -> Tensor:
         """``[facts, hidden]``, fp32: the last edited layer's output at the bare prompts under the present weights."""
         return self._parts[0].run(self._parts[0].hidden, self._at)[:, -1].float()
+
+    @torch.no_grad()
+    def outputs(self) -> Tensor:
+        """``[facts, n]``, fp32: the layer's edited map's own output at the bare prompts under the present weights."""
+        part = self._parts[0]
+        nothing = part.hidden.new_zeros(len(part.hidden), self._structure.edited[self.layer].weight.shape[0])
+        with added(self._structure.edited[self.layer].module, part.hidden.shape[:2], -1, nothing) as said:
+            part.block(self._at, part.hidden)
+        return said[0].float()
 
     @torch.no_grad()
     def advance(self, layer: int) -> None:

@@ -19,6 +19,7 @@ _STAGES = {
     "measure": "movement, spectrum, bound",
     "record": "record, hash",
     "keep": "write batch files",
+    "skipped": "batches that the guard left out",
 }
 
 
@@ -87,6 +88,12 @@ class Log:
         """The layer whose energy the run changed most."""
         moved = {layer: abs(energy_change(seen[-1], seen[0])) for layer, seen in self.energies.items()}
         return max(moved, key=moved.__getitem__, default=None)
+
+    def guarded(self) -> dict[str, Any] | None:
+        """Batches that stood out, how many facts were left out, and changes of the guard; None where there is none."""
+        found, changes = self.of_kind("guard"), self.of_kind("setting")
+        left = sum(len(event["facts"]) for event in found if event["action"] == "skipped")
+        return {"batches": found, "left": left, "changes": changes} if found or changes else None
 
     def seconds(self) -> dict[str, float]:
         """By stage, over all batches."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from sphere_edit.config import DEFAULTS, ConfigError, EditConfig, foreign, preset
+from sphere_edit.config import DEFAULTS, OPEN, ConfigError, EditConfig, foreign, preset
 from sphere_edit.methods import method_class
 from sphere_edit.requests import EditRequest
 
@@ -116,7 +116,7 @@ def numbers(text: str) -> list[int]:
 
 
 def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run with options other than its own.
+    """Refuse to go on with a run with options other than its own; ``guard`` may change.
 
     Args:
         given: the options that were given, by parameter.
@@ -130,8 +130,10 @@ def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Ma
     named = {name.removesuffix("_name"): value for name, value in given.items()}
     compared = {name: value for name, value in named.items() if name in own}
     for name, value in {**compared, **chosen}.items():
+        if name == "guard":  # what is in the weights does not depend on it
+            continue
         expected = {**own, **EditConfig().to_dict(), **recorded["settings"]}.get(name)
-        if value != expected:
+        if value != expected and value != OPEN.get(name, expected):
             raise ConfigError(
                 f"{name}: the run was begun with {expected!r}, got {value!r}; begin a new run to change it"
             )

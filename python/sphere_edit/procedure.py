@@ -20,7 +20,8 @@ from sphere_edit.config import EditConfig
 from sphere_edit.deltas import switch, write_deltas
 from sphere_edit.editor import SphereEditor
 from sphere_edit.files import file_sha256
-from sphere_edit.journal import Journal, RunError
+from sphere_edit.guard import GuardError
+from sphere_edit.journal import Journal, RunError, resume_command
 from sphere_edit.looks import Look, compare, curve, look, sample
 from sphere_edit.metrics import PERPLEXITY_TOKENS
 from sphere_edit.records import EditResult, Event, ReplayError
@@ -111,18 +112,21 @@ def resume(
     on_event: OnEvent | None = None,
     on_progress: OnProgress | None = None,
     journal: Journal | None = None,
+    guard: str | None = None,
 ) -> EditResult:
     """Go on with the run in ``folder`` where it was stopped; it ends as it would have ended, bit for bit.
 
     Args:
         model, tokenizer: as they were before the run.
         journal: of the folder, where the caller has opened it by `runs.existing_run`.
+        guard: the setting of that name from here on, the only one that may change, as after a `GuardError`; it is
+            recorded. None keeps it.
 
     Raises:
         RunError: another model, or another machine that does not give the same bits; nothing has been changed then.
     """
     with nullcontext(journal) if journal else runs.existing_run(folder) as journal:
-        work = _Work.of_run(model, tokenizer, journal, on_event, on_progress)
+        work = _Work.of_run(model, tokenizer, journal, on_event, on_progress, guard)
         if not runs.is_finished(journal):
             return work.go()
         switch(journal.folder, work.editor.structure, "after")
@@ -201,16 +205,24 @@ class _Work:
             config,
             on_progress=lambda what, *place: None if what == "batches" else self.progress(what, *place),
             on_batch=lambda batch: runs.write_batch(journal, batch),
+            on_note=lambda text: journal.on_note(text),
         )
         self.prepared: list[Event] = []
         self.editor.on_event = self.prepared.append
 
     @classmethod
     def of_run(
-        cls, model: Any, tokenizer: Any, journal: Journal, on_event: OnEvent | None, on_progress: OnProgress | None
+        cls,
+        model: Any,
+        tokenizer: Any,
+        journal: Journal,
+        on_event: OnEvent | None,
+        on_progress: OnProgress | None,
+        guard: str | None = None,
     ) -> _Work:
         record = runs.read_config(journal.folder)
         requests, settings = runs.read_requests(journal.folder), EditConfig.from_run(record["settings"])
+        settings = settings.replace(guard=guard or runs.guard_of(journal, settings.guard))
         work = cls(model, tokenizer, requests, settings, journal, on_event, on_progress)
         work.check(record["perplexity_text"])
         device = str(work.editor.structure.device)
@@ -228,6 +240,7 @@ class _Work:
             before = self.prepare()
             self.restore(self.journal.batches)
             self.repair(before)
+            self.keep_guard()
             known = self.write_events(before)
             self.edit()
             self.write_deltas()
@@ -297,6 +310,13 @@ class _Work:
             before.write(self.folder / runs.BEFORE)
         self.journal.add("before", runs.BEFORE, fingerprints=self.fingerprints())
 
+    def keep_guard(self) -> None:
+        """Record the setting ``guard`` where it is not the run's so far: ``config.yaml`` stays as it was made."""
+        guard, begun = self.editor.config.guard, EditConfig.from_run(self.record["settings"]).guard
+        if guard != runs.guard_of(self.journal, begun):
+            event = {"event": "setting", "batch": self.journal.batches, "name": "guard", "value": guard}
+            self.journal.add("setting", events=[event], guard=guard)
+
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of what the run rests on."""
         text = text_path(self.record["perplexity_text"])
@@ -332,11 +352,22 @@ class _Work:
         self.watch()
         for number, batch in enumerate(parts[done:], done + 1):
             self.progress("batches", number - 1, len(parts))
-            self.editor.edit(batch)
+            with self.way_on():
+                self.editor.edit(batch)
             self.watch()
             if number % every == 0:
                 self.journal.add_checkpoint(self.editor.state_dict())
         self.progress("batches", len(parts), len(parts))
+
+    @contextmanager
+    def way_on(self) -> Iterator[None]:
+        """What the guard stops at: what is safe, and how to go on."""
+        try:
+            yield
+        except GuardError as error:
+            on = f"{resume_command(self.folder)} --guard skip (or warn)"
+            error.args = (f"{error}; batches kept safe: {self.journal.batches}; go on with: {on}",)
+            raise
 
     def watch(self) -> None:
         """Evaluate on the way where that is due, and keep what was found."""

@@ -23,12 +23,19 @@ class LayerRecord:
         left: ``[n, k]``, or None.
         right: ``[k, d]``, projected: the weight took ``left @ right``; without ``left``, ``[n, d]``, what it took.
         sha256: of the weight afterwards; of its fp32 master where the model has 16 bits. All tensors fp32 on the CPU.
+        gradients: ``[b, n]``, with ``keys`` what the statistics of gradient targets have taken; None for others.
     """
 
     keys: Tensor
     left: Tensor | None
     right: Tensor
     sha256: str
+    gradients: Tensor | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether the weight took nothing: neither keys nor an update."""
+        return len(self.keys) == 0 and self.left is not None and self.left.shape[1] == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +55,11 @@ class BatchRecord:
     layers: dict[int, LayerRecord]
     events: list[Event]
     random_state: Tensor
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the guard has left the batch out: it has its number and its facts, and changes nothing."""
+        return all(done.empty for done in self.layers.values())
 
 
 @dataclass

@@ -174,6 +174,56 @@ def check_replay(model: Any, structure: ModelStructure, ids: Sequence[int]) -> N
         )
 
 
+@torch.no_grad()
+def not_additive(model: Any, structure: ModelStructure, layers: Sequence[int], ids: Sequence[int]) -> tuple[int, ...]:
+    """Those of ``layers``, ascending, whose block does not add the output of its edited map to its own as it is.
+
+    A norm, a multiplier, an adapter or a hook comes between then. A change as long as the block's output is put onto
+    the map's output at the last token of ``ids``, and looked for in the block's output: beside a change of that length
+    rounding is small in every dtype.
+    """
+    inputs: dict[str, Any] = {**pad_left([ids], structure.device), "use_cache": False}
+    replay = record(model, structure, inputs, layers[0], layers[-1])
+    bound = max(1e-3, 8 * torch.finfo(structure.dtype).eps)
+    hidden, found = replay.hidden, []
+    for i, layer in enumerate(range(layers[0], layers[-1] + 1)):
+        entered, hidden = hidden, replay.block(i, hidden)
+        if layer not in layers:
+            continue
+        before = hidden[0, -1].float()
+        signs = torch.randint(2, before.shape, generator=torch.Generator().manual_seed(0)).to(before) * 2 - 1
+        change = (signs * before.square().mean().sqrt()).to(structure.dtype)
+        with added(structure.edited[layer].module, entered.shape[:2], -1, change[None]):
+            moved = replay.block(i, entered)[0, -1].float() - before
+        if not float((moved - change.float()).norm()) <= bound * float(change.float().norm()):
+            found.append(layer)
+    return tuple(found)
+
+
+@contextmanager
+def added(module: nn.Module, shape: torch.Size, column: int, change: Tensor) -> Iterator[list[Tensor]]:
+    """Within, a linear map's own output for ``shape`` (rows, tokens) has ``change`` ``[rows, n]`` added at a column.
+
+    Hooks of others on the map act on the sum, as they do on what its weight gives.
+
+    Yields:
+        The sums ``[rows, n]``, one for each time that the map was run.
+    """
+    sums: list[Tensor] = []
+
+    def hook(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        whole = out.reshape(*shape, -1).clone()  # OPT flattens rows and tokens before its MLP
+        whole[:, column] += change
+        sums.append(whole[:, column])
+        return whole.view(out.shape)
+
+    handle = module.register_forward_hook(hook, prepend=True)
+    try:
+        yield sums
+    finally:
+        handle.remove()
+
+
 def last_logits(model: Any, count: int) -> dict[str, int]:
     """The argument that asks for the last positions' logits only, where the model knows it."""
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

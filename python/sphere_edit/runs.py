@@ -172,6 +172,12 @@ def has_deltas(journal: Journal) -> bool:
     return found is not None and found["number"] == journal.batches and not (journal.fault or journal.fault_of(found))
 
 
+def guard_of(journal: Journal, begun: str) -> str:
+    """The setting ``guard`` of a run that was begun with ``begun``: the one it was resumed with last."""
+    found = journal.last("setting")
+    return begun if found is None else str(found["guard"])
+
+
 def place(folder: Path, name: str | None) -> Path:
     """Where a run that was to replace ``name`` goes: a folder that was moved or copied since replaces nothing."""
     return folder.with_name(name) if name and folder.name.startswith(f"{name}.partial-") else folder
@@ -278,7 +284,8 @@ def read_requests(run: Path) -> list[EditRequest]:
 
 
 def write_batch(journal: Journal, batch: BatchRecord) -> None:
-    """Keep a batch: per layer ``4.keys``, ``4.left`` and ``4.right`` of its `LayerRecord`, and ``random_state``.
+    """Keep a batch: per layer ``4.keys``, ``4.left``, ``4.right`` and ``4.gradients`` of its `LayerRecord`, as far
+    as it has them, and ``random_state``.
 
     Its events, which hold times, go into the journal's line: the same batch gives the same file."""
     tensors = {"random_state": batch.random_state}
@@ -286,6 +293,8 @@ def write_batch(journal: Journal, batch: BatchRecord) -> None:
         tensors |= {f"{layer}.keys": done.keys, f"{layer}.right": done.right}
         if done.left is not None:
             tensors[f"{layer}.left"] = done.left
+        if done.gradients is not None:
+            tensors[f"{layer}.gradients"] = done.gradients
     facts = {
         "number": batch.number,
         "requests": list(batch.requests),
@@ -299,7 +308,11 @@ def read_batch(journal: Journal, record: Record) -> BatchRecord:
     tensors, facts = load_file(path), read_facts(path)
     layers = {
         int(layer): LayerRecord(
-            tensors[f"{layer}.keys"], tensors.get(f"{layer}.left"), tensors[f"{layer}.right"], sha256
+            tensors[f"{layer}.keys"],
+            tensors.get(f"{layer}.left"),
+            tensors[f"{layer}.right"],
+            sha256,
+            tensors.get(f"{layer}.gradients"),
         )
         for layer, sha256 in facts["sha256"].items()
     }

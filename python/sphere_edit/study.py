@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere_edit import runs
-from sphere_edit.config import ConfigError, EditConfig, foreign, preset
+from sphere_edit.config import OPEN, ConfigError, EditConfig, foreign, preset
 from sphere_edit.data import load_requests
 from sphere_edit.journal import InUse, RunError, locked
 from sphere_edit.methods import method_class
@@ -135,7 +135,8 @@ class Study:
             RunError: naming what differs.
         """
         record, options, config = runs.read_config(path), self.options(path), self.config(run)
-        settings = config.to_dict() | ({} if config.layers else {"layers": record["settings"]["layers"]})
+        settings = config.to_dict()
+        settings |= {name: record["settings"].get(name) for name, value in OPEN.items() if settings[name] == value}
         expected = {"model": options.model_name, "data": options.data_name, **options.given, "threads": self.threads}
         expected |= {name: getattr(options, name) for name in ("perplexity_text", *LEAST)} | settings
         found = {**record, **recorded_options(record), **record["settings"]}

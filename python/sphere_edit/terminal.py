@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from safetensors import SafetensorError
 
+from sphere_edit.guard import told
 from sphere_edit.journal import Journal, resume_command
 
 console = Console()
@@ -106,6 +107,14 @@ def energy_table(events: list[dict[str, Any]]) -> Table:
             f"{100 * last.get('suppressed', 0):.1f} %",
         )
     return table
+
+
+def guard_lines(events: list[dict[str, Any]]) -> list[str]:
+    """What the guard noticed in a run; nothing where no batch stood out."""
+    found = [event for event in events if event["event"] == "guard"]
+    left = [fact for event in found if event["action"] == "skipped" for fact in event["facts"]]
+    lines = [f"guard: {told(event)}" for event in found]
+    return [*lines, f"guard: {len(left)} facts were left out"] if left else lines
 
 
 def scores_table(events: list[dict[str, Any]]) -> Table:

@@ -18,7 +18,7 @@ from sphere_edit.options import settings
 from sphere_edit.terminal import sparkline
 
 _QUICK = [
-    *("--set", "layers=[1,2,3]", "--batch-size", "2", "--set", "value_steps=3", "--set", "contexts=1"),
+    *("--set", "layers=[1,2,3]", "--batch-size", "2", "--set", "loop_rounds=3", "--set", "contexts=1"),
     *("--set", "context_length=4", "--set", "covariance_tokens=600", "--set", "null_space_threshold=0.3"),
 ]
 
@@ -78,9 +78,9 @@ def test_later_settings_win(folder):
     settings = runs.read_config(folder / "run")["settings"]
     assert settings["alpha"] == 0.7  # from the file
     assert settings["seed"] == 4  # the option, not the file
-    assert settings["value_steps"] == 3 and settings["layers"] == [1, 2, 3]
+    assert settings["loop_rounds"] == 3 and settings["layers"] == [1, 2, 3]
     assert settings["null_space"] is False and settings["sphere"] is True
-    assert settings["value_clamp"] == 4.0  # the preset
+    assert settings["ridge"] == 10.0  # the preset
     assert runs.read_config(folder / "run")["edits"] == 3
 
 
@@ -237,4 +237,4 @@ def test_a_run_in_another_dtype_is_applied_in_it(folder, tmp_path):
 
 
 def test_exponents_without_a_point_are_numbers():
-    assert settings("auto", None, ["value_lr=1e-3"], {}).value_lr == 1e-3
+    assert settings("auto", None, ["loop_step=1e-3"], {}).loop_step == 1e-3

@@ -31,12 +31,24 @@ _BAD = {
     "value_clamp": [0, -4, _NAN],
     "value_stop": [-1, _NAN],
     "value_stop_on": ["kl", None],
+    "gradient_lr": [0, -1, _NAN, "1"],
+    "gradient_whiten": [1, None],
+    "gradient_preheat": [-1, 0.5, True],
     "null_space_threshold": [0, -1, _INF],
     "ridge": [0, -10, _NAN],
     "covariance_weight": [0, -10, _NAN],
     "history": [1, "yes", None],
     "rect_share": [-0.1, 1.1, _NAN, True],
     "prune_in": ["copy", None, 1],
+    "modules": ["attention", None],
+    "targets": ["closed", None],
+    "loop_rounds": [0, 1.5],
+    "loop_step": [0, _NAN, _INF],
+    "loop_reach": [0, -1],
+    "loop_momentum": [-0.1, 1.1],
+    "loop_stop": [0, _NAN],
+    "loop_kl": [-1, _INF],
+    "loop_arithmetic": ["float16", None],
     "ft_steps": [0, 1.5],
     "ft_lr": [0, -1, _NAN, _INF],
     "ft_stop": [-1, _NAN],
@@ -45,6 +57,7 @@ _BAD = {
     "covariance_text": ["", None, 5],
     "covariance_tokens": [0, 1e5],
     "energy_s": [-1, _NAN, _INF],
+    "guard": ["loud", None, True],
     "measure_every": [-1, 0.5, True, None],
     "seed": [-1, 0.5, None],
 }
@@ -64,7 +77,14 @@ def test_every_setting_is_checked():
 
 @pytest.mark.parametrize(
     "values",
-    [{"alpha": 0}, {"alpha": 1}, {"energy_ratio": 1}, {"energy_s": 0}, {"contexts": 0}, {"value_stop": 0}],
+    [
+        {"alpha": 0},
+        {"alpha": 1},
+        {"energy_ratio": 1},
+        {"energy_s": 0},
+        {"contexts": 0},
+        {"targets": "optimised", "value_stop": 0},
+    ],
     ids=str,
 )
 def test_edges_are_accepted(values):
@@ -96,13 +116,12 @@ def test_automatic_layers(depth, layers):
 _ELSEWHERE = [
     ("rome", "history", True, "memit, rect, prune"),
     ("alphaedit", "covariance_weight", 3.0, "memit, rect, prune"),
-    ("memit", "ridge", 3.0, "alphaedit"),
-    ("memit", "null_space", False, "alphaedit"),
+    ("memit", "ridge", 3.0, "alphaedit, ridge"),
+    ("memit", "null_space", False, "alphaedit, ridge"),
     ("rect", "prune_in", "copies", "prune"),
     ("prune", "rect_share", 0.2, "rect"),
     ("rome", "ft_lr", 0.1, "ft"),
-    ("ft", "project", "batch", "alphaedit, memit, rect, prune, rome"),
-    ("ft", "value_lr", 0.1, "alphaedit, memit, rect, prune, rome"),
+    ("ft", "project", "batch", "alphaedit, memit, rect, prune, rome, ridge"),
 ]
 
 
@@ -117,18 +136,53 @@ def test_settings_of_another_method_are_refused(method, name, value, users):
     ):
         with pytest.raises(ConfigError, match=message):
             call()
-    user = EditConfig(method=users.split(", ")[0], **{name: value})
+    optimised = {"targets": "optimised"} if name == "project" else {}
+    user = EditConfig(method=users.split(", ")[0], **{name: value}, **optimised)
     assert getattr(user, name) == value
     default = getattr(EditConfig(), name)
     assert getattr(user.replace(method=method), name) == default  # what it has no use for is not carried over
     assert getattr(EditConfig(method=method, **{name: default}), name) == default
-    assert getattr(EditConfig(method="mine.own:Method", **{name: value}), name) == value
+    assert getattr(EditConfig(method="mine.own:Method", **{name: value}, **optimised), name) == value
+
+
+_FOR_OTHERS = [
+    ("closed_loop", "value_lr", 0.1, "optimised"),
+    ("optimised", "loop_step", 0.1, "closed_loop"),
+    ("optimised", "loop_arithmetic", "model", "closed_loop"),
+]
+
+
+@pytest.mark.parametrize(("targets", "name", "value", "users"), _FOR_OTHERS, ids=str)
+def test_settings_of_other_targets_are_refused(targets, name, value, users):
+    message = (
+        rf"^{name}: only {users} targets have a use for it, not {targets}; expected .* \(the default\), got {value!r}"
+    )
+    for call in (
+        lambda: EditConfig(targets=targets, **{name: value}),
+        lambda: EditConfig().replace(targets=targets, **{name: value}),
+        lambda: settings("auto", None, [f"{name}={json.dumps(value)}"], {"targets": targets}),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
+    user = EditConfig(targets=users, **{name: value})
+    assert getattr(user.replace(targets=targets), name) == getattr(EditConfig(), name)
+    with pytest.raises(ConfigError, match=rf"^{name}: only {users} targets have a use for it, not ft"):
+        EditConfig(method="ft", **{name: value})
+
+
+def test_what_closed_loop_targets_do_not_go_with():
+    with pytest.raises(
+        ConfigError, match="project: closed_loop targets solve for all layers at once; expected 'layer'"
+    ):
+        EditConfig(project="batch")
+    with pytest.raises(ConfigError, match="modules: optimised values are outputs of the down-projection; expected"):
+        EditConfig(targets="optimised", modules="up")
 
 
 @pytest.mark.parametrize("project", ("batch", "solve"))
 def test_copies_of_a_loop_that_projects(project):
     with pytest.raises(ConfigError, match="project: expected 'layer' where prune_in is 'copies'"):
-        EditConfig(method="prune", prune_in="copies", project=project)
+        EditConfig(targets="optimised", method="prune", prune_in="copies", project=project)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -136,19 +190,20 @@ def test_copies_of_a_loop_that_projects(project):
 def test_every_preset_fits_every_method(name, method):
     found = preset(name, method)
     assert found == EditConfig.from_dict(found.to_dict())
-    assert set(foreign(method)) < {field.name for field in dataclasses.fields(found)}
+    assert set(foreign(method, found.targets)) < {field.name for field in dataclasses.fields(found)}
 
 
 def test_the_settings_of_an_earlier_run_are_read(tmp_path):
     """From before `project` and `prune_in`, and before what a method does not use was refused."""
     earlier = EditConfig(method="memit", history=True, alpha=0.3).to_dict() | {"ridge": 3.0, "ft_steps": 2}
-    del earlier["project"], earlier["prune_in"]
+    del earlier["project"], earlier["prune_in"], earlier["targets"]
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({"model": "tiny", "settings": earlier}))
-    assert EditConfig.from_run(earlier) == EditConfig(method="memit", history=True, alpha=0.3)
-    assert settings("auto", file, [], {}) == EditConfig(method="memit", history=True, alpha=0.3)
+    as_it_was = EditConfig(targets="optimised", method="memit", history=True, alpha=0.3)
+    assert EditConfig.from_run(earlier) == as_it_was
+    assert settings("auto", file, [], {}) == as_it_was
     other = settings("auto", file, [], {"method": "alphaedit"})
-    assert other == EditConfig(alpha=0.3, ridge=3.0)
+    assert other == EditConfig(targets="optimised", alpha=0.3, ridge=3.0)
     with pytest.raises(ConfigError, match="ridge: memit has no use for it"):
         settings("auto", file, ["ridge=3"], {})
     file.write_text(yaml.safe_dump(earlier))  # as one writes it oneself

@@ -209,3 +209,13 @@ def test_fingerprints_grow_with_the_layer():
     prints = layer_fingerprints(model, find_structure(model), (0, 2, 3))
     assert sorted(prints) == [0, 2, 3] and len(set(prints.values())) == 3
     assert prints[2] == layer_fingerprints(model, find_structure(model), (2,))[2]
+
+
+def test_another_map_of_the_block_misses(tokenizer, text, tmp_path, measured):
+    """The inputs of ``up`` are of another width than those of ``down``."""
+    model, config = tiny.make_model("llama"), EditConfig(covariance_text=str(text), covariance_tokens=_TOKENS)
+    widths = []
+    for modules in ("down", "up", "down"):
+        got = key_covariances(model, tokenizer, find_structure(model, modules), (1, 2), config, tmp_path / "c")
+        widths.append(len(got[1]))
+    assert widths == [80, tiny.HIDDEN, 80] and measured == [(1, 2), (1, 2)]

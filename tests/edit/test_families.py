@@ -77,6 +77,7 @@ def test_a_family_is_edited_and_measured(family, head, special, side, dtype, con
 
 _SETTINGS = {
     "alphaedit": {"ridge": 1e-5, "null_space_threshold": 3.0},
+    "ridge": {"ridge": 1e-5, "null_space_threshold": 3.0},
     "rome": {"layers": (2,)},
     "ft": {"layers": (3,), "ft_lr": 0.01, "ft_steps": 10},
 }

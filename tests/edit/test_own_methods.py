@@ -71,7 +71,18 @@ def _error(result):
 
 _RUN = [
     *("run", "--model", "model", "--data", "facts.jsonl", "--set", "layers=[1,2]", "--batch-size", 2),
-    *("--set", "value_steps=3", "--set", "contexts=1", "--set", "context_length=4", "--set", "covariance_tokens=600"),
+    *(
+        "--targets",
+        "optimised",
+        "--set",
+        "value_steps=3",
+        "--set",
+        "contexts=1",
+        "--set",
+        "context_length=4",
+        "--set",
+        "covariance_tokens=600",
+    ),
     *("--perplexity-text", "text.txt", "--checkpoint-every", 2),
 ]
 

@@ -67,7 +67,18 @@ def shared_cache(base, own_cache, monkeypatch, request):
 def _arguments(base: Path) -> list[object]:
     return [
         *("run", "--model", base / "model", "--data", base / "facts.jsonl", "--checkpoint-every", 3),
-        *("--set", "layers=[1,2,3]", "--batch-size", 2, "--set", "value_steps=3", "--set", "contexts=1"),
+        *(
+            "--set",
+            "layers=[1,2,3]",
+            "--batch-size",
+            2,
+            "--targets",
+            "optimised",
+            "--set",
+            "value_steps=3",
+            "--set",
+            "contexts=1",
+        ),
         *("--set", "context_length=4", "--set", "covariance_tokens=600", "--set", "null_space_threshold=0.3"),
         *("--set", "ridge=0.1", "--refresh-every", 2, "--perplexity-text", base / "text.txt"),
     ]
@@ -205,7 +216,17 @@ def test_twenty_kills_of_a_run_on_the_demo_model(tmp_path):
     text.write_text("Nobody saw the river in the night. " * 4)
     arguments = [
         *("run", "--model", "smollm2-135m", "--data", facts, "--layers", "4,5", "--batch-size", 1),
-        *("--set", "value_steps=2", "--set", "contexts=1", "--set", "context_length=4", "--no-null-space"),
+        *(
+            "--targets",
+            "optimised",
+            "--set",
+            "value_steps=2",
+            "--set",
+            "contexts=1",
+            "--set",
+            "context_length=4",
+            "--no-null-space",
+        ),
         *("--set", "covariance_tokens=2000", "--perplexity-text", text, "--checkpoint-every", 4),
     ]
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
@@ -238,6 +259,8 @@ _METHODS = {
     "prune": {"method": "prune", "covariance_weight": 1e-3, "value_clamp": 400.0, "value_lr": 50.0},  # it has to prune
     "rome": {"method": "rome", "layers": (2,)},
     "ft": {"method": "ft", "layers": (3, 4), "ft_steps": 3, "ft_lr": 1e-2},
+    "gradient": {"method": "ridge", "targets": "gradient", "gradient_lr": 0.3, "ridge": 1.0, "gradient_whiten": True},
+    "gradient-history": {"targets": "gradient", "gradient_lr": 0.3, "gradient_preheat": 3},
 }
 
 

@@ -27,7 +27,14 @@ from sphere_edit.study_results import (
 )
 
 _SETTINGS = {
-    **{"layers": [1, 2], "batch_size": 2, "value_steps": 2, "contexts": 0, "covariance_tokens": 600},
+    **{
+        "layers": [1, 2],
+        "batch_size": 2,
+        "targets": "optimised",
+        "value_steps": 2,
+        "contexts": 0,
+        "covariance_tokens": 600,
+    },
     **{"null_space_threshold": 0.3, "ridge": 0.1},
 }
 
@@ -102,7 +109,7 @@ def test_runs_are_made_once_and_compared(write, tmp_path):
 
 def _ended(method="alphaedit", **settings):
     """A run as `collect` has it when it adds what SPHERE added."""
-    return {"finished": True, "settings": EditConfig(method=method, **settings).to_dict()}
+    return {"finished": True, "settings": EditConfig(targets="optimised", method=method, **settings).to_dict()}
 
 
 def test_the_base_is_the_same_run_without_sphere():

@@ -18,10 +18,18 @@ from sphere_edit.targets.optimised import optimise_values
 
 _LAYER = 2
 _CONTEXTS = ["{}", "The cat sat. {}", "Therefore, one says. {}"]
-_CONFIG = EditConfig(value_steps=6, value_lr=0.1, value_weight_decay=0.5, value_clamp=2.0, value_stop=0.0)
+_CONFIG = EditConfig(
+    targets="optimised", value_steps=6, value_lr=0.1, value_weight_decay=0.5, value_clamp=2.0, value_stop=0.0
+)
 # Of the six facts some start below this threshold, some reach it at different steps, one never does.
 _STOPPING = EditConfig(
-    value_steps=10, value_lr=0.5, value_weight_decay=0.1, value_kl=0.1, value_clamp=6.0, value_stop=13.3
+    targets="optimised",
+    value_steps=10,
+    value_lr=0.5,
+    value_weight_decay=0.1,
+    value_kl=0.1,
+    value_clamp=6.0,
+    value_stop=13.3,
 )
 
 

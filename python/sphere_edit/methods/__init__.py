@@ -18,6 +18,7 @@ from sphere_edit.methods.ft import FineTuning
 from sphere_edit.methods.memit import Memit
 from sphere_edit.methods.prune import Prune
 from sphere_edit.methods.rect import Rect
+from sphere_edit.methods.ridge import Ridge
 from sphere_edit.methods.rome import Rome
 
 __all__ = ["METHODS", "Method", "Update", "make_method", "method_class"]
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "rect": Rect,
     "prune": Prune,
     "rome": Rome,
+    "ridge": Ridge,
     "ft": FineTuning,
 }
 

@@ -20,7 +20,7 @@ from sphere_edit.config import EditConfig
 from sphere_edit.contexts import in_context
 from sphere_edit.requests import EditRequest
 from sphere_edit.targets.passes import Passes, Seen
-from sphere_edit.targets.plain import Plain
+from sphere_edit.targets.plain import Plain, learned
 from sphere_edit.tokens import Row, encode
 
 Asked = dict[int, tuple[Tensor, Tensor]]  # by layer: keys [facts, d] and wanted changes [facts, n]
@@ -174,13 +174,11 @@ def _rows(
 
 def told(loop: Loop, requests: Sequence[EditRequest]) -> dict[str, Any]:
     """What a batch's event says of its rounds."""
-    unlearned = [request.id for request, known in zip(requests, loop.plain.known.tolist(), strict=True) if not known]
     nll = loop.plain.nll
     return {
         "nll": float(nll.mean()),
         "fact_nll": [round(value, 4) for value in nll.tolist()],
         "steps": float(loop.rounds.float().mean()),
-        "learned": len(requests) - len(unlearned),
-        "unlearned": unlearned,
+        **learned(loop.plain, requests),
         "flops": loop.flops,
     }

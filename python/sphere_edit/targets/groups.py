@@ -90,6 +90,12 @@ class Group:
         out = self.replay.run(hidden)[self.read_row, self.read_column]
         return structure.logits(out).float().log_softmax(-1)
 
+    def misses(self, log_probs: Tensor, facts: int) -> Tensor:
+        """How many target tokens of each fact are not the likeliest, ``[facts]``."""
+        targets = self.want >= 0
+        wrong = (log_probs[targets].argmax(-1) != self.want[targets]).float()
+        return wrong.new_zeros(facts).index_add(0, self.row_fact[self.read_row][targets], wrong)
+
     def losses(self, log_probs: Tensor, facts: int) -> tuple[Tensor, Tensor]:
         """This group's share of each fact's NLL and KL, ``[facts]`` each."""
         fact = self.row_fact[self.read_row]

@@ -20,12 +20,14 @@ from sphere_edit.config import EditConfig
 from sphere_edit.contexts import in_context
 from sphere_edit.replay import record_after_prefix
 from sphere_edit.requests import EditRequest
-from sphere_edit.structure import ModelStructure
+from sphere_edit.structure import LinearMap, ModelStructure
 from sphere_edit.targets.groups import Group
+from sphere_edit.targets.places import AtBlock, AtMaps, Bare
 from sphere_edit.tokens import Row, encode
 
 _ROWS_PER_GROUP = 96  # bounds the activations that a backward pass keeps
 _SHRINK = 0.8  # a group is cut down once this share of its rows, or less, is still wanted
+_MORE_STEPS = 2  # after the first in which the target is the likeliest (ENCORE)
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,21 @@ class Values:
     """Optimised values of a batch of facts, in fp32 on the model's device.
 
     Args:
-        target: ``[facts, hidden]``, the wanted output of the last edited layer at the subject's last token.
+        target: ``[facts, hidden]``, the wanted output of the last edited layer at the subject's last token; with values
+            of the edited maps, that of the last map.
         loss: ``[facts]``, the last loss (NLL + KL + weight decay), fp32.
         nll: ``[facts]``, its first part: mean negative log-likelihood of a target token over the contexts, in nats.
         steps: ``[facts]``, evaluations of the loss that each fact took.
+        start: ``[facts, hidden]``, what stood in the place of ``target``.
+        outputs: ``{layer: [facts, n]}``, the wanted outputs of the edited maps; empty where the block's is wanted.
     """
 
     target: Tensor
     loss: Tensor
     nll: Tensor
     steps: Tensor
+    start: Tensor
+    outputs: dict[int, Tensor]
 
 
 @torch.enable_grad()
@@ -55,45 +62,57 @@ def optimise_values(
     config: EditConfig,
     layer: int,
     progress: Callable[[int, int], None] | None = None,
+    maps: Sequence[LinearMap] = (),
 ) -> Values:
     """Find, for every request, the output of block ``layer`` at the subject's last token that yields the new target.
 
     Minimises, per fact, with Adam: the mean NLL of the target over the context prefixes, plus ``value_kl`` times the KL
     divergence at the subject's last token of "{subject} is a", plus ``value_weight_decay · ‖δ‖/‖z₀‖²``; ‖δ‖ is clamped
     to ``value_clamp · ‖z₀‖``. A fact stops when its loss is below ``value_stop`` or after ``value_steps`` evaluations.
+    With ``value_stop_on: argmax`` it stops at the third evaluation in which all its target tokens are the likeliest.
 
     Args:
         model: causal LM in evaluation mode without parameter gradients (see `replay.frozen`).
         contexts: templates with ``{}``; the first is the bare prompt, which gives z₀.
         layer: the last edited block.
         progress: called with (steps, steps at most) after every step.
+        maps: the edited maps, ascending, where blocks do not add their outputs as they are (see
+            `replay.not_additive`). There is a value for each then, optimised together; see `places.AtMaps`.
 
     Source: MEMIT's ``compute_z``, as AlphaEdit and SPHERE use it.
     """
-    groups, start = _prepare(model, tokenizer, structure, requests, contexts, config, layer)
+    place = AtMaps(structure, maps) if maps else AtBlock(structure, layer)
     facts = len(requests)
-    delta = torch.zeros_like(start, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=config.value_lr)
-    norm = start.norm(dim=1)
-    final = torch.zeros_like(start)
-    loss_out, nll_out = torch.zeros_like(norm), torch.zeros_like(norm)
-    steps = torch.zeros(facts, dtype=torch.long, device=start.device)
-    active = torch.ones(facts, dtype=torch.bool, device=start.device)
+    groups, bare = _prepare(model, tokenizer, structure, requests, contexts, place.first)
+    place.begin(bare, facts)
+    delta = torch.zeros_like(place.start, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=config.value_lr, betas=(config.value_beta1, config.value_beta2))
+    norm = place.norm
+    final = torch.zeros_like(place.start)
+    loss_out, nll_out, likeliest = (torch.zeros_like(norm[:, 0]) for _ in range(3))
+    steps = torch.zeros(facts, dtype=torch.long, device=norm.device)
+    active = torch.ones(facts, dtype=torch.bool, device=norm.device)
     for step in range(config.value_steps):
         last = step == config.value_steps - 1
         adam.zero_grad()
-        nll, kl = torch.zeros_like(norm), torch.zeros_like(norm)
+        nll, kl, misses = (torch.zeros_like(norm[:, 0]) for _ in range(3))
         for group in groups:
-            nll_part, kl_part = _group_loss(structure, group, delta, facts)
+            log_probs = place.log_probs(group, delta)
+            nll_part, kl_part = group.losses(log_probs, facts)
             if not last:
                 (nll_part + config.value_kl * kl_part)[active].sum().backward()
             nll += nll_part.detach()
             kl += kl_part.detach()
-        decay = config.value_weight_decay * _norm(delta) / norm**2
+            if config.value_stop_on == "argmax":
+                misses += group.misses(log_probs.detach(), facts)
+        decay = (config.value_weight_decay * _norm(delta) / norm**2).mean(1)
         loss = nll + config.value_kl * kl + decay.detach()
-        done = active & ((loss if config.value_stop_on == "loss" else nll) < config.value_stop)
+        likeliest += misses == 0
+        stops = {"loss": loss < config.value_stop, "nll": nll < config.value_stop}
+        stops["argmax"] = (misses == 0) & (likeliest > _MORE_STEPS)
+        done = active & stops[config.value_stop_on]
         done = active.clone() if last else done
-        final[done], loss_out[done], nll_out[done] = start[done] + delta.detach()[done], loss[done], nll[done]
+        final[done], loss_out[done], nll_out[done] = delta.detach()[done], loss[done], nll[done]
         steps[active] += 1
         active &= ~done
         finished = not active.any()
@@ -105,10 +124,12 @@ def optimise_values(
         adam.step()
         with torch.no_grad():
             limit = config.value_clamp * norm
-            delta *= (limit / delta.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)[:, None]
+            delta *= (limit / delta.norm(dim=2).clamp_min(1e-30)).clamp_max(1.0)[:, :, None]
         if done.any():
             groups = [kept for group in groups if (kept := group.wanted(active, _SHRINK)) is not None]
-    return Values(final, loss_out, nll_out, steps)
+    target = place.said(final)
+    outputs = {m.layer: target[:, i] for i, m in enumerate(maps)}
+    return Values(target[:, -1], loss_out, nll_out, steps, place.start[:, -1], outputs)
 
 
 def _prepare(
@@ -117,10 +138,9 @@ def _prepare(
     structure: ModelStructure,
     requests: Sequence[EditRequest],
     contexts: Sequence[str],
-    config: EditConfig,
-    layer: int,
-) -> tuple[list[Group], Tensor]:
-    """Group the rows by tokens to replay; also z₀ ``[facts, hidden]`` from the bare prompts."""
+    first: int,
+) -> tuple[list[Group], list[Bare]]:
+    """Group the rows by tokens to replay, from block ``first`` on; also where the bare prompts are."""
     by_length: dict[int, list[tuple[int, bool, Row]]] = defaultdict(list)
     for fact, request in enumerate(requests):
         for i, context in enumerate(contexts):
@@ -128,38 +148,29 @@ def _prepare(
             by_length[len(row.ids) - row.subject_last].append((fact, i == 0, row))
         essence = encode(tokenizer, "{} is a", request.subject)
         by_length[1].append((fact, False, Row(essence.ids[: essence.subject_last + 1], essence.subject_last)))
-    start = torch.zeros(len(requests), structure.hidden_size, device=structure.device)
-    groups = []
+    groups, all_bare = [], []
     for length in sorted(by_length):
         rows = sorted(by_length[length], key=lambda item: item[2].subject_last)  # prefixes of like length together
         for at in range(0, len(rows), _ROWS_PER_GROUP):
             part = rows[at : at + _ROWS_PER_GROUP]
-            group = _make_group(model, structure, part, len(contexts), layer)
-            for i, (fact, bare, _) in enumerate(part):
-                if bare:
-                    start[fact] = group.replay.hidden[i, 0].float()
+            group = _make_group(model, structure, part, len(contexts), first)
+            bare = [i for i, item in enumerate(part) if item[1]]
+            if bare:
+                all_bare.append(Bare(group, bare, [part[i][0] for i in bare]))
             groups.append(group)
-    return groups, start
+    return groups, all_bare
 
 
 def _make_group(
-    model: Any, structure: ModelStructure, part: Sequence[tuple[int, bool, Row]], contexts: int, layer: int
+    model: Any, structure: ModelStructure, part: Sequence[tuple[int, bool, Row]], contexts: int, first: int
 ) -> Group:
     rows = [r for _, _, r in part]
     replay = record_after_prefix(
-        model, structure, [r.ids for r in rows], [r.subject_last for r in rows], layer + 1, len(structure.blocks) - 1
+        model, structure, [r.ids for r in rows], [r.subject_last for r in rows], first, len(structure.blocks) - 1
     )
     return Group.of(structure, replay, [fact for fact, _, _ in part], rows, contexts)
 
 
-def _group_loss(structure: ModelStructure, group: Group, delta: Tensor, facts: int) -> tuple[Tensor, Tensor]:
-    """This group's share of each fact's NLL and KL, ``[facts]`` each."""
-    hidden = group.replay.hidden
-    shift = delta[group.row_fact].to(hidden.dtype)
-    hidden = torch.cat([hidden[:, :1] + shift[:, None], hidden[:, 1:]], 1)
-    return group.losses(group.log_probs(structure, hidden), facts)
-
-
 def _norm(x: Tensor) -> Tensor:
-    """Row norms whose gradient at zero is zero."""
-    return (x.square().sum(1) + 1e-30).sqrt()
+    """Norms of the last dimension whose gradient at zero is zero."""
+    return (x.square().sum(-1) + 1e-30).sqrt()

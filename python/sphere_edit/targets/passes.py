@@ -61,8 +61,11 @@ class Passes:
     """
 
     def __init__(self, model: Any, structure: ModelStructure, layers: Sequence[int], arithmetic: str) -> None:
-        self.copied = arithmetic == "bfloat16" and structure.dtype != torch.bfloat16
-        if self.copied:
+        self._followed = model
+        self._edited = {id(structure.edited[layer].module.weight) for layer in layers}
+        self._copied = arithmetic == "bfloat16" and structure.dtype != torch.bfloat16
+        self._versions = self._others()
+        if self._copied:
             model = copy.deepcopy(model).to(torch.bfloat16)
             structure = find_structure(model, structure.modules)
         self._model, self._structure, self._layers = model, structure, tuple(layers)
@@ -77,10 +80,20 @@ class Passes:
 
     @torch.no_grad()
     def follow(self, weights: Mapping[int, Tensor]) -> None:
-        """The model's edited weights ``{layer: [n, d]}`` have been written."""
-        if self.copied:
-            for layer, weight in weights.items():
-                self._structure.edited[layer].weight.copy_(weight)
+        """The model's edited weights ``{layer: [n, d]}`` may have been written, and whatever else was since."""
+        if not self._copied:
+            return
+        for layer, weight in weights.items():
+            self._structure.edited[layer].weight.copy_(weight)
+        before, self._versions = self._versions, self._others()
+        if self._versions != before:
+            for own, other in zip(self._model.parameters(), self._followed.parameters(), strict=True):
+                own.copy_(other)
+
+    def _others(self) -> list[tuple[int, int]]:
+        """Which differ once a parameter that is not edited has been replaced or written by torch."""
+        others = (parameter for parameter in self._followed.parameters() if id(parameter) not in self._edited)
+        return [(parameter.data_ptr(), parameter._version) for parameter in others]
 
     @torch.no_grad()
     def begin(self, rows: Sequence[tuple[int, Row]], facts: int) -> None:
@@ -200,7 +213,8 @@ def _joined(part: Sequence[int], width: int, prefixes: Sequence[_Prefixes]) -> P
 
 
 class _Probes:
-    """Within, each edited map's output at the first column takes a zero whose gradient can be asked for."""
+    """Within, each edited map's output at the first column takes a zero whose gradient can be asked for; it comes
+    before hooks of others, as what the weight gives does."""
 
     def __init__(self, maps: Sequence[Any], hidden: Tensor) -> None:
         self._maps, self._shape = maps, hidden.shape[:2]
@@ -209,7 +223,7 @@ class _Probes:
         self.lengths: list[Tensor] = [hidden] * len(maps)
 
     def __enter__(self) -> _Probes:
-        self._handles = [m.module.register_forward_hook(self._hook(i)) for i, m in enumerate(self._maps)]
+        self._handles = [m.module.register_forward_hook(self._hook(i), prepend=True) for i, m in enumerate(self._maps)]
         return self
 
     def __exit__(self, *_: object) -> None:

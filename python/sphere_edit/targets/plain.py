@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sphere_edit.replay import compact_head, last_logits
+from sphere_edit.requests import EditRequest
 from sphere_edit.structure import ModelStructure
 from sphere_edit.targets.passes import alike
 from sphere_edit.tokens import Row, pad_left
@@ -23,7 +24,7 @@ class Plain:
         nll: ``[facts]`` fp32, mean negative log-likelihood of a target token, in nats.
         known: ``[facts]`` bool, whether every target token is the likeliest.
         keys: ``{layer: [facts, d]}`` fp32, inputs of the edited maps at the subject's last token.
-        outputs: ``{layer: [facts, n]}`` fp32, their outputs there.
+        outputs: ``{layer: [facts, n]}`` fp32, their own outputs there, before hooks of others.
         flops: of the linear maps.
     """
 
@@ -47,7 +48,8 @@ def look(model: Any, structure: ModelStructure, rows: Sequence[Row], layers: Seq
         inputs: dict[str, Any] = pad_left([row.ids for row in chosen], structure.device)
         shape = inputs["input_ids"].shape
         subject = torch.tensor([shape[1] - len(row.ids) + row.subject_last for row in chosen], device=structure.device)
-        handles = [m.module.register_forward_hook(_take(m.layer, part, shape, subject, keys, outputs)) for m in maps]
+        takes = [(m.module, _take(m.layer, part, shape, subject, keys, outputs)) for m in maps]
+        handles = [module.register_forward_hook(take, prepend=True) for module, take in takes]
         longest = max(len(row.target) for row in chosen)
         try:
             with compact_head(model):
@@ -62,6 +64,12 @@ def look(model: Any, structure: ModelStructure, rows: Sequence[Row], layers: Seq
             known[i] = bool((log_probs.argmax(-1) == want).all())
         flops += 2.0 * (shape.numel() * sum(structure.block_weights) + len(part) * longest * structure.head_weights)
     return Plain(nll, known, keys, outputs, flops)
+
+
+def learned(seen: Plain, requests: Sequence[EditRequest]) -> dict[str, Any]:
+    """How many facts the model has, and the ids of those that it has not."""
+    unlearned = [request.id for request, known in zip(requests, seen.known.tolist(), strict=True) if not known]
+    return {"learned": len(requests) - len(unlearned), "unlearned": unlearned}
 
 
 def _take(
