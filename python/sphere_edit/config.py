@@ -325,7 +325,13 @@ PRESETS: dict[str, EditConfig] = {
 # step to reach their targets, and stopping at their NLL rather than the whole loss spares the neighbours.
 _OF_TARGETS: dict[tuple[str, str], dict[str, Any]] = {
     ("smollm2-135m", "optimised"): {"value_stop": 0.1, "value_stop_on": "nll", "contexts": 5},
-    ("smollm2-135m", "gradient"): {"layers": (24, 25, 26, 27, 28), "gradient_lr": 1.0},
+    # So wide a step, so high up; there the key covariance has no eigenvalue below the threshold.
+    ("smollm2-135m", "gradient"): {
+        "layers": (24, 25, 26, 27, 28),
+        "gradient_lr": 1.0,
+        "ridge": 1.0,
+        "null_space": False,
+    },
 }
 
 

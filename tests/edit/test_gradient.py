@@ -416,6 +416,7 @@ def test_presets():
     assert preset("ultraedit", "alphaedit").null_space is False
     tuned = preset("smollm2-135m", targets="gradient")
     assert (tuned.method, tuned.layers, tuned.sphere) == ("alphaedit", (24, 25, 26, 27, 28), True)
+    assert not tuned.null_space and preset("smollm2-135m", "memit", "gradient").layers == tuned.layers
     assert tuned.gradient_lr > 100 * EditConfig().gradient_lr and tuned.contexts == 0
 
 
