@@ -88,6 +88,8 @@ def targets(stored: dict[str, Any]) -> str:
     found, per = per_unit(stored, "facts")
     rows = []
     for name, way in ways.items():
+        if name not in found:
+            continue
         info, ratio = found[name], per["test_edits[optimised]"] / per[name]
         flops = "–" if info["gflops_per_fact"] is None else f"{info['gflops_per_fact']:.1f}"
         said = f"{way}, in {info['arithmetic']}" if info["arithmetic"] == "bfloat16" else way
