@@ -16,11 +16,11 @@ are taken to learn half. What is not finite stands out always.
 
 Why these numbers (``benchmarks/results/guard.json``): in healthy batches of 20 facts of SmolLM2-135M a layer's energy
 changed by 1e-5 at most and its step was 0.085 at most; the studies (``benchmarks/study/results``) have steps up to
-0.22 (100 facts) and, on a model with 128 neurons a layer, 2.2 % of energy in ten batches. Steps made 100 times too long changed the energy by 2 to
-3 % only, but were 7 times the weight's norm and more. Hence five medians, and fixed bounds well above the healthy.
-Missed in the first batches: steps 10 times too long in the closed loop, which makes up for them, and contradictory
-facts, since the share learned is hardly bounded there. So few runs cannot prove that no
-healthy run is ever stopped: the default is ``warn``, which loses nothing.
+0.22 (100 facts) and, on a model with 128 neurons a layer, 2.2 % of energy in ten batches. Steps made 100 times too long
+changed the energy by 2 to 3 % only, but were 7 times the weight's norm and more. Hence five medians, and fixed bounds
+well above the healthy. Missed in the first batches: steps 10 times too long in the closed loop, which makes up for
+them, and contradictory facts, since the share learned is hardly bounded there. So few runs cannot prove that no healthy
+run is ever stopped: the default is ``warn``, which loses nothing.
 """
 
 from __future__ import annotations
