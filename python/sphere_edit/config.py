@@ -58,7 +58,7 @@ class EditConfig:
             from a forward pass of the model itself.
         value_steps, value_lr, value_weight_decay, value_kl, value_clamp: Adam on each fact's value; the clamp is in
             units of the hidden state's norm.
-        value_beta1, value_beta2: Adam's; .5 and .9 with ``value_lr: 1`` halve the steps on SmolLM2.
+        value_beta1, value_beta2: Adam's decay rates.
         value_stop: a fact is done when its loss falls below this.
         value_stop_on: which loss: ``loss`` (NLL + KL + decay, published) or ``nll`` alone; or ``argmax``: a fact is
             done two steps after every token of its target became the likeliest in all contexts, whatever
@@ -183,10 +183,15 @@ class EditConfig:
     @classmethod
     def from_run(cls, values: Mapping[str, Any]) -> EditConfig:
         """As `from_dict`, for settings in a run's ``config.yaml``: what its method and targets have no use for is
-        passed over. Runs of version 0.1, which do not name their targets, optimised them."""
-        values = {"targets": "optimised", **values}
+        passed over."""
+        values = as_recorded(values)
         unused = foreign(values.get("method", DEFAULTS["method"]), values["targets"])
         return cls.from_dict({name: value for name, value in values.items() if name not in unused})
+
+
+def as_recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a run's ``config.yaml``: runs of version 0.1, which do not name their targets, optimised them."""
+    return {"targets": "optimised", **settings}
 
 
 OPEN: dict[str, Any] = {"layers": [], "loop_arithmetic": "auto"}  # what the editor chooses by the model and machine

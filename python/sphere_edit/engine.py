@@ -71,7 +71,7 @@ class Engine:
         self._whole = True
         self._undo: dict[int, dict[str, Tensor]] = {}
         self._before: dict[int, Tensor] = {}  # the weights of the batch before, where updates are being tried
-        self._tried: dict[int, tuple[Tensor, Update, Event]] = {}
+        self._tried: dict[int, tuple[Update, Event]] = {}
 
     def check_whole(self) -> None:
         """Refuse to go on from half a batch."""
@@ -154,8 +154,8 @@ class Engine:
         found = {}
         for layer, (keys, residuals) in asked.items():
             solved = self.solve(layer, keys, residuals, clock)
-            found[layer] = (residuals, *self._shaped(layer, residuals, solved, clock))
-        for layer, (_, update, _) in found.items():
+            found[layer] = self._shaped(layer, residuals, solved, clock)
+        for layer, (update, _) in found.items():
             weight = self.states[layer].weight
             self._before[layer] = weight.clone()
             weight.copy_(self.states[layer].updated(*_factors(update)))
@@ -171,7 +171,7 @@ class Engine:
         """
         self._untry()
         done = {}
-        for layer, (_, update, event) in self._tried.items():
+        for layer, (update, event) in self._tried.items():
             self.method.remember(layer, self._entering(layer, keys[layer]))
             done[layer] = self._put(layer, keys[layer], update, event, clock)
         return done

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from sphere_edit.config import DEFAULTS, OPEN, ConfigError, EditConfig, foreign, preset
+from sphere_edit.config import DEFAULTS, OPEN, ConfigError, EditConfig, as_recorded, foreign, preset
 from sphere_edit.methods import method_class
 from sphere_edit.requests import EditRequest
 
@@ -84,7 +84,7 @@ def given_settings(file: Path | None, pairs: list[str], named: Mapping[str, Any]
         values[name] = read_yaml(value, f"--set {pair}")
     values |= {name: value for name, value in named.items() if value is not None}
     if recorded:
-        recorded = {"targets": "optimised", **recorded}  # as runs of version 0.1, which do not say so, did
+        recorded = as_recorded(recorded)
     unused = foreign(
         values.get("method", recorded.get("method", DEFAULTS["method"])),
         values.get("targets", recorded.get("targets", DEFAULTS["targets"])),
@@ -132,7 +132,7 @@ def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Ma
     for name, value in {**compared, **chosen}.items():
         if name == "guard":  # what is in the weights does not depend on it
             continue
-        expected = {**own, **EditConfig().to_dict(), **recorded["settings"]}.get(name)
+        expected = {**own, **EditConfig().to_dict(), **as_recorded(recorded["settings"])}.get(name)
         if value != expected and value != OPEN.get(name, expected):
             raise ConfigError(
                 f"{name}: the run was begun with {expected!r}, got {value!r}; begin a new run to change it"

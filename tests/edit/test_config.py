@@ -10,7 +10,7 @@ import yaml
 
 from sphere_edit.config import PRESETS, ConfigError, EditConfig, auto_layers, foreign, preset
 from sphere_edit.methods import METHODS
-from sphere_edit.options import settings
+from sphere_edit.options import check_same, settings
 
 _NAN, _INF = float("nan"), float("inf")
 _BAD = {
@@ -211,3 +211,13 @@ def test_the_settings_of_an_earlier_run_are_read(tmp_path):
     file.write_text(yaml.safe_dump(earlier))  # as one writes it oneself
     with pytest.raises(ConfigError, match="memit has no use for it"):
         settings("auto", file, [], {})
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_targets_it_had():
+    earlier = EditConfig(targets="optimised").to_dict()
+    del earlier["targets"]
+    recorded = {"settings": earlier, "given": {}, "environment": {"threads": 1}, "replaces": None, "device": "cpu"}
+    recorded |= {"perplexity_text": "heldout", "save_model": False, "checkpoint_every": 10}
+    check_same({}, {"targets": "optimised"}, recorded)
+    with pytest.raises(ConfigError, match="targets: the run was begun with 'optimised', got 'closed_loop'"):
+        check_same({}, {"targets": "closed_loop"}, recorded)

@@ -19,6 +19,7 @@ from torch import Tensor
 from sphere_edit.config import EditConfig
 from sphere_edit.contexts import in_context
 from sphere_edit.requests import EditRequest
+from sphere_edit.targets.groups import essence
 from sphere_edit.targets.passes import Passes, Seen
 from sphere_edit.targets.plain import Plain, learned
 from sphere_edit.tokens import Row, encode
@@ -80,10 +81,9 @@ def close_loop(
     active = torch.ones(facts, dtype=torch.bool)
     rounds = torch.zeros(facts, dtype=torch.long)
     steps: _Steps | None = None
-    plain, round_number, begun, flops = None, 0, False, 0.0
+    plain, round_number, begun, flops = None, 0, False, -passes.flops
     while active.any() and round_number < config.loop_rounds:
         if not begun or len(contexts) > 1:
-            flops += passes.flops if round_number else 0.0
             context = contexts[int(torch.randint(len(contexts), (), generator=drawn)) if round_number else 0]
             rows = _rows(tokenizer, requests, bare, context, active, config.loop_kl > 0)
             passes.begin(rows, facts)
@@ -97,7 +97,7 @@ def close_loop(
         unknown = active.to(passes.device) & ~(seen.nll < config.loop_stop)
         if unknown.any():
             steps.move(seen, unknown)
-        if unknown.any() or plain is None and round_number == 1:
+        if unknown.any() or round_number == 1:
             write({layer: (steps.keys[layer], steps.wanted[layer]) for layer in layers})
         active = unknown.cpu()
         if not active.any() or round_number == config.loop_rounds:
@@ -155,9 +155,9 @@ def _rows(
     bare: Sequence[Row],
     context: str,
     active: Tensor,
-    essence: bool,
+    kl: bool,
 ) -> list[tuple[int, Row]]:
-    """(fact, row) of the active facts in a context, and of what they are where that is wanted."""
+    """(fact, row) of the active facts in a context, and where the KL term is wanted its rows."""
     rows = []
     for fact, request in enumerate(requests):
         if not active[fact]:
@@ -166,9 +166,8 @@ def _rows(
         if context != "{}":
             row = encode(tokenizer, in_context(context, request.prompt), request.subject, request.target_new)
         rows.append((fact, row))
-        if essence:
-            about = encode(tokenizer, "{} is a", request.subject)
-            rows.append((fact, Row(about.ids[: about.subject_last + 1], about.subject_last)))
+        if kl:
+            rows.append((fact, essence(tokenizer, request.subject)))
     return rows
 
 

@@ -89,7 +89,8 @@ def look_back(
 
 
 class _Probes:
-    """Within, the output of each module takes a zero whose gradient can be asked for."""
+    """Within, the output of each module takes a zero whose gradient can be asked for; it comes before hooks of others,
+    as what the weight gives does."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
@@ -97,7 +98,7 @@ class _Probes:
         self.added: dict[nn.Module, Tensor] = {}
 
     def __enter__(self) -> _Probes:
-        self._handles = [module.register_forward_hook(self._hook) for module in self._modules]
+        self._handles = [module.register_forward_hook(self._hook, prepend=True) for module in self._modules]
         return self
 
     def __exit__(self, *_: object) -> None:

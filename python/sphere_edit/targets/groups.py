@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sphere_edit.replay import Replay
 from sphere_edit.structure import ModelStructure
-from sphere_edit.tokens import Row
+from sphere_edit.tokens import Row, encode
 
 
 @dataclass
@@ -108,3 +109,9 @@ class Group:
         now = log_probs[kl]
         divergence = (now.exp() * (now - self.reference)).sum(1)
         return nll, zero.index_add(0, fact[kl], divergence)
+
+
+def essence(tokenizer: Any, subject: str) -> Row:
+    """ "{subject} is a" up to the subject's last token: the row without a target that the KL term reads."""
+    row = encode(tokenizer, "{} is a", subject)
+    return Row(row.ids[: row.subject_last + 1], row.subject_last)

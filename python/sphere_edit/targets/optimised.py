@@ -21,7 +21,7 @@ from sphere_edit.contexts import in_context
 from sphere_edit.replay import record_after_prefix
 from sphere_edit.requests import EditRequest
 from sphere_edit.structure import LinearMap, ModelStructure
-from sphere_edit.targets.groups import Group
+from sphere_edit.targets.groups import Group, essence
 from sphere_edit.targets.places import AtBlock, AtMaps, Bare
 from sphere_edit.tokens import Row, encode
 
@@ -146,8 +146,7 @@ def _prepare(
         for i, context in enumerate(contexts):
             row = encode(tokenizer, in_context(context, request.prompt), request.subject, request.target_new)
             by_length[len(row.ids) - row.subject_last].append((fact, i == 0, row))
-        essence = encode(tokenizer, "{} is a", request.subject)
-        by_length[1].append((fact, False, Row(essence.ids[: essence.subject_last + 1], essence.subject_last)))
+        by_length[1].append((fact, False, essence(tokenizer, request.subject)))
     groups, all_bare = [], []
     for length in sorted(by_length):
         rows = sorted(by_length[length], key=lambda item: item[2].subject_last)  # prefixes of like length together

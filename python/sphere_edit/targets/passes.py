@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sphere_edit.replay import PrefixCache, record
 from sphere_edit.structure import ModelStructure, find_structure
 from sphere_edit.targets.groups import Group
-from sphere_edit.tokens import Row
+from sphere_edit.tokens import Row, pad_left
 from sphere_kernels import native
 
 _TOKENS_PER_GROUP = 1024  # bounds the activations that a backward pass keeps
@@ -40,7 +40,6 @@ class Seen:
         keys: ``{layer: [facts, d]}`` fp32, inputs of the edited maps at the subject's last token.
         lengths: ``{layer: [facts]}`` fp32, norms of their outputs there.
         gradients: ``{layer: [facts, n]}`` fp32, of the loss for these outputs.
-        flops: multiplications and additions of the linear maps.
     """
 
     nll: Tensor
@@ -48,7 +47,6 @@ class Seen:
     keys: dict[int, Tensor]
     lengths: dict[int, Tensor]
     gradients: dict[int, Tensor]
-    flops: float
 
 
 class Passes:
@@ -58,6 +56,9 @@ class Passes:
         model: causal LM in evaluation mode without parameter gradients (see `replay.frozen`).
         layers: the edited blocks, ascending.
         arithmetic: ``model``, or ``bfloat16``: a copy of the model is kept, whose edited weights follow by `follow`.
+
+    Attributes:
+        flops: multiplications and additions of the linear maps in all passes so far.
     """
 
     def __init__(self, model: Any, structure: ModelStructure, layers: Sequence[int], arithmetic: str) -> None:
@@ -103,7 +104,7 @@ class Passes:
             rows: (fact, row); a row without a target is for the KL term.
             facts: their number.
         """
-        self._facts, self.flops = facts, 0.0
+        self._facts = facts
         with _attention(self._structure.device):
             prefixes = self._prefixes([row for _, row in rows])
             lengths = [len(row.ids) - row.subject_last for _, row in rows]
@@ -119,11 +120,9 @@ class Passes:
         facts, device = self._facts, self._structure.device
         nll = torch.zeros(facts, device=device)
         ran = torch.zeros(facts, dtype=torch.bool, device=device)
-        zeros = {m.layer: m.weight.new_zeros(facts, sum(m.weight.shape), dtype=torch.float32) for m in self._maps}
-        keys = {m.layer: zeros[m.layer][:, : m.weight.shape[1]] for m in self._maps}
-        gradients = {m.layer: zeros[m.layer][:, m.weight.shape[1] :] for m in self._maps}
+        keys = {m.layer: torch.zeros(facts, m.weight.shape[1], device=device) for m in self._maps}
+        gradients = {m.layer: torch.zeros(facts, m.weight.shape[0], device=device) for m in self._maps}
         lengths = {m.layer: torch.zeros(facts, device=device) for m in self._maps}
-        flops = 0.0
         for group in self._groups:
             hidden, about = group.replay.hidden, group.row_fact
             told = group.tells_target()
@@ -136,9 +135,8 @@ class Passes:
                 keys[m.layer][about[told]] = key[told].float()
                 lengths[m.layer][about[told]] = length[told].float()
                 gradients[m.layer].index_add_(0, about, gradient.float())
-            flops += 2 * self._flops(hidden.shape[0] * hidden.shape[1], self._layers[0], len(group.want))
-        self.flops += flops
-        return Seen(nll.masked_fill(~ran, torch.inf), ran, keys, lengths, gradients, flops)
+            self.flops += 2 * self._flops(hidden.shape[0] * hidden.shape[1], self._layers[0], len(group.want))
+        return Seen(nll.masked_fill(~ran, torch.inf), ran, keys, lengths, gradients)
 
     def _flops(self, tokens: int, first: int, reads: int) -> float:
         """Of the linear maps in a forward pass."""
@@ -152,7 +150,7 @@ class Passes:
         for part in alike([rows[i].subject_last for i in some]):
             places = [some[i] for i in part]
             width = max(rows[i].subject_last for i in places)
-            inputs = _padded([(rows[i].ids[: rows[i].subject_last], ()) for i in places], width, 0, self._structure)
+            inputs: dict[str, Any] = pad_left([rows[i].ids[: rows[i].subject_last] for i in places], self.device)
             cache = PrefixCache()
             record(self._model, self._structure, {**inputs, "past_key_values": cache, "use_cache": True}, top, top)
             self.flops += self._flops(len(places) * width, 0, 0)

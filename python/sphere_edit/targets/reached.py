@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,9 @@ def share_reached(pairs: Iterable[tuple[Tensor, Tensor]]) -> float | None:
     return float((got[some] / wanted[some]).mean()) if some.any() else None
 
 
-def share_written(done: Mapping[int, LayerRecord], keys: Mapping[int, Tensor], wanted: Mapping[int, Tensor]) -> Any:
+def share_written(
+    done: Mapping[int, LayerRecord], keys: Mapping[int, Tensor], wanted: Mapping[int, Tensor]
+) -> float | None:
     """`share_reached` where changes are wanted of the edited maps: what the batch's updates ``ΔW`` give for each fact's
     key in the written model, ``ΔW k``, beside the change that was solved for.
 
