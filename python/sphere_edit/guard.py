@@ -34,13 +34,15 @@ import torch
 from torch import Tensor
 
 from sphere_edit.records import Event
+from sphere_kernels.streaming import IllConditioned
 
 FIRST = 5  # batches until medians are taken
 BOUND = {"energy": 0.05, "step": 1.0}  # in the batches before
 LEAST = {"energy": 0.002, "step": 0.02}  # what is below harms nothing, however still the run was
 _SPREADS, _SHARE_SPREADS = 8.0, 4.0
 _NORMAL = 1.4826  # standard deviations in a MAD
-BROKEN = (FloatingPointError, torch.linalg.LinAlgError)  # what the loop raises where it meets NaN or infinity
+# What the loop raises where it meets NaN, infinity, or keys too long to be solved for.
+BROKEN = (FloatingPointError, torch.linalg.LinAlgError, IllConditioned)
 
 Figure = tuple[str, int | None, float]  # name, layer, value
 

@@ -19,6 +19,10 @@ LONGEST = 1e-3  # of |k|^2 eps / ridge: up to there the solution was within 1e-2
 SLAB = 1024  # rows of the dual that are folded at a time
 
 
+class IllConditioned(ValueError):
+    """Keys so long that rounding would leave little of the solution."""
+
+
 @dataclass(frozen=True, eq=False)
 class NullSpace:
     """An orthonormal basis of the features, split in two; one of the parts is enough, but then it is the one used.
@@ -132,8 +136,8 @@ class RecursiveLeastSquares:
         """The right factor ``[b, d]`` for keys ``[b, d]``, in the dtype stored. The history stays as it is.
 
         Raises:
-            TypeError, ValueError: keys that do not fit, or too long for so small a ridge; FloatingPointError: keys
-            that are not finite.
+            TypeError, ValueError: keys that do not fit; IllConditioned: too long for so small a ridge;
+            FloatingPointError: not finite.
         """
         self._pending = None
         unmix, hk = self._applied(keys)
@@ -210,7 +214,7 @@ class RecursiveLeastSquares:
         lower = _factor(hk, x)
         reach = float(x.square().sum(1).amax()) / self.ridge if len(x) else 0.0
         if lower is None or not reach * torch.finfo(x.dtype).eps < LONGEST:
-            raise ValueError(
+            raise IllConditioned(
                 f"the ridge {self.ridge:g} is too small for keys of length {_longest(keys):.3g} in {self._dual.dtype}; "
                 "expected a larger one, or dtype=torch.float64"
             )
@@ -289,7 +293,7 @@ class FactoredCovariance:
         applied = torch.cholesky_solve(x.mT, self._lower).mT
         lower = _factor(applied, x)
         if lower is None:
-            raise ValueError(f"keys of length {_longest(keys):.3g} are too long for this covariance")
+            raise IllConditioned(f"keys of length {_longest(keys):.3g} are too long for this covariance")
         return torch.cholesky_solve(applied, lower)
 
     @torch.no_grad()

@@ -152,6 +152,23 @@ def test_nan_stops_with_the_facts_named(make, monkeypatch):
     assert caught.value.found == [] and isinstance(caught.value.__cause__, FloatingPointError)
 
 
+@_KINDS
+def test_keys_too_long_to_be_solved_for_are_left_out(targets, make, monkeypatch):
+    editor, without = make(**_settings(targets, "skip")), make(**_settings(targets, "skip"))
+    editor.prepare()
+    solve = editor._engine.method.solve
+
+    def longer(layer, keys, residuals):
+        return solve(layer, 1e6 * keys if editor.batches == 1 else keys, residuals)
+
+    monkeypatch.setattr(editor._engine.method, "solve", longer)
+    with pytest.warns(UserWarning, match="batch 2 stands out and was left out: the ridge .* is too small for keys"):
+        editor.edit(tiny.places(3))
+    without.edit([tiny.places(3)[0]])
+    without.edit([tiny.places(3)[2]])
+    assert tiny.same(editor.model, tiny.state(without.model))
+
+
 @pytest.mark.parametrize("skipped", [False, True])
 def test_errors_of_others_are_no_reason_to_skip(skipped, make, monkeypatch):
     """What cannot be recorded ends the run, also where the record is that of a batch left out."""
