@@ -1,6 +1,7 @@
 """Edit facts of Hugging Face language models in sequence, with SPHERE."""
 
 try:
+    from sphere_edit.answers import evaluate_answers, write_answers
     from sphere_edit.config import PRESETS, EditConfig, preset
     from sphere_edit.data import load_requests
     from sphere_edit.editor import SphereEditor
@@ -25,6 +26,7 @@ __all__ = [
     "SphereEditor",
     "__version__",
     "evaluate",
+    "evaluate_answers",
     "find_structure",
     "fit_tfidf",
     "generate_texts",
@@ -35,4 +37,5 @@ __all__ = [
     "read_references",
     "reference_texts",
     "score_texts",
+    "write_answers",
 ]

@@ -136,6 +136,9 @@ def run_command(
     score_sample: Annotated[
         int | None, typer.Option(help="Requests scored before and after, drawn at random; by default all.", min=1)
     ] = None,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Also let it answer their prompts by itself: exact, and contains.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run at OUT when done.")] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
@@ -194,6 +197,7 @@ def run_command(
                 curve_every=curve_every,
                 curve_sample=curve_sample,
                 score_sample=score_sample,
+                answers=answers,
                 save_model=save_model,
                 overwrite=overwrite,
                 given={"limit": limit, "order": order, "preset": preset_name, "dtype": dtype},
@@ -289,6 +293,12 @@ def evaluate_command(
     generate: Annotated[
         int | None, typer.Option(help="Also let it write about the first N requests: fluency and consistency.", min=1)
     ] = None,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Also let it answer every prompt by itself: exact, and contains.")
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="With --answers: in the tokenizer's chat template, as a user would ask.")
+    ] = False,
     references: Annotated[
         Path | None,
         typer.Option(
@@ -306,9 +316,10 @@ def evaluate_command(
 ) -> None:
     """Success, accuracy (each with its standard error) and perplexity of any model on a data set.
 
-    With --generate also fluency and consistency of what it writes.
+    With --answers also whether it writes the target by itself; with --generate fluency and consistency of its texts.
     """
     with plain_errors():
+        from sphere_edit.answers import evaluate_answers
         from sphere_edit.data import load_requests
         from sphere_edit.generation import fit_tfidf, generate_texts, read_references, reference_texts, score_texts
         from sphere_edit.metrics import evaluate, finite, perplexity
@@ -318,6 +329,8 @@ def evaluate_command(
         for option, text in (("--references", references), ("--tfidf-text", tfidf_text)):
             if text is not None and generate is None:
                 raise ConfigError(f"{option} {text}: expected --generate with it")
+        if chat and not answers:
+            raise ConfigError("--chat: expected --answers with it")
         known = load_requests(data, limit=None if generate else limit, order=order, on_note=note)
         requests = known[:limit]
         if generate:
@@ -330,11 +343,16 @@ def evaluate_command(
         with bars() as progress:
             found = evaluate(loaded, tokenizer, requests, lambda done, n: progress("scores", done, n))
             value = perplexity(loaded, tokenizer, perplexity_text)
-            scores, written = found.to_dict(), {}
+            scores, written = found.to_dict(), dict[str, Any]()
+            if answers:
+                said, written["answers"] = evaluate_answers(
+                    loaded, tokenizer, requests, chat=chat, progress=lambda done, n: progress("answers", done, n)
+                )
+                scores |= said.to_dict()
             if generate:
                 texts = generate_texts(loaded, tokenizer, chosen, progress=lambda done, n: progress("texts", done, n))
                 scores |= score_texts(chosen, texts, about, tfidf).to_dict()
-                written = {"texts": {r.id: own for r, own in zip(chosen, texts, strict=True)}}
+                written["texts"] = {r.id: own for r, own in zip(chosen, texts, strict=True)}
         event = {"event": "evaluation", "when": "now", "scores": scores, "perplexity": finite(value)}
         console.print(scores_table([event]))
         _write_json(as_json, {"model": model, "data": data, **event, **written})

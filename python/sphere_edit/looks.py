@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from sphere_edit.answers import evaluate_answers
 from sphere_edit.editor import SphereEditor
 from sphere_edit.files import replacing
 from sphere_edit.generation import complete
@@ -54,20 +55,26 @@ def look(
     text: str,
     tokens: int,
     progress: Callable[[str, int, int], None],
+    answers: bool = False,
 ) -> Look:
     """Look at the editor's model as it would be handed over.
 
     Args:
         when: ``before`` or ``after``.
         text, tokens: of the perplexity.
+        answers: also score what the model writes by itself.
     """
     model, tokenizer = editor.model, editor.tokenizer
     with editor.finished():
         found = evaluate(model, tokenizer, requests, lambda done, n: progress(f"scores {when}", done, n))
+        if answers:
+            name = f"answers {when}"
+            said, _ = evaluate_answers(model, tokenizer, requests, progress=lambda done, n: progress(name, done, n))
+            found |= said
         value = perplexity(model, tokenizer, text, tokens)
         event = {"event": "evaluation", "when": when, "scores": found.to_dict(), "perplexity": finite(value)}
-        said = complete(model, tokenizer, [prompt for _, prompt in sample_prompts(requests)], _SAMPLE_TOKENS)
-        return Look([event, *_spectra(editor, when), *_cosines(editor, when)], found.per_request, said)
+        completed = complete(model, tokenizer, [prompt for _, prompt in sample_prompts(requests)], _SAMPLE_TOKENS)
+        return Look([event, *_spectra(editor, when), *_cosines(editor, when)], found.per_request, completed)
 
 
 def sample(requests: Sequence[EditRequest], count: int | None, seed: str) -> list[EditRequest]:

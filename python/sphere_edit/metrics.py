@@ -73,6 +73,11 @@ class Evaluation:
         """The evaluation of some of the requests, in this order; nothing is computed anew."""
         return Evaluation.of([self.per_request[i] for i in indices], self.scores)
 
+    def __or__(self, other: Evaluation) -> Evaluation:
+        """Both evaluations of the same requests."""
+        both = zip(self.per_request, other.per_request, strict=True)
+        return Evaluation(self.scores | other.scores, [own | more for own, more in both])
+
     def to_dict(self) -> dict[str, Any]:
         return {name: score.to_dict() for name, score in self.scores.items()}
 

@@ -50,6 +50,7 @@ class RunOptions:
         curve_every: batches between two evaluations on the way; 0 for none.
         curve_sample: how many requests each of their groups has at most; see `looks.curve`.
         score_sample: how many requests are scored before and after, drawn by the run's seed; None is all.
+        answers: also let the model answer their prompts by itself, before and after; see `answers`.
         overwrite: replace an earlier run at ``out`` once this one is complete.
         given: how model and data were read, for those who go on with the run.
     """
@@ -65,6 +66,7 @@ class RunOptions:
     curve_every: int = 0
     curve_sample: int = 200
     score_sample: int | None = None
+    answers: bool = False
     given: dict[str, Any] = field(default_factory=dict)
 
 
@@ -324,7 +326,7 @@ class _Work:
 
     def look(self, when: str) -> Look:
         text, tokens = self.record["perplexity_text"], self.record["perplexity_tokens_at_most"]
-        return look(self.editor, self.scored, when, text, tokens, self.progress)
+        return look(self.editor, self.scored, when, text, tokens, self.progress, self.record.get("answers", False))
 
     def restore(self, to: int) -> None:
         """The model and the editor's state as they were after batch ``to``."""
@@ -434,6 +436,7 @@ def _record(editor: SphereEditor, options: RunOptions, edits: int, folder: Path)
         "curve_every": options.curve_every,
         "curve_sample": options.curve_sample,
         "score_sample": options.score_sample,
+        "answers": options.answers,
         "replaces": None if folder.name == target else target,
         "given": options.given,
         "settings": editor.config.to_dict(),

@@ -6,7 +6,7 @@ A study is a YAML file:
     model: a name or path, as for ``sphere-edit run``
     make_model: [python module, argument, …]   # optional: ``python -m`` of that makes the model where it is missing
     data: as for ``sphere-edit run``, and limit, order, dtype, threads, preset, perplexity_text
-    curve_every, curve_sample, score_sample, checkpoint_every: as there
+    curve_every, curve_sample, score_sample, checkpoint_every, answers: as there
     settings: {…}           # of all runs, where their method has a use for them
     runs:                   # name: settings of its own
       AlphaEdit: {method: alphaedit, sphere: false}
@@ -62,6 +62,7 @@ class Study:
     curve_sample: int = 200
     score_sample: int | None = None
     checkpoint_every: int = 10
+    answers: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -125,6 +126,7 @@ class Study:
             curve_every=self.curve_every,
             curve_sample=self.curve_sample,
             score_sample=self.score_sample,
+            answers=self.answers,
             given={name: getattr(self, name) for name in ("limit", "order", "preset", "dtype")},
         )
 
@@ -138,7 +140,7 @@ class Study:
         settings = config.to_dict()
         settings |= {name: record["settings"].get(name) for name, value in OPEN.items() if settings[name] == value}
         expected = {"model": options.model_name, "data": options.data_name, **options.given, "threads": self.threads}
-        expected |= {name: getattr(options, name) for name in ("perplexity_text", *LEAST)} | settings
+        expected |= {name: getattr(options, name) for name in ("perplexity_text", "answers", *LEAST)} | settings
         found = {**record, **recorded_options(record), **record["settings"]}
         for name, value in expected.items():
             if found.get(name) != value:
@@ -154,6 +156,8 @@ def _check(path: Path, name: str, value: Any) -> None:
         least = _COUNTS[name]
         ok, expected = whole and value >= least, f"a whole number of at least {least}"
         ok = ok or (value is None and name in ("limit", "score_sample"))
+    elif name == "answers":
+        ok, expected = isinstance(value, bool), "true or false"
     elif name in _KINDS:
         ok, expected = isinstance(value, _KINDS[name]), {dict: "names with values", list: "a list"}[_KINDS[name]]
         ok = ok and (bool(value) or name != "runs")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere_edit import runs
+from sphere_edit.answers import ANSWER_SCORES
 from sphere_edit.files import replacing
 from sphere_edit.journal import RunError
 from sphere_edit.log import Log, mean_of
@@ -140,7 +141,8 @@ def _without_sphere(found: Mapping[str, Any], name: str) -> str | None:
 
 def _differences(own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     pairs = [(scores, base[request]) for request, scores in own.items() if request in base]
-    return {n: Score.of([a[n] - b[n] for a, b in pairs if n in a and n in b]).to_dict() for n in SCORES}
+    both = {n: [a[n] - b[n] for a, b in pairs if n in a and n in b] for n in (*SCORES, *ANSWER_SCORES)}
+    return {name: Score.of(values).to_dict() for name, values in both.items() if values or name in SCORES}
 
 
 def _difference_of_first(own: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -174,10 +176,11 @@ def _thin(event: Event, energy: float) -> dict[str, Any]:
 
 def tables(found: Mapping[str, Any]) -> str:
     """Markdown: how each run ended (shares in per cent, HE as its change), what SPHERE added, weights, Spearman's ρ."""
-    scored = ["", *(name.replace("_", " ") for name in SCORES)]
-    head = [*scored, "first, accuracy", "newest, accuracy", "perplexity", "doubled by (HE)", "HE", "minutes"]
     first = next(iter(found["runs"].values()))["before"]
-    rows = [["before", *_shares(first["scores"]), "", "", _short(first["perplexity"]), "", "", ""]]
+    shown = (*SCORES, *(name for name in ANSWER_SCORES if name in first["scores"]))
+    scored = ["", *(name.replace("_", " ") for name in shown)]
+    head = [*scored, "first, accuracy", "newest, accuracy", "perplexity", "doubled by (HE)", "HE", "minutes"]
+    rows = [["before", *_shares(first["scores"], shown), "", "", _short(first["perplexity"]), "", "", ""]]
     added, related, weights = [], [], []
     for name, run in found["runs"].items():
         curve = run["curve"][-1] if run["curve"] else {"first": {}, "last": {}}
@@ -186,7 +189,7 @@ def tables(found: Mapping[str, Any]) -> str:
         rows.append(
             [
                 label,
-                *_shares(end["scores"]),
+                *_shares(end["scores"], shown),
                 *(_share(curve[group].get("efficacy_accuracy")) for group in ("first", "last")),
                 _short(end["perplexity"]),
                 _doubled(run),
@@ -195,7 +198,7 @@ def tables(found: Mapping[str, Any]) -> str:
             ]
         )
         if less := run.get("less_base"):
-            added.append([label, *(_share(less.get(score), "+") for score in (*SCORES, "first"))])
+            added.append([label, *(_share(less.get(score), "+") for score in (*shown, "first"))])
         weights.append([label, *_weights(run)])
         seen = {r["score"]: r for r in run["correlations"] if r["energy"] == "change"}
         if any(r["rho"] is not None for r in seen.values()):
@@ -209,7 +212,7 @@ def tables(found: Mapping[str, Any]) -> str:
     text += _table(["", *_WEIGHTS, "suppressed", "least ‖ΔŴ‖² / bound"], weights)
     if related:
         text += "\nSpearman's ρ of |ΔHE| with each score over the curve (p, n):\n\n"
-        text += _table(scored, related)
+        text += _table(["", *(name.replace("_", " ") for name in SCORES)], related)
     return text
 
 
@@ -240,8 +243,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def _shares(scores: Mapping[str, Any]) -> Iterator[str]:
-    for name in SCORES:
+def _shares(scores: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
+    for name in names:
         yield _share(scores.get(name))
 
 

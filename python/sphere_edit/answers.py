@@ -1,0 +1,133 @@
+"""What the model itself writes after a prompt, and whether that is the wanted answer.
+
+*Accuracy* (`metrics`) shows a model each right token before it asks for the next, and stops where the target does. Who
+uses a model shows it nothing: it writes one token after another until it ends its text or line. Editing methods that
+look alike by accuracy differ here (Yang et al., "The Mirage of Model Editing", arXiv 2502.11177).
+
+Answers are compared as those of SQuAD (Rajpurkar et al. 2016): lower case, without punctuation and articles. *Exact* is
+the whole answer; *contains* asks for the target's words anywhere in it, in a row. A base model seldom stops
+after an answer, so *contains* is its figure, and *exact* that of a chat model.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphere_edit.generation import continue_rows
+from sphere_edit.metrics import METRICS, Evaluation
+from sphere_edit.replay import frozen
+from sphere_edit.requests import EditRequest
+from sphere_edit.tokens import Row, check_fits, check_tokenizer, encode
+
+ANSWER_TOKENS = 20
+ANSWER_SCORES = tuple(f"{metric}_{kind}" for metric in METRICS for kind in ("exact", "contains"))
+_ROWS_PER_BATCH = 64
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def evaluate_answers(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    tokens: int = ANSWER_TOKENS,
+    chat: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Evaluation, dict[str, str]]:
+    """`ANSWER_SCORES`: efficacy (the prompt) and generalization (paraphrases) want ``target_new``; specificity
+    (neighbourhood) ``target_true``, or ``neighborhood_answers`` where a request has them.
+
+    Args:
+        model: causal LM; evaluated in evaluation mode, left as it was.
+        tokens: of an answer at most.
+        chat: prompts are a user's messages in the tokenizer's chat template.
+
+    Returns:
+        The scores, and each prompt's answer.
+
+    Raises:
+        ValueError: as `write_answers`.
+    """
+    wanted = []
+    for r in requests:
+        known = r.neighborhood_answers or (r.target_true,) * len(r.neighborhood)
+        wanted.append(
+            {
+                "efficacy": [(r.text, r.target_new)],
+                "generalization": [(prompt, r.target_new) for prompt in r.paraphrases],
+                "specificity": [(prompt, a) for prompt, a in zip(r.neighborhood, known, strict=True) if a],
+            }
+        )
+    prompts = list(dict.fromkeys(p for groups in wanted for group in groups.values() for p, _ in group))
+    answers = dict(zip(prompts, write_answers(model, tokenizer, prompts, tokens, chat, progress), strict=True))
+    per_request = []
+    for groups in wanted:
+        record: dict[str, float] = {}
+        for name, group in groups.items():
+            if group:
+                told = [(normalised(answers[prompt]), normalised(target)) for prompt, target in group]
+                record[f"{name}_exact"] = sum(said == right for said, right in told) / len(told)
+                record[f"{name}_contains"] = sum(f" {right} " in f" {said} " for said, right in told) / len(told)
+        per_request.append(record)
+    return Evaluation.of(per_request, ANSWER_SCORES), answers
+
+
+def write_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    tokens: int = ANSWER_TOKENS,
+    chat: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Greedy continuations up to an end of text or line, or ``tokens``; prompts of like length run together.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or a prompt leaves the model too few positions.
+    """
+    check_tokenizer(tokenizer)
+    if tokens < 1:
+        raise ValueError(f"tokens: expected at least 1, got {tokens}")
+    if chat and not tokenizer.chat_template:
+        raise ValueError("chat: the tokenizer has no chat template; expected chat=False, or an instruction-tuned model")
+    rows = [_chat_row(tokenizer, p) if chat else encode(tokenizer, p) for p in prompts]
+    for row, prompt in zip(rows, prompts, strict=True):
+        check_fits(model, row, prompt, tokens)
+    by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
+    ends = _line_ends(tokenizer, model)
+    answers = [""] * len(rows)
+    with frozen(model), torch.no_grad():
+        for start in range(0, len(rows), _ROWS_PER_BATCH):
+            batch = by_length[start : start + _ROWS_PER_BATCH]
+            given = [rows[i].ids for i in batch]
+            stop: Any = [lambda ids, scores, **_: ends.to(ids.device)[ids[:, -1]]]
+            out = continue_rows(model, tokenizer, given, tokens, do_sample=False, stopping_criteria=stop)
+            for i, row in zip(batch, out[:, max(map(len, given)) :], strict=True):
+                answers[i] = tokenizer.decode(row, skip_special_tokens=True).partition("\n")[0].strip()
+            if progress is not None:
+                progress(start + len(batch), len(rows))
+    return answers
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, articles and more than one blank; where nothing is left, without the latter."""
+    bare = re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION))
+    return " ".join(bare.split()) or " ".join(text.lower().split())
+
+
+def _chat_row(tokenizer: Any, prompt: str) -> Row:
+    message = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return Row(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def _line_ends(tokenizer: Any, model: Any) -> Tensor:
+    """``[ids]`` bool: which tokens have a line's end in them."""
+    size = max(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return torch.tensor(["\n" in text for text in texts] + [False] * (size - len(texts)))
