@@ -14,6 +14,7 @@ from sphere_edit.config import ConfigError, EditConfig
 from sphere_edit.journal import RunError, locked
 from sphere_edit.metrics import SCORES, evaluate
 from sphere_edit.records import Event
+from sphere_edit.report import write_report
 from sphere_edit.requests import EditRequest
 from sphere_edit.study import Study, finished, go, slug
 from sphere_edit.study_results import (
@@ -268,6 +269,20 @@ def test_samples_are_no_larger_than_asked(write, tmp_path):
     seen = _curves(tmp_path / "runs" / "alphaedit")
     counts = [[event[group]["efficacy_accuracy"]["n"] for group in ("scores", "first", "last")] for event in seen]
     assert counts == [[3, 3, 2], [3, 3, 2], [3, 3, 1]]
+
+
+def test_answers_are_scored_shown_and_compared(write, tmp_path):
+    settings = {"AlphaEdit": {"sphere": False}, "AlphaEdit + SPHERE": {}}
+    one = Study.read(write(runs=settings, score_sample=4, answers=True))
+    go(one, tmp_path / "runs", say=lambda text: None)
+    folder = tmp_path / "runs" / "alphaedit"
+    (found,) = [e["scores"] for e in runs.read_events(folder) if e["event"] == "evaluation" and e["when"] == "after"]
+    assert found["efficacy_contains"]["n"] == 4
+    assert "generalization contains" in write_report(folder).read_text()
+    text = tables(collect(one, tmp_path / "runs"))
+    assert text.count("| generalization contains |") == 2  # of the runs, and of what SPHERE added
+    with pytest.raises(RunError, match="answers is True there, False here"):
+        go(_change(tmp_path / "small.yaml", answers=False), tmp_path / "runs")
 
 
 def _change(path, **fields):
