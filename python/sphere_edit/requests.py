@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
+
+ON_CONFLICT = ("refuse", "skip")
 
 
 class RequestError(ValueError):
@@ -114,18 +117,93 @@ def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[Edi
     return out
 
 
-def check_batches(requests: Sequence[EditRequest], batch_size: int) -> None:
-    """Refuse a batch in which the same prompt about the same subject is given two different new targets."""
+class Conflict(NamedTuple):
+    """Two requests of a batch that give one prompt about one subject different new targets."""
+
+    batch: int
+    first: EditRequest
+    later: EditRequest
+
+    def __str__(self) -> str:
+        return (
+            f"requests {self.first.id!r} and {self.later.id!r} contradict each other: "
+            f"{self.later.text!r} → {self.first.target_new!r} and → {self.later.target_new!r}"
+        )
+
+
+def conflicts(requests: Sequence[EditRequest], batch_size: int) -> list[Conflict]:
+    """The contradictions within the batches: each later request with the first that it contradicts."""
+    found = []
     for number, batch in enumerate(batches(requests, batch_size)):
         seen: dict[str, EditRequest] = {}
         for request in batch:
-            key = " ".join(request.text.split()).casefold()
-            other = seen.setdefault(key, request)
+            other = seen.setdefault(_asked(request), request)
             if other.target_new != request.target_new:
-                raise RequestError(
-                    f"batch {number} (batch size {batch_size}): requests {other.id!r} and {request.id!r} "
-                    f"contradict each other: {request.text!r} → {other.target_new!r} and → {request.target_new!r}"
-                )
+                found.append(Conflict(number, other, request))
+    return found
+
+
+def duplicates(requests: Sequence[EditRequest]) -> list[tuple[EditRequest, EditRequest]]:
+    """Each request that asks an earlier one's edit again, after that earlier one."""
+    seen: dict[tuple[str, str], EditRequest] = {}
+    pairs = ((seen.setdefault((_asked(request), request.target_new), request), request) for request in requests)
+    return [(first, later) for first, later in pairs if first is not later]
+
+
+def check_batches(requests: Sequence[EditRequest], batch_size: int) -> None:
+    """Refuse batches that contradict themselves; the message names all contradictions, up to 20."""
+    if found := conflicts(requests, batch_size):
+        count = f"{len(found)} contradictions: " if len(found) > 1 else ""
+        told = listed(f"batch {conflict.batch} (batch size {batch_size}): {conflict}" for conflict in found)
+        raise RequestError(f"{count}{told}")
+
+
+def settle_conflicts(
+    requests: Sequence[EditRequest],
+    batch_size: int,
+    on_conflict: str = "refuse",
+    on_note: Callable[[str], None] = warnings.warn,
+) -> list[EditRequest]:
+    """The requests without contradictions in a batch.
+
+    Args:
+        on_conflict: ``refuse``, or ``skip``: leave the later request of each contradiction out. Later requests move up.
+        on_note: called with the requests left out, if any.
+
+    Raises:
+        RequestError: there are contradictions and they are refused; or ``on_conflict`` is neither.
+    """
+    if on_conflict not in ON_CONFLICT:
+        raise RequestError(f"on_conflict: expected one of {', '.join(ON_CONFLICT)}, got {on_conflict!r}")
+    if on_conflict == "refuse":
+        check_batches(requests, batch_size)
+        return list(requests)
+    kept: list[EditRequest] = []
+    found: list[Conflict] = []
+    seen: dict[str, EditRequest] = {}
+    for request in requests:
+        if len(kept) % batch_size == 0:
+            seen = {}
+        other = seen.setdefault(_asked(request), request)
+        if other.target_new == request.target_new:
+            kept.append(request)
+        else:
+            found.append(Conflict(len(kept) // batch_size, other, request))
+    if found:
+        told = listed(f"{conflict.later.id!r} (batch {conflict.batch}: {conflict})" for conflict in found)
+        on_note(f"{len(found)} of {len(requests)} requests contradict an earlier one of their batch; left out: {told}")
+    return kept
+
+
+def listed(texts: Iterable[str], most: int = 20) -> str:
+    """Texts in a row; after the first ``most`` their number only."""
+    every = list(texts)
+    return "; ".join(every[:most]) + (f"; and {len(every) - most} more" if len(every) > most else "")
+
+
+def _asked(request: EditRequest) -> str:
+    """What a request asks, whatever its case and blanks."""
+    return " ".join(request.text.split()).casefold()
 
 
 def batches(requests: Sequence[EditRequest], batch_size: int) -> list[Sequence[EditRequest]]:
