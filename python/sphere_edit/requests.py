@@ -19,8 +19,9 @@ class EditRequest:
     """One fact to edit.
 
     Args:
-        prompt: template with exactly one ``{}`` where the subject goes, e.g. ``"The capital of {} is"``; the target
-            follows after one blank.
+        prompt: template with exactly one ``{}`` where the subject goes, e.g. ``"The capital of {} is"``. The target
+            follows after one blank, or directly where the prompt ends in whitespace, such as the newline of a chat
+            template. One blank at its end is that blank: it is not stored. All this holds for the prompts below too.
         subject: what the fact is about.
         target_new: what the model shall say after the prompt. Stored without surrounding blanks.
         target_true: what it should say now; needed for *success* and for specificity.
@@ -63,7 +64,7 @@ class EditRequest:
                 raise RequestError(f"{self._name}: {name} must be a list of non-empty {kind}, got {value!r}")
             if kind == "prompts" and any("{}" in p for p in value):
                 raise RequestError(f"{self._name}: {name} must be complete prompts, without {{}}, got {value!r}")
-            object.__setattr__(self, name, tuple(p.rstrip() if kind == "prompts" else p.strip() for p in value))
+            object.__setattr__(self, name, tuple(_written(p) if kind == "prompts" else p.strip() for p in value))
         if len(self.neighborhood_answers) not in (0, len(self.neighborhood)):
             raise RequestError(
                 f"{self._name}: neighborhood_answers must be one for each of the {len(self.neighborhood)} prompts of "
@@ -72,7 +73,7 @@ class EditRequest:
         if not (self.relation is None or isinstance(self.relation, str)):
             raise RequestError(f"{self._name}: relation must be text or absent, got {self.relation!r}")
         object.__setattr__(self, "id", str(self.id))
-        object.__setattr__(self, "prompt", self.prompt.rstrip())
+        object.__setattr__(self, "prompt", _written(self.prompt))
         object.__setattr__(self, "subject", self.subject.strip())
         object.__setattr__(self, "target_new", self.target_new.strip())
         if self.target_true is not None:
@@ -99,6 +100,17 @@ class EditRequest:
         if missing:
             raise RequestError(f"request {id!r}: field {missing[0]!r} is missing")
         return cls(**{"id": id, **{key: value for key, value in record.items() if value is not None}})
+
+
+def joint(prompt: str) -> str:
+    """What stands between a prompt and its target: nothing after whitespace, else one blank."""
+    return "" if prompt[-1:].isspace() else " "
+
+
+def _written(prompt: str) -> str:
+    """A prompt without the one blank that `joint` puts after it."""
+    bare = prompt.removesuffix(" ")
+    return bare if joint(bare) else prompt
 
 
 FIELDS = tuple(field.name for field in fields(EditRequest))

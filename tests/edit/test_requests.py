@@ -81,6 +81,27 @@ def test_duplicates_are_those_of_prompt_and_target() -> None:
     assert [(first.id, later.id) for first, later in found] == [("0:a1", "2:A1"), ("0:a1", "4:a1")]
 
 
+@pytest.mark.parametrize(
+    ("written", "stored"),
+    [
+        ("is", "is"),
+        ("is ", "is"),
+        ("is\n", "is\n"),
+        ("is  ", "is  "),
+        ("is\n ", "is\n "),
+        ("is\t", "is\t"),
+        ("\nis", "\nis"),
+    ],
+)
+def test_whitespace_at_the_end_of_a_prompt_belongs_to_it(written: str, stored: str) -> None:
+    more = ("paraphrases", "neighborhood", "generation")
+    request = EditRequest(f"{{}} {written}", " a ", " b\n", target_true="c ", **{name: (written,) for name in more})
+    assert request.prompt == f"{{}} {stored}" and request.text == f"a {stored}"
+    assert {getattr(request, name) for name in more} == {(stored,)}
+    assert (request.target_new, request.target_true) == ("b", "c")
+    assert EditRequest.from_dict(vars(request)) == request
+
+
 def test_counterfact_in_file_order_loses_few() -> None:
     path = Path(os.environ.get("SPHERE_EDIT_DATA", "")) / "counterfact_all.jsonl.gz"
     if not path.is_file():
