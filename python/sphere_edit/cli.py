@@ -18,17 +18,21 @@ from sphere_edit.options import (
     load,
     load_as,
     numbers,
+    recorded_options,
     settings,
 )
+from sphere_edit.requests import conflicts, duplicates, settle_conflicts
 from sphere_edit.terminal import (
     ability_table,
     bars,
     console,
+    data_table,
     energy_table,
     guard_lines,
     learned_table,
     note,
     plain_errors,
+    requests_table,
     say,
     scores_table,
     spectrum_table,
@@ -50,8 +54,9 @@ ModelArgument = Annotated[str, typer.Argument(help="'smollm2-135m', or a Hugging
 _DATA = typer.Option(
     "--data",
     "-d",
-    help="'world-facts[:RELATION,...]', a file of CounterFact, zsRE or WikiBigEdit (.json, .jsonl, .gz), or JSONL of "
-    "{prompt with {}, subject, target_new[, target_true, paraphrases, neighborhood]}, the last two whole prompts.",
+    help="'world-facts[:RELATION,...]', a file of CounterFact, zsRE, EasyEdit, WikiBigEdit or LRE (.json, .jsonl), "
+    "or JSONL, CSV or TSV of {prompt with {}, subject, target_new[, target_true, paraphrases, neighborhood]}, the last "
+    "two whole prompts; perhaps with .gz. 'sphere-edit data' shows how a file is read.",
 )
 DataOption = Annotated[str, _DATA]
 LimitOption = Annotated[int | None, typer.Option(help="Use the first N requests only.", min=1)]
@@ -118,6 +123,13 @@ def run_command(
             "facts out), stop, or off. May differ with --resume."
         ),
     ] = None,
+    on_conflict: Annotated[
+        Literal["skip", "refuse"],
+        typer.Option(
+            help="What becomes of a batch that gives one prompt two targets: skip (leave the later fact out and say "
+            "so), or refuse the run."
+        ),
+    ] = "skip",
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, as in config.yaml; may be repeated."),
@@ -187,6 +199,7 @@ def run_command(
             if journal.folder != out.resolve():
                 say(f"{out} stays until this run is complete; till then it is in {journal.folder}")
             requests = load_requests(data, limit=limit, order=order, on_note=note)
+            requests = settle_conflicts(requests, chosen.batch_size, on_conflict, note)
             loaded, tokenizer = load(model, dtype, device, threads, trust_remote_code)
             options = RunOptions(
                 model,
@@ -200,7 +213,13 @@ def run_command(
                 answers=answers,
                 save_model=save_model,
                 overwrite=overwrite,
-                given={"limit": limit, "order": order, "preset": preset_name, "dtype": dtype},
+                given={
+                    "limit": limit,
+                    "order": order,
+                    "preset": preset_name,
+                    "dtype": dtype,
+                    "on_conflict": on_conflict,
+                },
             )
             with bars() as progress, way_on(journal):
                 run(loaded, tokenizer, requests, chosen, options, on_progress=progress, journal=journal)
@@ -222,6 +241,8 @@ def _resume(folder: Path, given: dict[str, Any], chosen: dict[str, Any], trust_r
         if "data" in given:
             limit, order = recorded["given"].get("limit"), recorded["given"].get("order")
             again = load_requests(given["data"], limit=limit, order=order, on_note=note)
+            if recorded_options(recorded)["on_conflict"] == "skip":
+                again = settle_conflicts(again, recorded["settings"]["batch_size"], "skip", note)
             check_same_requests(again, runs.read_requests(journal.folder), given["data"])
         if runs.is_finished(journal):
             beside = ", ".join(map(str, runs.beside(journal.folder)))
@@ -356,6 +377,22 @@ def evaluate_command(
         event = {"event": "evaluation", "when": "now", "scores": scores, "perplexity": finite(value)}
         console.print(scores_table([event]))
         _write_json(as_json, {"model": model, "data": data, **event, **written})
+
+
+@app.command("data")
+def data_command(
+    source: Annotated[str, typer.Argument(metavar="DATA", help="A file, or 'world-facts[:RELATION,...]'.")],
+    limit: LimitOption = None,
+    order: OrderOption = None,
+) -> None:
+    """Show how a file of facts is read: schema, what is left out and why, contradictions, and the first three facts."""
+    with plain_errors():
+        from sphere_edit.data import load
+
+        loaded = load(source, limit=limit, order=order)
+        requests = loaded.requests
+        against = conflicts(requests, max(len(requests), 1))
+        console.print(data_table(source, loaded, against, duplicates(requests)), requests_table(requests[:3]))
 
 
 @app.command("harness")

@@ -19,7 +19,7 @@ from torch import Tensor
 from sphere_edit.data.reading import DataError, Fields, read_records
 from sphere_edit.metrics import Evaluation
 from sphere_edit.replay import frozen
-from sphere_edit.requests import EditRequest
+from sphere_edit.requests import EditRequest, joint
 from sphere_edit.tokens import check_fits, check_tokenizer, encode, pad_left
 
 TEXT_TOKENS = 100
@@ -125,7 +125,9 @@ def reference_texts(requests: Iterable[EditRequest]) -> References:
     for r in requests:
         if r.relation is not None and r.target_true is not None:
             prompts = (r.text,) if r.neighborhood_answers else (r.text, *r.neighborhood)
-            found.setdefault((r.relation, r.target_true), {}).update({f"{p} {r.target_true}": None for p in prompts})
+            found.setdefault((r.relation, r.target_true), {}).update(
+                {f"{p}{joint(p)}{r.target_true}": None for p in prompts}
+            )
     return {key: list(texts) for key, texts in found.items()}
 
 

@@ -93,11 +93,50 @@ def given_settings(file: Path | None, pairs: list[str], named: Mapping[str, Any]
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """YAML as its users write it: 1e-3, which YAML 1.1 takes for a text, is a number."""
+    """YAML as its users write it: 1e-3, which YAML 1.1 takes for a text, is a number.
+
+    Raises:
+        ConfigError: not YAML; or a key given twice, or a number that YAML 1.1 reads in base 8 or 60 (010, 1:30).
+    """
     try:
-        return _numeric(yaml.safe_load(text))
+        return _numeric(yaml.load(text, _Loader))
+    except _MisreadError as error:
+        raise ConfigError(f"{where}, line {error.line}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
+
+
+class _MisreadError(yaml.YAMLError):
+    """Sound YAML that is not read as it looks."""
+
+    def __init__(self, node: yaml.Node, message: str) -> None:
+        super().__init__(message)
+        self.line = node.start_mark.line + 1
+
+
+class _Loader(yaml.SafeLoader):
+    """Checks nodes as they are composed, before merge keys are put in place."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: dict[tuple[str, str], int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                first = seen[key.tag, key.value]
+                raise _MisreadError(key, f"{key.value!r} is given twice; first in line {first}")
+            seen[key.tag, key.value] = key.start_mark.line + 1
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        base = 60 if ":" in node.value else 8 if re.fullmatch(r"[-+]?0[0-7_]+", node.value) else 10
+        if is_number and base != 10:
+            value = self.construct_object(node)
+            raise _MisreadError(
+                node, f"{node.value} would be read as {value}, base {base}; expected a plain number, or quotes"
+            )
+        return node
 
 
 def _numeric(value: Any) -> Any:
@@ -145,6 +184,7 @@ def recorded_options(recorded: Mapping[str, Any]) -> dict[str, Any]:
     later = {"curve_every": 0, "curve_sample": None, "score_sample": None, "answers": False}  # not in earlier runs
     own |= {name: recorded.get(name, value) for name, value in later.items()}
     own |= {"overwrite": recorded["replaces"] is not None, "threads": recorded["environment"]["threads"]}
+    own |= {"on_conflict": recorded["given"].get("on_conflict", "refuse")}  # as earlier runs and those from Python
     return own | {name: recorded["given"].get(name) for name in ("limit", "order", "preset", "dtype")}
 
 

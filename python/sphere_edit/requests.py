@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
+
+ON_CONFLICT = ("refuse", "skip")
 
 
 class RequestError(ValueError):
@@ -16,8 +19,9 @@ class EditRequest:
     """One fact to edit.
 
     Args:
-        prompt: template with exactly one ``{}`` where the subject goes, e.g. ``"The capital of {} is"``; the target
-            follows after one blank.
+        prompt: template with exactly one ``{}`` where the subject goes, e.g. ``"The capital of {} is"``. The target
+            follows after one blank, or directly where the prompt ends in whitespace, such as the newline of a chat
+            template. One blank at its end is that blank: it is not stored. All this holds for the prompts below too.
         subject: what the fact is about.
         target_new: what the model shall say after the prompt. Stored without surrounding blanks.
         target_true: what it should say now; needed for *success* and for specificity.
@@ -60,7 +64,7 @@ class EditRequest:
                 raise RequestError(f"{self._name}: {name} must be a list of non-empty {kind}, got {value!r}")
             if kind == "prompts" and any("{}" in p for p in value):
                 raise RequestError(f"{self._name}: {name} must be complete prompts, without {{}}, got {value!r}")
-            object.__setattr__(self, name, tuple(p.rstrip() if kind == "prompts" else p.strip() for p in value))
+            object.__setattr__(self, name, tuple(_written(p) if kind == "prompts" else p.strip() for p in value))
         if len(self.neighborhood_answers) not in (0, len(self.neighborhood)):
             raise RequestError(
                 f"{self._name}: neighborhood_answers must be one for each of the {len(self.neighborhood)} prompts of "
@@ -69,7 +73,7 @@ class EditRequest:
         if not (self.relation is None or isinstance(self.relation, str)):
             raise RequestError(f"{self._name}: relation must be text or absent, got {self.relation!r}")
         object.__setattr__(self, "id", str(self.id))
-        object.__setattr__(self, "prompt", self.prompt.rstrip())
+        object.__setattr__(self, "prompt", _written(self.prompt))
         object.__setattr__(self, "subject", self.subject.strip())
         object.__setattr__(self, "target_new", self.target_new.strip())
         if self.target_true is not None:
@@ -98,6 +102,17 @@ class EditRequest:
         return cls(**{"id": id, **{key: value for key, value in record.items() if value is not None}})
 
 
+def joint(prompt: str) -> str:
+    """What stands between a prompt and its target: nothing after whitespace, else one blank."""
+    return "" if prompt[-1:].isspace() else " "
+
+
+def _written(prompt: str) -> str:
+    """A prompt without the one blank that `joint` puts after it."""
+    bare = prompt.removesuffix(" ")
+    return bare if joint(bare) else prompt
+
+
 FIELDS = tuple(field.name for field in fields(EditRequest))
 
 
@@ -114,18 +129,93 @@ def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[Edi
     return out
 
 
-def check_batches(requests: Sequence[EditRequest], batch_size: int) -> None:
-    """Refuse a batch in which the same prompt about the same subject is given two different new targets."""
+class Conflict(NamedTuple):
+    """Two requests of a batch that give one prompt about one subject different new targets."""
+
+    batch: int
+    first: EditRequest
+    later: EditRequest
+
+    def __str__(self) -> str:
+        return (
+            f"requests {self.first.id!r} and {self.later.id!r} contradict each other: "
+            f"{self.later.text!r} → {self.first.target_new!r} and → {self.later.target_new!r}"
+        )
+
+
+def conflicts(requests: Sequence[EditRequest], batch_size: int) -> list[Conflict]:
+    """The contradictions within the batches: each later request with the first that it contradicts."""
+    found = []
     for number, batch in enumerate(batches(requests, batch_size)):
         seen: dict[str, EditRequest] = {}
         for request in batch:
-            key = " ".join(request.text.split()).casefold()
-            other = seen.setdefault(key, request)
+            other = seen.setdefault(_asked(request), request)
             if other.target_new != request.target_new:
-                raise RequestError(
-                    f"batch {number} (batch size {batch_size}): requests {other.id!r} and {request.id!r} "
-                    f"contradict each other: {request.text!r} → {other.target_new!r} and → {request.target_new!r}"
-                )
+                found.append(Conflict(number, other, request))
+    return found
+
+
+def duplicates(requests: Sequence[EditRequest]) -> list[tuple[EditRequest, EditRequest]]:
+    """Each request that asks an earlier one's edit again, after that earlier one."""
+    seen: dict[tuple[str, str], EditRequest] = {}
+    pairs = ((seen.setdefault((_asked(request), request.target_new), request), request) for request in requests)
+    return [(first, later) for first, later in pairs if first is not later]
+
+
+def check_batches(requests: Sequence[EditRequest], batch_size: int) -> None:
+    """Refuse batches that contradict themselves; the message names all contradictions, up to 20."""
+    if found := conflicts(requests, batch_size):
+        count = f"{len(found)} contradictions: " if len(found) > 1 else ""
+        told = listed(f"batch {conflict.batch} (batch size {batch_size}): {conflict}" for conflict in found)
+        raise RequestError(f"{count}{told}")
+
+
+def settle_conflicts(
+    requests: Sequence[EditRequest],
+    batch_size: int,
+    on_conflict: str = "refuse",
+    on_note: Callable[[str], None] = warnings.warn,
+) -> list[EditRequest]:
+    """The requests without contradictions in a batch.
+
+    Args:
+        on_conflict: ``refuse``, or ``skip``: leave the later request of each contradiction out. Later requests move up.
+        on_note: called with the requests left out, if any.
+
+    Raises:
+        RequestError: there are contradictions and they are refused; or ``on_conflict`` is neither.
+    """
+    if on_conflict not in ON_CONFLICT:
+        raise RequestError(f"on_conflict: expected one of {', '.join(ON_CONFLICT)}, got {on_conflict!r}")
+    if on_conflict == "refuse":
+        check_batches(requests, batch_size)
+        return list(requests)
+    kept: list[EditRequest] = []
+    found: list[Conflict] = []
+    seen: dict[str, EditRequest] = {}
+    for request in requests:
+        if len(kept) % batch_size == 0:
+            seen = {}
+        other = seen.setdefault(_asked(request), request)
+        if other.target_new == request.target_new:
+            kept.append(request)
+        else:
+            found.append(Conflict(len(kept) // batch_size, other, request))
+    if found:
+        told = listed(f"{conflict.later.id!r} (batch {conflict.batch}: {conflict})" for conflict in found)
+        on_note(f"{len(found)} of {len(requests)} requests contradict an earlier one of their batch; left out: {told}")
+    return kept
+
+
+def listed(texts: Iterable[str], most: int = 20) -> str:
+    """Texts in a row; after the first ``most`` their number only."""
+    every = list(texts)
+    return "; ".join(every[:most]) + (f"; and {len(every) - most} more" if len(every) > most else "")
+
+
+def _asked(request: EditRequest) -> str:
+    """What a request asks, whatever its case and blanks."""
+    return " ".join(request.text.split()).casefold()
 
 
 def batches(requests: Sequence[EditRequest], batch_size: int) -> list[Sequence[EditRequest]]:

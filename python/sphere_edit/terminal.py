@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from safetensors import SafetensorError
 
+from sphere_edit.data.loading import Loaded
 from sphere_edit.guard import told
 from sphere_edit.journal import Journal, resume_command
+from sphere_edit.requests import FIELDS, Conflict, EditRequest
 from sphere_edit.targets.reached import named
 
 console = Console()
@@ -132,6 +134,41 @@ def guard_lines(events: list[dict[str, Any]]) -> list[str]:
     left = [fact for event in found if event["action"] == "skipped" for fact in event["facts"]]
     lines = [f"guard: {told(event)}" for event in found]
     return [*lines, f"guard: {len(left)} facts were left out"] if left else lines
+
+
+def data_table(
+    name: str, loaded: Loaded, against: Sequence[Conflict], again: Sequence[tuple[EditRequest, EditRequest]]
+) -> Table:
+    """What a source of requests holds, and what in it one may want to mend."""
+    table = Table(title=escape(name), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    left = loaded.left_out
+    rows: dict[str, list[str]] = {
+        "schema": [loaded.schema],
+        "requests": [str(len(loaded.requests))],
+        "no edits, left out": [str(len(left)), *left[:3]],
+        "contradictions": [str(len(against)), *map(str, against[:3])],
+        "asked again": [str(len(again)), *(f"{later.id!r} is {first.id!r} again" for first, later in again[:3])],
+        "fields not read": [", ".join(loaded.unread) or "none"],
+    }
+    for what, lines in rows.items():
+        table.add_row(what, escape("\n".join(lines)))
+    return table
+
+
+def requests_table(requests: Sequence[EditRequest]) -> Table:
+    """Requests as they are understood, a column for each."""
+    table = Table(title="as understood", show_header=False)
+    table.add_column(no_wrap=True)
+    for _ in requests:
+        table.add_column(overflow="fold")
+    for name in FIELDS:
+        values = [getattr(request, name) for request in requests]
+        if any(values):
+            shown = ["\n".join(map(repr, v)) if isinstance(v, tuple) else repr(v) if v else "" for v in values]
+            table.add_row(name, *map(escape, shown))
+    return table
 
 
 def scores_table(events: list[dict[str, Any]]) -> Table:

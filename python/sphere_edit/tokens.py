@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphere_edit.requests import joint
+
 
 @dataclass(frozen=True)
 class Row:
@@ -32,15 +34,15 @@ def encode(tokenizer: Any, template: str, subject: str | None = None, target: st
         tokenizer: a fast Hugging Face tokenizer (positions come from its character offsets).
         template: the prompt; with a subject, exactly one ``{}``.
         subject: what goes in place of ``{}``; the index of its last token is found from offsets, not by re-tokenising.
-        target: the continuation, one blank before it. Its tokens are read off the whole text, so that tokenizers
-            that treat a leading blank in their own way are followed.
+        target: the continuation, after one blank, or directly where the prompt ends in whitespace. Its tokens are read
+            off the whole text, so that tokenizers that treat a leading blank in their own way are followed.
 
     Returns:
         Row: with ``len(ids) = prompt tokens + target tokens - 1``; position ``len(ids) - len(target)`` predicts the
         first target token.
     """
     prompt = template if subject is None else template.replace("{}", subject)
-    text = prompt if target is None else f"{prompt} {target}"
+    text = prompt if target is None else f"{prompt}{joint(prompt)}{target}"
     encoding = tokenizer(text, return_offsets_mapping=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     last = -1

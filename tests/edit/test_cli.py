@@ -62,14 +62,14 @@ def folder(tmp_path_factory, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "run", "evaluate", "harness", "energy", "report", "apply", "revert", "rollback"]
+    "command", ["", "run", "evaluate", "data", "harness", "energy", "report", "apply", "revert", "rollback"]
 )
 def test_help(command):
     result = _call(*([command] if command else []), "--help")
     assert result.exit_code == 0
     assert "Usage" in result.stdout and not result.stderr
     if not command:
-        for name in ("run", "evaluate", "harness", "energy", "report", "apply", "revert", "rollback"):
+        for name in ("run", "evaluate", "data", "harness", "energy", "report", "apply", "revert", "rollback"):
             assert re.search(rf"^\s+{name}\b", result.stdout, re.M)
 
 
@@ -184,6 +184,61 @@ def test_existing_run(folder, tmp_path):
     assert "--overwrite to replace it" in _error(_call(*args, "-o", folder / "run"))
     assert "is not a run folder" in _error(_call(*args, "-o", folder / "model", "--overwrite"))
     assert (folder / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def _contradicting(base, path):
+    """The facts, and after the first another target for it."""
+    facts = [json.loads(line) for line in (base / "facts.jsonl").read_text(encoding="utf-8").splitlines()]
+    other = {**facts[0], "id": "other", "target_new": "Oslo"}
+    path.write_text("".join(json.dumps(fact) + "\n" for fact in (facts[0], other, *facts[1:])), encoding="utf-8")
+    return path
+
+
+def test_contradictions_are_left_out_and_named_or_refused(folder, tmp_path):
+    data = _contradicting(folder, tmp_path / "facts.jsonl")
+    args = ["run", "-m", folder / "model", "-d", data, "-o", tmp_path / "run", *_QUICK]
+    message = _error(_call(*args, "--on-conflict", "refuse"))
+    assert re.search(r"batch 0 .*'capital' and 'other' contradict each other", message)
+    assert not (tmp_path / "run").exists()
+    result = _call(*args)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"note: 1 of 5 requests contradict .*left out: 'other'", " ".join(result.stderr.split()))
+    kept = runs.read_requests(tmp_path / "run")
+    assert [r.id for r in kept] == [r.id for r in tiny.facts(4)]
+    again = ["run", "--resume", tmp_path / "run", "-d", data]
+    assert _call(*again).exit_code == 0
+    assert _call(*again, "--on-conflict", "skip").exit_code == 0
+    message = _error(_call(*again, "--on-conflict", "refuse"))
+    assert "on_conflict: the run was begun with 'skip', got 'refuse'" in message
+    earlier = ["run", "--resume", folder / "run", "-d"]
+    assert _call(*earlier, folder / "facts.jsonl", "--limit", 3).exit_code == 0
+
+
+def test_data_shows_how_a_file_is_read(folder, tmp_path):
+    data = _contradicting(folder, tmp_path / "facts.jsonl")
+    with data.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**json.loads(data.read_text(encoding="utf-8").splitlines()[2]), "id": "twice"}))
+    result = _call("data", data)
+    assert result.exit_code == 0 and not result.stderr, result.output
+    shown = " ".join(result.stdout.split())
+    for expected in (
+        "schema │ plain",
+        "requests │ 6",
+        "contradictions │ 1",
+        "asked again │ 1",
+        "fields not read │ none",
+    ):
+        assert expected in shown, result.stdout
+    assert "'capital' and 'other'" in shown and "'twice' is " in shown
+    first = tiny.facts(1)[0]
+    assert repr(first.subject) in shown and repr(first.target_new) in shown
+    zsre = {"subject": "Oka", "src": "Where is Oka?", "answers": ["Rome"], "pred": "x"}
+    odd = tmp_path / "zsre.jsonl"
+    odd.write_text("".join(json.dumps({**zsre, "subject": name}) + "\n" for name in ("Oka", "[b]", "Ob")))
+    shown = " ".join(_call("data", odd, "--limit", 1).stdout.split())
+    assert "schema │ zsRE" in shown and "no edits, left out │ 2" in shown and "'[b]'" in shown
+    assert "fields not read │ pred" in shown and "'Where is {}?'" in shown
+    assert "none.jsonl: no such file" in _error(_call("data", tmp_path / "none.jsonl"))
 
 
 @pytest.mark.parametrize("command", ["report", "apply", "revert"])

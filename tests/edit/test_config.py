@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import yaml
 
 from sphere_edit.config import PRESETS, ConfigError, EditConfig, auto_layers, foreign, preset
 from sphere_edit.methods import METHODS
-from sphere_edit.options import check_same, settings
+from sphere_edit.options import check_same, read_yaml, settings
 
 _NAN, _INF = float("nan"), float("inf")
 _BAD = {
@@ -221,3 +222,35 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_targets_it_had():
     check_same({}, {"targets": "optimised"}, recorded)
     with pytest.raises(ConfigError, match="targets: the run was begun with 'optimised', got 'closed_loop'"):
         check_same({}, {"targets": "closed_loop"}, recorded)
+    check_same({"on_conflict": "refuse"}, {}, recorded)
+    with pytest.raises(ConfigError, match="on_conflict: the run was begun with 'refuse', got 'skip'"):
+        check_same({"on_conflict": "skip"}, {}, recorded)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alpha: 0.7\nseed: 010\n", "line 2: 010 would be read as 8, base 8; expected a plain number, or quotes"),
+        ("seed: -0_17", "line 1: -0_17 would be read as -15, base 8"),
+        ("\nlayers: [1,\n  1:30]", "line 3: 1:30 would be read as 90, base 60"),
+        ("alpha: 1:30.5", "line 1: 1:30.5 would be read as 90.5, base 60"),
+        ("alpha: 0.7\nseed: 1\n'alpha': 0.8", "line 3: 'alpha' is given twice; first in line 1"),
+        ("settings:\n  seed: 1\n  seed: 1\n", "line 3: 'seed' is given twice; first in line 2"),
+        ("a: &a {seed: 1}\nb: {<<: *a, seed: 2, seed: 3}", "line 2: 'seed' is given twice; first in line 2"),
+    ],
+)
+def test_yaml_that_is_read_otherwise_than_it_looks(text, message, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(f"settings.yaml, {message}")):
+        settings("auto", file, [], {})
+
+
+def test_yaml_that_is_read_as_it_looks():
+    text = "{a: 0, b: 10, c: 0x1F, d: '010', e: 1e-3, f: 08.5, g: 1_000, h: 0.5, i: '1:30', j: '1', 1: k, l: [0, 0]}"
+    found = {"a": 0, "b": 10, "c": 31, "d": "010", "e": 1e-3, "f": 8.5, "g": 1000, "h": 0.5, "i": "1:30", "j": "1"}
+    assert read_yaml(text, "here") == {**found, 1: "k", "l": [0, 0]}
+    merged = read_yaml("a: &a {x: 1, y: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, y: 3}", "here")
+    assert merged["b"] == {"x": 2, "y": 1} and merged["c"] == {"x": 2, "y": 3}
+    with pytest.raises(ConfigError, match="--set seed=010, line 1: 010 would be read as 8"):
+        settings("auto", None, ["seed=010"], {})

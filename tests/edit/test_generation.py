@@ -90,7 +90,7 @@ def test_consistency_is_the_cosine_of_tf_idf():
 def test_references_are_the_true_facts_of_other_records():
     requests = [
         _request("A", "Rome", "Oslo", neighborhood=("D is in", "E is in")),
-        _request("B", "Oslo", "Rome", neighborhood=("F is in",)),
+        _request("B", "Oslo", "Rome", neighborhood=("F is in\n",)),
         _request("C", "Oslo", "Rome", "other"),
         _request("G", "Oslo", None),
         _request("H", "Oslo", "Rome", neighborhood=("Who?",), neighborhood_answers=("Nobody",)),
@@ -98,7 +98,7 @@ def test_references_are_the_true_facts_of_other_records():
     ]
     assert reference_texts(requests) == {
         ("r", "Oslo"): ["A is in Oslo", "D is in Oslo", "E is in Oslo"],
-        ("r", "Rome"): ["B is in Rome", "F is in Rome", "H is in Rome"],
+        ("r", "Rome"): ["B is in Rome", "F is in\nRome", "H is in Rome"],
         ("other", "Rome"): ["C is in Rome"],
     }
     texts = [["A is in Rome"] for _ in requests]

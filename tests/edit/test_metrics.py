@@ -31,6 +31,17 @@ def _plain(model, tokenizer, prompt: str, target: str) -> tuple[float, bool]:
     return mean, all(logits[i - 1].argmax().item() == ids[i] for i in places)
 
 
+def test_a_prompt_that_ends_in_a_newline_is_scored_as_it_stands(tokenizer):
+    model = tiny.make_model("llama")
+    prompt, target = "<|user|>\nThe capital of Vanuatu?\n<|assistant|>\n", "Rome"
+    ids, first = tokenizer(prompt + target)["input_ids"], len(tokenizer(prompt)["input_ids"])
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+    expected = sum(log_probs[i - 1, ids[i]].item() for i in range(first, len(ids))) / (len(ids) - first)
+    assert score_targets(model, tokenizer, [(prompt, target)])[0][0] == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(_plain(model, tokenizer, prompt.rstrip(), target)[0], rel=1e-3)
+
+
 def _likely(model, tokenizer, prompt: str, tokens: int = 1) -> str:
     """A target that the model itself would say (for accuracy above zero); None where it is no clean word."""
     ids = tokenizer(prompt)["input_ids"]

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from sphere_edit.requests import EditRequest
 from sphere_edit.tokens import check_tokenizer, encode, pad_left
 
 _CASES = [
@@ -86,6 +87,25 @@ def test_target(tokenizer, bos_tokenizer, bos, target):
     assert tok.decode(row.target).strip() == target
     assert tok.decode(row.ids[: len(row.ids) - len(row.target) + 1]).endswith("Vanuatu is")
     assert row.subject_last == encode(tok, "The capital of {} is", "Vanuatu").subject_last
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", ":\t", "  ", "\n "])
+def test_a_target_follows_whitespace_directly(tokenizer, end):
+    """As in a chat template: what the prompt ends in belongs to it."""
+    for tok in (tokenizer, tiny.make_metaspace_tokenizer()):
+        for target in ("Rome", "the North Sea"):
+            row = encode(tok, "The capital of {} is" + end, "Vanuatu", target)
+            whole = tok(f"The capital of Vanuatu is{end}{target}")["input_ids"]
+            assert [*row.ids, row.target[-1]] == whole
+            assert tok.decode(row.target).strip() == target
+            assert row.subject_last == encode(tok, "The capital of {} is", "Vanuatu", target).subject_last
+
+
+def test_one_blank_at_the_end_of_a_prompt_is_the_one_before_the_target(tokenizer):
+    for tok in (tokenizer, tiny.make_metaspace_tokenizer()):
+        requests = [EditRequest("The capital of {} is" + end, "Vanuatu", "Rome") for end in ("", " ")]
+        rows = [encode(tok, request.prompt, request.subject, request.target_new) for request in requests]
+        assert rows[0] == rows[1]
 
 
 def test_target_without_subject(tokenizer):

@@ -7,6 +7,16 @@ from typing import Any
 from sphere_edit.data.reading import DataError, Fields
 from sphere_edit.requests import EditRequest
 
+NAME = "CounterFact"
+READ = (
+    "case_id",
+    "requested_rewrite",
+    "paraphrase_prompts",
+    "neighborhood_prompts",
+    "generation_prompts",
+    "mcf_index",
+)
+
 
 def recognises(fields: dict[str, Any]) -> bool:
     """Whether a record is of this schema."""

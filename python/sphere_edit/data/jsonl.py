@@ -7,6 +7,10 @@ from typing import Any
 from sphere_edit.data.reading import DataError, Fields
 from sphere_edit.requests import FIELDS, EditRequest
 
+NAME = "plain"
+READ = FIELDS
+LISTS = ("paraphrases", "neighborhood", "neighborhood_answers", "generation")
+
 
 def recognises(fields: dict[str, Any]) -> bool:
     """Whether a record is of this schema, or near enough that a message about its fields helps."""
@@ -32,7 +36,6 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
         raise DataError(f"{where}: unknown field {unknown[0]!r}; known fields are {', '.join(FIELDS)}")
     record = Fields(where, fields)
     name = record.optional_identifier("id")
-    lists = ("paraphrases", "neighborhood", "neighborhood_answers", "generation")
     return EditRequest(
         id=str(position) if name is None else name,
         prompt=record.text("prompt"),
@@ -40,5 +43,5 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
         target_new=record.text("target_new"),
         target_true=record.optional_text("target_true"),
         relation=record.optional_text("relation"),
-        **{name: record.texts(name, required=False) for name in lists},
+        **{name: record.texts(name, required=False) for name in LISTS},
     )

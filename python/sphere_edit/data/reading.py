@@ -8,13 +8,14 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from sphere_edit.requests import RequestError
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 
 
 class DataError(RequestError):
@@ -36,8 +37,9 @@ def read_records(path: str | Path) -> Iterator[Record]:
     """Yield the JSON objects of a file in order, reading no further than asked.
 
     Args:
-        path: a JSON list of objects, or JSON lines; plain or gzip. Which one it is shows from the content, not the
-            name, except that a file named ``.gz`` must be gzip. Blank lines are skipped, a byte order mark is accepted.
+        path: a JSON list of objects, JSON lines, or one object over several lines; plain or gzip. The content decides,
+            not the name, except that a file named ``.gz`` must be gzip. Blank lines are skipped, a byte order mark is
+            accepted.
 
     Raises:
         DataError: the file is missing, unreadable, empty, not gzip though named so, cut off or damaged, not UTF-8,
@@ -45,11 +47,20 @@ def read_records(path: str | Path) -> Iterator[Record]:
     """
     path = Path(path)
     found = False
+    with opened(path) as stream:
+        for record in _records(stream, path):
+            found = True
+            yield record
+    if not found:
+        raise DataError(f"{path}: the file is empty; expected a JSON list of records, or one JSON object per line")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The decompressed content of a file; an error while it is read names the file."""
     try:
         with open(path, "rb") as raw:
-            for record in _records(_decompressed(raw, path), path):
-                found = True
-                yield record
+            yield _decompressed(raw, path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except EOFError as error:
@@ -58,8 +69,6 @@ def read_records(path: str | Path) -> Iterator[Record]:
         raise DataError(f"{path}: damaged gzip data ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if not found:
-        raise DataError(f"{path}: the file is empty; expected a JSON list of records, or one JSON object per line")
 
 
 def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
@@ -76,7 +85,7 @@ def _records(stream: BinaryIO, path: Path) -> Iterator[Record]:
     is_list: bool | None = None
     for number, line in enumerate(stream, start=1):
         if number == 1:
-            line = line.removeprefix(_BOM)
+            line = line.removeprefix(BOM)
         if not line.strip():
             continue
         if is_list is None:
@@ -84,12 +93,28 @@ def _records(stream: BinaryIO, path: Path) -> Iterator[Record]:
             if is_list:
                 yield from _list_records(line + stream.read(), path, number)
                 return
+            if _goes_on(line):
+                data = (line + stream.read()).rstrip()
+                where = f"{path}, one JSON object"
+                yield Record(where, _object(_parse(utf8(data, path, number), path, number), where))
+                return
         where = f"{path}, line {number}"
-        yield Record(where, _object(_parse(_text(line, path, number), path, number), where))
+        yield Record(where, _object(_parse(utf8(line, path, number), path, number), where))
+
+
+def _goes_on(line: bytes) -> bool:
+    """Whether a line is the sound beginning of an object that later lines complete."""
+    try:
+        json.loads(text := line.decode("utf-8", "replace"))
+    except json.JSONDecodeError as error:
+        return not text[error.pos :].strip()
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 
 def _list_records(data: bytes, path: Path, first_line: int) -> Iterator[Record]:
-    for index, value in enumerate(_parse(_text(data, path, first_line), path, first_line)):
+    for index, value in enumerate(_parse(utf8(data, path, first_line), path, first_line)):
         where = f"{path}, record {index}"
         yield Record(where, _object(value, where))
 
@@ -100,7 +125,8 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _text(data: bytes, path: Path, first_line: int) -> str:
+def utf8(data: bytes, path: Path, first_line: int) -> str:
+    """The text of some lines of a file; an error names the line."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -148,6 +174,38 @@ class Fields:
         if not isinstance(value, list):
             raise self._wrong(name, "a list of text", value)
         return tuple(self._checked_text(f"{name}[{i}]", item) for i, item in enumerate(value))
+
+    def answers(self, name: str) -> tuple[str, ...]:
+        """A text, or lists of texts within each other, as one list without blanks; absent or null is an empty list."""
+        if self.is_list(name):
+            return tuple(text for texts in self.each(name) for text in texts)
+        return self.some_text(name)
+
+    def each(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """The answers in each item of a list; a text is a list of one."""
+        if not self.is_list(name):
+            return (self.answers(name),)
+        items = self._items(name)
+        return tuple(items.answers(place) for place in items.names())
+
+    def objects(self, name: str) -> tuple[Fields, ...]:
+        """The fields of an object, or of each in a list of objects; absent or null is an empty list."""
+        if self._fields.get(name) is None:
+            return ()
+        if not self.is_list(name):
+            return (self.inside(name),)
+        items = self._items(name)
+        return tuple(items.inside(place) for place in items.names())
+
+    def is_list(self, name: str) -> bool:
+        return isinstance(self._fields.get(name), list)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._fields)
+
+    def _items(self, name: str) -> Fields:
+        """The items of a list as fields, named by their places."""
+        return Fields(self.where, {f"{name}[{i}]": item for i, item in enumerate(self._fields[name])}, self._prefix)
 
     def template(self, question: str, subject: str) -> str:
         """The text of one field with ``{}`` where the text of another first stands in it, as words if it does.

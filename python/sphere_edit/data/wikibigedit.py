@@ -11,6 +11,9 @@ from sphere_edit.requests import EditRequest
 _PUBLISHED = ("update", "ans", "rephrase", "loc", "loc_ans")
 _EASYEDIT = ("prompt", "target_new", "rephrase_prompt", "locality_prompt", "locality_ground_truth")
 
+NAME = "WikiBigEdit"
+READ = ("subject", *_PUBLISHED, *_EASYEDIT)
+
 
 def recognises(fields: dict[str, Any]) -> bool:
     """Whether a record is of this schema, under either set of names."""

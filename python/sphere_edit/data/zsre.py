@@ -7,6 +7,9 @@ from typing import Any
 from sphere_edit.data.reading import Fields
 from sphere_edit.requests import EditRequest
 
+NAME = "zsRE"
+READ = ("subject", "src", "answers", "rephrase", "loc", "loc_ans")
+
 
 def recognises(fields: dict[str, Any]) -> bool:
     """Whether a record is of this schema."""

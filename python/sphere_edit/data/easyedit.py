@@ -1,0 +1,88 @@
+"""Records of EasyEdit (Wang et al. 2024) and of its benchmark KnowEdit (Zhang et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sphere_edit.data.reading import DataError, Fields, NoEditError
+from sphere_edit.requests import EditRequest
+
+NAME = "EasyEdit"
+READ = (
+    "case_id",
+    "id",
+    "prompt",
+    "subject",
+    "target_new",
+    "ground_truth",
+    "rephrase_prompt",
+    "locality",
+    "locality_prompt",
+    "locality_ground_truth",
+)
+
+
+def recognises(fields: dict[str, Any]) -> bool:
+    """Whether a record is of this schema; one with the rephrased and the local question only is WikiBigEdit's."""
+    return "prompt" in fields and any(name in fields for name in ("ground_truth", "locality", "portability"))
+
+
+def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
+    """Turn one record into a request. EasyEdit's *locality* is the neighbourhood, each prompt with its own answer.
+
+    Args:
+        where: the place of the record, for messages.
+        fields: ``prompt`` (with ``{}`` or the subject itself in place), ``subject``, ``target_new``; optional, absent,
+            null or blank: ``ground_truth`` (the true target: a text, or a list of which the first counts),
+            ``rephrase_prompt`` (a text or a list), ``locality`` (by name, an object or a list of objects with
+            ``prompt`` and ``ground_truth``), the flat ``locality_prompt`` and ``locality_ground_truth``, ``case_id`` or
+            ``id``. A local prompt without an answer is no neighbour. Other fields (``portability``) are not read.
+        position: the index of the record in the file; it is the id of a record without one.
+
+    Raises:
+        DataError: a field is missing or of the wrong type. NoEditError: the subject is not in the prompt, or the true
+            target is the new one.
+        RequestError: the fields do not make an edit.
+    """
+    record = Fields(where, fields)
+    name = record.optional_identifier("case_id") or record.optional_identifier("id") or str(position)
+    prompt, target = record.text("prompt"), record.text("target_new")
+    true = record.answers("ground_truth")
+    if true and true[0].strip() == target.strip():
+        raise NoEditError(f"{where}: 'ground_truth' and 'target_new' are both {target.strip()!r}")
+    local = list(_local(where, record))
+    return EditRequest(
+        id=name,
+        prompt=prompt if "{}" in prompt else record.template("prompt", "subject"),
+        subject=record.text("subject"),
+        target_new=target,
+        target_true=true[0] if true else None,
+        paraphrases=record.answers("rephrase_prompt"),
+        neighborhood=tuple(prompt for prompt, _ in local),
+        neighborhood_answers=tuple(answer for _, answer in local),
+    )
+
+
+def _local(where: str, record: Fields) -> Iterator[tuple[str, str]]:
+    """The local prompts that have an answer, with the first of their answers."""
+    for group in record.objects("locality"):
+        for name in group.names():
+            for pair in group.objects(name):
+                yield from _pairs(where, pair, "prompt", "ground_truth")
+    yield from _pairs(where, record, "locality_prompt", "locality_ground_truth")
+
+
+def _pairs(where: str, record: Fields, prompt: str, answer: str) -> Iterator[tuple[str, str]]:
+    """One prompt with the first of its answers, or a list of prompts with a list of as many answers."""
+    if not record.is_list(prompt):
+        yield from zip(record.some_text(prompt), record.answers(answer), strict=False)
+        return
+    prompts, answers = record.texts(prompt, required=True), record.each(answer)
+    if len(prompts) != len(answers):
+        raise DataError(
+            f"{where}: '{prompt}' and '{answer}' must be lists of one length, got {len(prompts)} and {len(answers)}"
+        )
+    for text, found in zip(prompts, answers, strict=True):
+        if text.strip() and found:
+            yield text, found[0]
