@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from sphere_edit.replay import compact_head, frozen, last_logits
+from sphere_edit.replay import compact_head, frozen, keeps_only_keys, last_logits
 from sphere_edit.requests import EditRequest
 from sphere_edit.text import token_windows
 from sphere_edit.tokens import check_fits, check_tokenizer, encode, pad_left
@@ -26,8 +24,6 @@ PERPLEXITY_TOKENS = 10_000
 _TOKENS_PER_BATCH = 2048
 _PADDING_PER_BATCH = 64
 _WINDOW = 256
-# Of which rows can be selected. Other layers may have states besides keys and values, which would stay as they are.
-_SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass(frozen=True)
@@ -147,7 +143,7 @@ def score_targets(
     log_probs, correct = [0.0] * len(rows), [False] * len(rows)
     done = 0
     with frozen(model), torch.no_grad(), compact_head(model):
-        score = _score if _is_selectable(model) else _score_whole
+        score = _score if keeps_only_keys(model) else _score_whole
         for batch in _batches([len(prompt) for prompt in prompts]):
             targets = [{i: rows[i].target for i in of_prompt[prompts[b]]} for b in batch]
             for i, found in score(model, [prompts[b] for b in batch], targets).items():
@@ -172,13 +168,6 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
-
-
-def _is_selectable(model: Any) -> bool:
-    """Whether all that a model keeps of a prompt is keys and values, so that some rows of it can be gone on from."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    cache: Any = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    return type(cache) is DynamicCache and all(type(layer) in _SELECTABLE for layer in cache.layers)
 
 
 def _score(

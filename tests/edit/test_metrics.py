@@ -272,7 +272,7 @@ def test_rows_of_unlike_length_do_not_share_a_batch(tokenizer, monkeypatch):
     asked = [(letter * n, "b") for letter, n in zip("ABCDEF", (1, 2, 3, 40, 41, 90), strict=True)]
     seen = []
     handle = model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    monkeypatch.setattr(metrics, "_is_selectable", lambda _: True)  # asks with a pass of its own
+    monkeypatch.setattr(metrics, "keeps_only_keys", lambda _: True)  # asks with a pass of its own
     monkeypatch.setattr(metrics, "_PADDING_PER_BATCH", 8)
     apart = score_targets(model, tokenizer, asked)
     assert [len(ids) for ids in seen] == [3, 2, 1] and all((ids == 0).sum() <= 8 for ids in seen)
