@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sphere_edit.replay import compact_head, frozen, keeps_only_keys, last_logits
 from sphere_edit.requests import EditRequest
+from sphere_edit.structure import check_usable
 from sphere_edit.text import token_windows
-from sphere_edit.tokens import check_fits, check_tokenizer, encode, pad_left
+from sphere_edit.tokens import check_fits, check_tokenizer, encode, pad_left, positions
 
 PERPLEXITY_TOKENS = 10_000
 _TOKENS_PER_BATCH = 2048
@@ -134,6 +135,7 @@ def score_targets(
     of more tokens go on from its keys and values. A model that keeps none, or states besides, runs every row
     whole. Rows of like length run together.
     """
+    check_usable(model)
     rows = [encode(tokenizer, prompt, None, target) for prompt, target in asked]
     of_prompt: dict[tuple[int, ...], list[int]] = {}
     for i, (row, (prompt, _)) in enumerate(zip(rows, asked, strict=True)):
@@ -248,10 +250,12 @@ def perplexity(model: Any, tokenizer: Any, text: str = "heldout", tokens: int = 
         text: ``heldout`` (the package's own), or the path of a text file.
         tokens: how many are read at most.
     """
+    check_usable(model)
     total, count = 0.0, 0
-    device = next(model.parameters()).device
+    device, width = next(model.parameters()).device, min(_WINDOW, positions(model) or _WINDOW)
     with frozen(model), torch.no_grad():
-        for window in token_windows(tokenizer, text, _WINDOW, tokens):
+        keeps_only_keys(model)  # raises where columns are added
+        for window in token_windows(tokenizer, text, width, tokens):
             ids = window.to(device)[None]
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))

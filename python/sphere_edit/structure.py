@@ -135,8 +135,9 @@ def find_structure(model: Any, modules: str = "down") -> ModelStructure:
     return ModelStructure(tuple(blocks), down, edited, modules, norm, head, hidden, heads, float(scale), softcap)
 
 
-def check_weights_finite(model: nn.Module) -> None:
+def check_weights_finite(model: Any) -> None:
     """Raise if any parameter holds NaN or Inf, naming it."""
+    check_usable(model)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise StructureError(f"parameter {name} {list(parameter.shape)} holds NaN or Inf; expected finite weights")
