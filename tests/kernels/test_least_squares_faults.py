@@ -154,7 +154,9 @@ def test_a_ridge_that_is_too_small(form):
         before = bits(solver)
         if dtype == torch.float32:
             for call in (solver.solve, solver.commit):
-                with pytest.raises(IllConditioned, match=r"ridge 1 is too small for keys of length .* in torch.float32"):
+                with pytest.raises(
+                    IllConditioned, match=r"ridge 1 is too small for keys of length .* in torch.float32"
+                ):
                     call(keys)
             assert_same_bits(bits(solver), before)
         else:
