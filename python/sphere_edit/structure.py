@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -262,12 +262,8 @@ def _find_down(path: str, block: nn.Module, layer: int, hidden: int) -> LinearMa
 
 def _mixes_tokens(module: nn.Module) -> bool:
     """Whether a module is told which tokens there are, or were, as an MLP never is."""
-    return any("mask" in name or "past" in name or "cache" in name for name in _parameters(type(module)))
-
-
-@cache
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)
+    parameters = inspect.signature(type(module).forward).parameters
+    return any("mask" in name or "past" in name or "cache" in name for name in parameters)
 
 
 def _is_kernel(block: nn.Module, name: str) -> bool:
