@@ -23,6 +23,7 @@ from sphere_edit.generation import continue_rows
 from sphere_edit.metrics import METRICS, Evaluation
 from sphere_edit.replay import frozen
 from sphere_edit.requests import EditRequest
+from sphere_edit.structure import check_usable
 from sphere_edit.tokens import Row, check_fits, check_tokenizer, encode
 
 ANSWER_TOKENS = 20
@@ -90,6 +91,7 @@ def write_answers(
     Raises:
         ValueError: the tokenizer has no chat template, or a prompt leaves the model too few positions.
     """
+    check_usable(model)
     check_tokenizer(tokenizer)
     if tokens < 1:
         raise ValueError(f"tokens: expected at least 1, got {tokens}")

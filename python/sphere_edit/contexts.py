@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sphere_edit.generation import TOP_5, continue_rows
-from sphere_edit.tokens import encode
+from sphere_edit.tokens import encode, leading_tokens
 
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
@@ -29,7 +29,7 @@ def generate_contexts(model: Any, tokenizer: Any, count: int, length: int, seed:
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     templates = ["{}"]
-    before = "" if _adds_first(tokenizer) else "\n"
+    before = "" if leading_tokens(tokenizer) else "\n"
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for i in range(count):
@@ -38,12 +38,6 @@ def generate_contexts(model: Any, tokenizer: Any, count: int, length: int, seed:
             text = tokenizer.decode(out[0], skip_special_tokens=True)
             templates.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". {}")
     return templates
-
-
-def _adds_first(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a token of its own before a text."""
-    whole, bare = (tokenizer(_OPENINGS[0], add_special_tokens=special)["input_ids"] for special in (True, False))
-    return bool(whole[0] != bare[0])
 
 
 def in_context(context: str, prompt: str) -> str:

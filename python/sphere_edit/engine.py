@@ -243,7 +243,8 @@ class Engine:
     def nothing(self, layer: int) -> LayerRecord:
         """The record of a layer in a batch that is left out: states and history stay as they are."""
         n, d = (master := self.states[layer].master).shape
-        return LayerRecord(torch.empty(0, d), torch.empty(n, 0), torch.empty(0, d), tensor_sha256(master))
+        keys, left, right = (torch.empty(shape, dtype=torch.float32) for shape in ((0, d), (n, 0), (0, d)))
+        return LayerRecord(keys, left, right, tensor_sha256(master))
 
     def finished(self, layer: int) -> Tensor:
         """The weight as the method hands it over, ``[n, d]``."""

@@ -20,6 +20,7 @@ from sphere_edit.data.reading import DataError, Fields, read_records
 from sphere_edit.metrics import Evaluation
 from sphere_edit.replay import frozen
 from sphere_edit.requests import EditRequest, joint
+from sphere_edit.structure import check_usable
 from sphere_edit.tokens import check_fits, check_tokenizer, encode, pad_left
 
 TEXT_TOKENS = 100
@@ -44,7 +45,8 @@ def continue_rows(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], tok
     from transformers import GenerationConfig  # half a second to import
 
     inputs, own = pad_left(rows, next(model.parameters()).device), model.generation_config
-    special = {"bos_token_id": own.bos_token_id, "eos_token_id": own.eos_token_id}
+    known = own or model.config.get_text_config(decoder=True)
+    special = {name: getattr(known, name, None) for name in ("bos_token_id", "eos_token_id")}
     model.generation_config = GenerationConfig(**special, pad_token_id=tokenizer.eos_token_id)
     try:
         out: Tensor = model.generate(
@@ -60,6 +62,7 @@ def continue_rows(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], tok
 
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
     """Greedy continuations of ``prompts``, without the prompts."""
+    check_usable(model)
     rows = [encode(tokenizer, prompt).ids for prompt in prompts]
     with frozen(model), torch.no_grad():
         out = continue_rows(model, tokenizer, rows, tokens, do_sample=False)
@@ -88,6 +91,7 @@ def generate_texts(
         ValueError: a prompt leaves no room for a token, or the model has too few positions for a batch: as many as its
             longest prompt has tokens, and what its shortest lacks of ``length``.
     """
+    check_usable(model)
     check_tokenizer(tokenizer)
     prompts = [prompt for r in requests for prompt in r.generation or (r.text,)]
     rows = [encode(tokenizer, prompt) for prompt in prompts]

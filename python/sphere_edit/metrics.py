@@ -14,20 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from sphere_edit.replay import compact_head, frozen, last_logits
+from sphere_edit.replay import compact_head, frozen, keeps_only_keys, last_logits
 from sphere_edit.requests import EditRequest
+from sphere_edit.structure import check_usable
 from sphere_edit.text import token_windows
-from sphere_edit.tokens import check_fits, check_tokenizer, encode, pad_left
+from sphere_edit.tokens import check_fits, check_tokenizer, encode, pad_left, positions
 
 PERPLEXITY_TOKENS = 10_000
 _TOKENS_PER_BATCH = 2048
 _PADDING_PER_BATCH = 64
 _WINDOW = 256
-# Of which rows can be selected. Other layers may have states besides keys and values, which would stay as they are.
-_SELECTABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass(frozen=True)
@@ -143,6 +140,7 @@ def score_targets(
     of more tokens go on from its keys and values. A model that keeps none, or states besides, runs every row
     whole. Rows of like length run together.
     """
+    check_usable(model)
     rows = [encode(tokenizer, prompt, None, target) for prompt, target in asked]
     of_prompt: dict[tuple[int, ...], list[int]] = {}
     for i, (row, (prompt, _)) in enumerate(zip(rows, asked, strict=True)):
@@ -152,7 +150,7 @@ def score_targets(
     log_probs, correct = [0.0] * len(rows), [False] * len(rows)
     done = 0
     with frozen(model), torch.no_grad(), compact_head(model):
-        score = _score if _is_selectable(model) else _score_whole
+        score = _score if keeps_only_keys(model) else _score_whole
         for batch in _batches([len(prompt) for prompt in prompts]):
             targets = [{i: rows[i].target for i in of_prompt[prompts[b]]} for b in batch]
             for i, found in score(model, [prompts[b] for b in batch], targets).items():
@@ -177,13 +175,6 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
-
-
-def _is_selectable(model: Any) -> bool:
-    """Whether all that a model keeps of a prompt is keys and values, so that some rows of it can be gone on from."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    cache: Any = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    return type(cache) is DynamicCache and all(type(layer) in _SELECTABLE for layer in cache.layers)
 
 
 def _score(
@@ -264,10 +255,12 @@ def perplexity(model: Any, tokenizer: Any, text: str = "heldout", tokens: int = 
         text: ``heldout`` (the package's own), or the path of a text file.
         tokens: how many are read at most.
     """
+    check_usable(model)
     total, count = 0.0, 0
-    device = next(model.parameters()).device
+    device, width = next(model.parameters()).device, min(_WINDOW, positions(model) or _WINDOW)
     with frozen(model), torch.no_grad():
-        for window in token_windows(tokenizer, text, _WINDOW, tokens):
+        keeps_only_keys(model)  # raises where columns are added
+        for window in token_windows(tokenizer, text, width, tokens):
             ids = window.to(device)[None]
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))

@@ -352,14 +352,18 @@ class _Work:
                 (self.folder / name).unlink(missing_ok=True)
         self.editor.on_event = self.emit
         self.watch()
+        self.tell(done, len(parts))
         for number, batch in enumerate(parts[done:], done + 1):
-            self.progress("batches", number - 1, len(parts))
             with self.way_on():
                 self.editor.edit(batch)
+            self.tell(number, len(parts))
             self.watch()
             if number % every == 0:
                 self.journal.add_checkpoint(self.editor.state_dict())
-        self.progress("batches", len(parts), len(parts))
+
+    def tell(self, batch: int, parts: int) -> None:
+        self.progress("batches", batch, parts)
+        self.progress("edits", self.editor.edits, len(self.requests))
 
     @contextmanager
     def way_on(self) -> Iterator[None]:

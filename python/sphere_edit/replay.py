@@ -10,16 +10,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sphere_edit.structure import ModelStructure, StructureError
 from sphere_edit.tokens import pad_left
+
+# Other layers may have states besides keys and values, which a cache by rows would not follow.
+_OF_KEYS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class PrefixCache(DynamicCache):
@@ -52,13 +56,15 @@ class _Stop(Exception):
 class Replay:
     """Blocks ``first … last`` of a model, ready to be run on ``hidden`` ``[rows, tokens, hidden]``.
 
-    ``hidden`` is what entered block ``first``; ``calls[i]`` are the other arguments of block ``first + i``.
+    ``hidden`` is what entered block ``first``; ``calls[i]`` are the other arguments of block ``first + i``; the tokens
+    of interest begin at ``column``, in every row.
     """
 
     blocks: Sequence[nn.Module]
     heads: int
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    column: int = 0
 
     def block(self, i: int, hidden: Tensor) -> Tensor:
         args, kwargs = self.calls[i]
@@ -88,7 +94,7 @@ class Replay:
             return x.unflatten(0, (n, -1))[keep].flatten(0, 1)
 
         calls = [(tree_map(select, args), tree_map(select, kwargs)) for args, kwargs in self.calls]
-        return Replay(self.blocks, self.heads, self.hidden[keep], calls)
+        return Replay(self.blocks, self.heads, self.hidden[keep], calls, self.column)
 
     @property
     def can_cut(self) -> bool:
@@ -118,27 +124,62 @@ def record(model: Any, structure: ModelStructure, inputs: dict[str, Any], first:
     finally:
         for handle in handles:
             handle.remove()
+    if seen[0][0].shape[:2] != inputs["input_ids"].shape:
+        _refuse_columns(model)
     return Replay(blocks, structure.heads, seen[0][0], [(args, kwargs) for _, args, kwargs in seen])
 
 
+def _refuse_columns(model: Any) -> NoReturn:
+    raise StructureError(
+        f"{type(model).__name__} reads more or fewer tokens than it is given (prompt or prefix tuning?); expected one "
+        "position for each token"
+    )
+
+
+@torch.no_grad()
+def keeps_only_keys(model: Any) -> bool:
+    """Whether all that a model keeps of its tokens is keys and values, so that a cache can be cut and joined by rows.
+
+    Raises:
+        StructureError: it adds tokens of its own before those that it is given.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    out = model(input_ids=ids, use_cache=True)
+    kept: Any = getattr(out, "past_key_values", None)
+    only_keys = type(kept) is DynamicCache and all(type(layer) in _OF_KEYS for layer in kept.layers)
+    lengths = {layer.get_seq_length() for layer in kept.layers} - {0} if only_keys else set()
+    if out.logits.shape[1] != 1 or (len(lengths) == 1 and lengths != {1}):
+        _refuse_columns(model)
+    return only_keys and len(lengths) < 2  # a block that runs twice is there twice in one layer of the cache
+
+
 def record_after_prefix(
-    model: Any, structure: ModelStructure, rows: Sequence[Sequence[int]], split: Sequence[int], first: int, last: int
+    model: Any,
+    structure: ModelStructure,
+    rows: Sequence[Sequence[int]],
+    split: Sequence[int],
+    first: int,
+    last: int,
+    cached: bool = True,
 ) -> Replay:
-    """A replay of the tokens ``split[i]:`` of each row, the tokens before them cached.
+    """A replay of the tokens ``split[i]:`` of each row.
 
     Args:
         rows: token ids of each row; all rows must have the same number of tokens from their split on.
         split: index of the first replayed token of each row. Prefixes are padded on the left, so that the split
             falls on the same column in every row.
+        cached: the tokens before the split are cached and not replayed; only where the model `keeps_only_keys`.
 
     Returns:
-        Replay: whose ``hidden`` is ``[rows, len(row) - split, hidden]``.
+        Replay: whose ``hidden`` is ``[rows, len(row) - split, hidden]`` after its ``column``.
     """
     tails = [row[s:] for row, s in zip(rows, split, strict=True)]
     assert len({len(t) for t in tails}) == 1, "rows of one replay have equally many tokens after the split"
     cache = PrefixCache()
     whole = pad_left(rows, structure.device)
     width = whole["input_ids"].shape[1] - len(tails[0])
+    if not cached:
+        return replace(record(model, structure, {**whole, "use_cache": False}, first, last), column=width)
     if width:
         prefix = {key: value[:, :width] for key, value in whole.items()}
         top = len(structure.blocks) - 1  # nobody reads the logits
@@ -160,6 +201,8 @@ def check_replay(model: Any, structure: ModelStructure, ids: Sequence[int]) -> N
     inputs: dict[str, Any] = {**pad_left([ids], structure.device), "use_cache": False}
     replay = record(model, structure, inputs, 0, len(structure.blocks) - 1)
     own = model(**inputs).logits.float()
+    if own.shape[:2] != inputs["input_ids"].shape:
+        _refuse_columns(model)
     try:
         ours = structure.logits(replay.run(replay.hidden)).float()
     except RuntimeError as error:

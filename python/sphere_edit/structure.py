@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,7 +55,7 @@ class ModelStructure:
     head: nn.Module
     hidden_size: int
     heads: int
-    scale: float = 1.0  # Cohere and Granite scale their logits
+    scale: float = 1.0  # Cohere, Granite and Falcon-H1 scale their logits
     softcap: float | None = None  # Gemma 2 squashes them: softcap * tanh(logits / softcap)
 
     @property
@@ -96,9 +99,10 @@ class ModelStructure:
 def find_structure(model: Any, modules: str = "down") -> ModelStructure:
     """Find blocks, MLP down-projections, final norm and head of a Hugging Face causal LM.
 
-    The blocks are the longest ``ModuleList`` of equal modules; in each, the MLP down-projection is the linear map onto
-    the hidden size with the widest input that another linear map of the block feeds (its up-projection has the same
-    width, or twice that where gate and up are fused). Attention's output projection is narrower.
+    The blocks are the longest ``ModuleList`` of equal modules beside the input embeddings, so that a tower for images
+    does not count. In each, the MLP down-projection is the linear map onto the hidden size with the widest input that
+    another linear map of the block feeds (its up-projection has the same width, or twice that where gate and up are
+    fused). Maps inside modules that take a mask or a cache are not the MLP's: attention, convolutions, recurrences.
 
     Args:
         modules: the map of each MLP that is edited: ``down``; ``up``, whose output the down-projection takes, times the
@@ -106,8 +110,9 @@ def find_structure(model: Any, modules: str = "down") -> ModelStructure:
 
     Raises:
         StructureError: MLPs without such a map; an encoder-decoder, no or several candidates (a mixture of experts),
-            quantised, meta or offloaded weights. The message lists the linear maps that were seen.
+            weights shared by blocks, quantised, meta or offloaded weights. The message lists the linear maps seen.
     """
+    check_usable(model)
     config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
         raise StructureError(f"{type(model).__name__} is an encoder-decoder; expected a decoder-only causal LM")
@@ -120,16 +125,19 @@ def find_structure(model: Any, modules: str = "down") -> ModelStructure:
     down = tuple(_find_down(f"{path}.{i}", block, i, hidden) for i, block in enumerate(blocks))
     norm = _find_final_norm(model, path, hidden)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    scale *= getattr(config, "lm_head_multiplier", None) or 1
     softcap = getattr(config, "final_logit_softcapping", None)
     heads = int(getattr(config, "num_attention_heads", None) or 1)
     edited = down
     if modules != "down":
         edited = tuple(_find_feeding(block, found, modules) for block, found in zip(blocks, down, strict=True))
+    _check_own(blocks, edited)
     return ModelStructure(tuple(blocks), down, edited, modules, norm, head, hidden, heads, float(scale), softcap)
 
 
-def check_weights_finite(model: nn.Module) -> None:
+def check_weights_finite(model: Any) -> None:
     """Raise if any parameter holds NaN or Inf, naming it."""
+    check_usable(model)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise StructureError(f"parameter {name} {list(parameter.shape)} holds NaN or Inf; expected finite weights")
@@ -147,22 +155,43 @@ def model_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _check_storage(model: Any) -> None:
-    """Weights must be plain floating-point tensors that are really there."""
-    quantised = getattr(model, "hf_quantizer", None) is not None and getattr(model, "is_quantized", True)
+def check_usable(model: Any) -> None:
+    """Raise unless ``model`` can be called as a causal LM of Hugging Face, with every weight in memory."""
+    if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
+        inner = " (its .module)" if hasattr(model, "module") else ""
+        raise StructureError(f"{type(model).__name__} has no config; expected the Hugging Face causal LM itself{inner}")
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise StructureError(f"module {name} is offloaded; expected every weight in memory")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise StructureError(f"parameter {name} is on the meta device (not loaded, or offloaded); load it first")
+        if parameter.is_inference():
+            raise StructureError(
+                f"parameter {name} was made under torch.inference_mode(), which no gradient can pass; load the model "
+                "outside it"
+            )
+
+
+def _check_storage(model: Any) -> None:
+    """Weights must be plain floating-point tensors."""
+    quantised = getattr(model, "hf_quantizer", None) is not None and getattr(model, "is_quantized", True)
+    for name, parameter in model.named_parameters():
         if quantised or not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
             raise StructureError(
                 f"parameter {name} is quantised ({parameter.dtype}); expected float16, bfloat16, float32 or float64"
             )
-    for name, module in model.named_modules():
-        if getattr(getattr(module, "_hf_hook", None), "offload", False):
-            raise StructureError(f"module {name} is offloaded; expected every weight in memory")
 
 
-def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+def _check_own(blocks: Sequence[nn.Module], edited: Sequence[LinearMap]) -> None:
+    """An edit of one block must not be one of another, as where a block is used twice."""
+    uses = Counter(id(parameter) for block in blocks for parameter in block.parameters())
+    for found in edited:
+        if uses[id(found.module.weight)] > 1:
+            raise StructureError(f"{found.name}: more than one block uses its weight; expected blocks of their own")
+
+
+def _find_blocks(model: Any) -> tuple[str, list[nn.Module]]:
     lists = [
         (name, list(module))
         for name, module in model.named_modules()
@@ -171,7 +200,22 @@ def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     lists = [(name, blocks) for name, blocks in lists if _linears(blocks[0])]
     if not lists:
         raise StructureError(f"{type(model).__name__} has no list of equal decoder blocks; seen: {_summary(model)}")
-    return max(lists, key=lambda item: len(item[1]))
+    beside = _embeddings_path(model)
+    return max(lists, key=lambda item: (_shared(item[0], beside), len(item[1])))
+
+
+def _embeddings_path(model: Any) -> str:
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return ""
+    return next((name for name, module in model.named_modules() if module is embeddings), "")
+
+
+def _shared(path: str, other: str) -> int:
+    """How many modules are around both."""
+    pairs = zip(path.split(".")[:-1], other.split(".")[:-1], strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _linears(block: nn.Module) -> list[tuple[str, nn.Module, int, int]]:
@@ -187,17 +231,23 @@ def _linears(block: nn.Module) -> list[tuple[str, nn.Module, int, int]]:
 
 def _find_down(path: str, block: nn.Module, layer: int, hidden: int) -> LinearMap:
     linears = _linears(block)
-    stacked = [name for name, parameter in block.named_parameters() if parameter.ndim > 2]
+    mixers = tuple(f"{name}." for name, module in block.named_modules() if name and _mixes_tokens(module))
+    stacked = [
+        name
+        for name, parameter in block.named_parameters()
+        if parameter.ndim > 2 and not (name.startswith(mixers) and _is_kernel(block, name))
+    ]
     if stacked:
         raise StructureError(
             f"{path} ({type(block).__name__}): {stacked[0]} has more than two dimensions (stacked experts, or a "
             "convolution); expected attention and one dense MLP per block"
         )
     widths = {outputs for _, _, inputs, outputs in linears if inputs == hidden}
-    fed = [item for item in linears if item[3] == hidden and (item[2] in widths or 2 * item[2] in widths)]
+    onto = [item for item in linears if item[3] == hidden and (item[2] in widths or 2 * item[2] in widths)]
+    fed = [item for item in onto if not item[0].startswith(mixers)]
     widest = max((item[2] for item in fed), default=0)
     found = [item for item in fed if item[2] == widest]
-    if len(found) == 1 and len(fed) > 1:
+    if len(found) == 1 and (mixers or len(fed) > 1):
         if not isinstance(found[0][1].weight, nn.Parameter):
             raise StructureError(
                 f"{path}.{found[0][0]}: its weight is computed (parametrised), not a parameter; bake it in"
@@ -206,8 +256,18 @@ def _find_down(path: str, block: nn.Module, layer: int, hidden: int) -> LinearMa
     seen = ", ".join(f"{name} {inputs}→{outputs}" for name, _, inputs, outputs in linears) or _summary(block)
     why = f"{len(found)} candidates for the MLP down-projection (experts?)"
     if len(found) < 2:
-        why = "no MLP down-projection beside the attention's output" if fed else "no MLP down-projection"
+        why = "no MLP down-projection beside the attention's output" if onto else "no MLP down-projection"
     raise StructureError(f"{path} ({type(block).__name__}): {why}; hidden size {hidden}; linear maps seen: {seen}")
+
+
+def _mixes_tokens(module: nn.Module) -> bool:
+    """Whether a module is told which tokens there are, or were, as an MLP never is."""
+    parameters = inspect.signature(type(module).forward).parameters
+    return any("mask" in name or "past" in name or "cache" in name for name in parameters)
+
+
+def _is_kernel(block: nn.Module, name: str) -> bool:
+    return isinstance(block.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
 
 
 def _find_feeding(block: nn.Module, down: LinearMap, kind: str) -> LinearMap:
@@ -235,7 +295,7 @@ def _find_feeding(block: nn.Module, down: LinearMap, kind: str) -> LinearMap:
 def _is_linear_in(mlp: nn.Module, module: nn.Module, down: LinearMap) -> bool:
     """Whether what enters the down-projection is negated with the output of ``module``: a gate passes an activation."""
     seen: list[Tensor] = []
-    hidden = torch.linspace(-1, 1, 2 * _inputs(module)).view(1, 2, -1).to(down.weight)
+    hidden = torch.linspace(-1, 1, 2 * _inputs(module), dtype=torch.float32).view(1, 2, -1).to(down.weight)
     handle = down.module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     try:
         mlp(hidden)
@@ -256,12 +316,26 @@ def _inputs(module: nn.Module) -> int:
 
 
 def _find_final_norm(model: nn.Module, blocks_path: str, hidden: int) -> nn.Module:
-    """The childless module beside the blocks, after them, whose weight is one vector of the hidden size."""
+    """The childless module beside the blocks, after them, whose weight is one vector of the hidden size; where there is
+    none, one without a weight that normalises."""
     parent = model.get_submodule(blocks_path.rpartition(".")[0])
-    norms = [c for c in parent.children() if not list(c.children()) and _shape(getattr(c, "weight", None)) == (hidden,)]
+    childless = [child for child in parent.children() if not list(child.children())]
+    norms = [child for child in childless if _shape(getattr(child, "weight", None)) == (hidden,)]
+    norms = norms or [child for child in childless if not child.state_dict() and _normalises(child, hidden)]
     if not norms:
         raise StructureError(f"no final norm of size {hidden} beside {blocks_path}; seen: {_summary(parent)}")
     return norms[-1]
+
+
+@torch.no_grad()
+def _normalises(module: nn.Module, hidden: int) -> bool:
+    """Whether vectors come out with a mean square of 1, whatever they were."""
+    given = torch.linspace(-4, 6, hidden, dtype=torch.float32).expand(1, 1, hidden)
+    try:
+        out = module(given)
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # a rotary table takes more than vectors
+        return False
+    return isinstance(out, Tensor) and out.shape == given.shape and abs(float(out.square().mean()) - 1) < 0.01
 
 
 def _shape(weight: object) -> tuple[int, ...] | None:

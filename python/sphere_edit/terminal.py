@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,7 +51,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    errors.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+    _plain(f"note: {text}")
 
 
 @contextmanager
@@ -67,7 +68,10 @@ def way_on(journal: Journal) -> Iterator[None]:
 
 @contextmanager
 def bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars by name, with the time left; one line at the end of each where there is no terminal."""
+    """Progress bars by name, with the time left; lines now and then where there is no terminal."""
+    if not errors.is_terminal:
+        yield Lines().show
+        return
     with Progress(
         TextColumn("{task.description:>20}"),
         BarColumn(),
@@ -87,6 +91,66 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(tasks[what], completed=done, total=total)
 
         yield show
+
+
+class Lines:
+    """Progress for a file: at most one line in ``EVERY`` seconds, and of the ends of batches as many again.
+
+    Args:
+        write: takes a line.
+        now: a clock in seconds.
+    """
+
+    EVERY = 30.0
+
+    def __init__(self, write: Callable[[str], None] | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self._write, self._now = write or _plain, now
+        self._begun: dict[str, tuple[int, float]] = {}  # how much of a step was done when first heard of, and when
+        self._run: dict[str, tuple[int, int]] = {}  # batches and edits
+        self._last = {"step": now(), "batch": now()}
+
+    def show(self, what: str, done: int, total: int) -> None:
+        now = self._now()
+        self._begun.setdefault(what, (done, now))
+        if what in ("batches", "edits"):
+            self._run[what] = done, total
+        kind, ended = "batch" if what == "edits" else "step", what == "edits" and done >= total
+        if what != "batches" and (ended or now - self._last[kind] >= self.EVERY):
+            self._last |= {kind: now, "step": now}
+            self._write("; ".join(self._parts(what, done, total, now)))
+        if done >= total:
+            del self._begun[what]
+        if ended:
+            self._run.clear()
+
+    def _parts(self, what: str, done: int, total: int, now: float) -> Iterator[str]:
+        if "edits" in self._run:
+            batch, edits = self._run.get("batches", (0, 0)), self._run["edits"]
+            rate, left = self._pace("edits", *edits, now)
+            told = f", {rate:.3g} edits/s, {left} left" if left else ""
+            yield f"batch {batch[0]} of {batch[1]}, {edits[0]} of {edits[1]} edits{told}"
+        if what != "edits":
+            _, left = self._pace(what, done, total, now)
+            yield f"{what}: {done} of {total}" + (f", {left} left" if left else "")
+
+    def _pace(self, what: str, done: int, total: int, now: float) -> tuple[float, str]:
+        """How much a second, and the time left; nothing where neither is known."""
+        first, start = self._begun[what]
+        if done == first or now <= start:
+            return 0.0, ""
+        rate = (done - first) / (now - start)
+        return rate, _duration((total - done) / rate)
+
+
+def _plain(text: str) -> None:
+    errors.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def energy_table(events: list[dict[str, Any]]) -> Table:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sphere_edit.tokens import leading_tokens
+
 _BUILTIN = {"builtin": "builtin.txt", "heldout": "heldout.txt"}
 
 
@@ -36,10 +38,10 @@ def token_windows(tokenizer: Any, spec: str, window: int, limit: int) -> Iterato
     """Stream a text as consecutive windows ``[window]`` of token ids; the last may be shorter, but not below 2.
 
     Args:
-        window: tokens per window, one of them BOS where the tokenizer adds it.
+        window: tokens per window, BOS among them where the tokenizer adds it.
         limit: stop after this many tokens.
     """
-    head = tokenizer("", add_special_tokens=True)["input_ids"][:1]
+    head = leading_tokens(tokenizer)
     size, pending, given = window - len(head), [], 0
     for line in text_lines(spec):
         pending += tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"]

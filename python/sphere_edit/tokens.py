@@ -69,13 +69,26 @@ def _without_trailing_special(ids: Sequence[int], offsets: Sequence[tuple[int, i
     return ids[:n]
 
 
+def leading_tokens(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts before a text; those that it puts after are none of them."""
+    whole, bare = (tokenizer("The", add_special_tokens=special)["input_ids"] for special in (True, False))
+    before = range(len(whole) - len(bare) + 1)
+    return list(whole[: next((n for n in before if whole[n : n + len(bare)] == bare), 0)])
+
+
+def positions(model: Any) -> int | None:
+    """How many tokens a model can read at once; None where its settings name no limit."""
+    config = model.config.get_text_config(decoder=True)
+    named = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next((count for count in named if isinstance(count, int) and count > 0), None)
+
+
 def check_fits(model: Any, row: Row, prompt: str, extra: int = 0) -> None:
     """Raise if the model cannot take a row: too many tokens (and ``extra`` before them), or ids it does not have."""
-    config = model.config.get_text_config(decoder=True)
-    positions, count = getattr(config, "max_position_embeddings", None), len(row.ids) + extra
-    if isinstance(positions, int) and 0 < positions < count:
+    limit, count = positions(model), len(row.ids) + extra
+    if limit is not None and limit < count:
         raise ValueError(
-            f"prompt {prompt[:60]!r}… takes {count} tokens with its context; the model has {positions} positions"
+            f"prompt {prompt[:60]!r}… takes {count} tokens with its context; the model has {limit} positions"
         )
     known, largest = model.get_input_embeddings().weight.shape[0], max((*row.ids, *row.target))
     if largest >= known:

@@ -49,7 +49,7 @@ class _Part:
         out = self.replay.run(self.replay.hidden)[self.read_row, self.read_column]
         log_probs = structure.logits(out).float().log_softmax(-1)
         picked = log_probs.gather(1, self.want[:, None])[:, 0]
-        zero = torch.zeros(self.facts.stop - self.facts.start, device=out.device)
+        zero = torch.zeros(self.facts.stop - self.facts.start, dtype=torch.float32, device=out.device)
         return zero.index_add(0, self.read_row, -picked * self.share)
 
 
@@ -78,7 +78,9 @@ def tune(
     size = max(1, _TOKENS_PER_PASS // max(len(row.ids) for row in rows))
     parts = [_part(model, structure, rows[at : at + size], at, layers[0]) for at in range(0, len(rows), size)]
     updates = {
-        layer: torch.zeros(structure.edited[layer].weight.shape, device=structure.device, requires_grad=True)
+        layer: structure.edited[layer].weight.new_zeros(
+            structure.edited[layer].weight.shape, dtype=torch.float32, requires_grad=True
+        )
         for layer in layers
     }
     adam = torch.optim.Adam(updates.values(), lr=config.ft_lr)
@@ -111,7 +113,9 @@ def _part(model: Any, structure: ModelStructure, rows: Sequence[Row], first: int
         for i, row in enumerate(rows)
         for k, token in enumerate(row.target)
     ]
-    row, column, want, share = (torch.tensor(x, device=structure.device) for x in zip(*places, strict=True))
+    device = structure.device
+    row, column, want = (torch.tensor(x, device=device) for x in list(zip(*places, strict=True))[:3])
+    share = torch.tensor([p[3] for p in places], dtype=torch.float32, device=device)
     return _Part(slice(first, first + len(rows)), replay, row, column, want, share)
 
 

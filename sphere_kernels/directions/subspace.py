@@ -50,7 +50,7 @@ def leading_eigenpairs(
     size, spent = wanted + wanted // 4 + GUARDS, 0.0
     blind = SWEEPS_TO_JUDGE if start is None else 1
     while size <= LARGEST_SHARE * m:
-        fresh = torch.randn(*gram.shape[:-1], size - basis.shape[-1], generator=generator)
+        fresh = torch.randn(*gram.shape[:-1], size - basis.shape[-1], generator=generator, dtype=torch.float32)
         basis = torch.linalg.qr(torch.cat([basis, fresh.to(gram)], -1)).Q
         sweep = 0
         while True:

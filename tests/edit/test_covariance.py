@@ -68,6 +68,20 @@ def test_equals_a_direct_sum(family, bos, tokenizer, bos_tokenizer, text, tmp_pa
         torch.testing.assert_close(got[layer], total / count, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_windows_are_within_the_models_positions(family, tokenizer, text, tmp_path, monkeypatch):
+    """128 positions learned, and the figure that windows of 128 tokens give a model that has more."""
+    few = {"n_positions": 128} if family == "gpt2" else {"max_position_embeddings": 128}
+    got = _get(tiny.make_model(family, **few), tokenizer, tmp_path / "few", text)
+    monkeypatch.setattr(module, "_WINDOW", 128)
+    many = tiny.make_model(family)
+    for name, value in tiny.make_model(family, **few).state_dict().items():
+        many.state_dict()[name][: len(value)].copy_(value)
+    want = _get(many, tokenizer, tmp_path / "many", text)
+    for layer in got:
+        torch.testing.assert_close(got[layer], want[layer])
+
+
 def test_short_text_in_full(tokenizer, tmp_path):
     """A text below one window, compressed; progress ends with its tokens."""
     path = tmp_path / "short.txt.gz"

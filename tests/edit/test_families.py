@@ -17,6 +17,7 @@ import torch
 from sphere_edit.editor import SphereEditor
 from sphere_edit.methods import METHODS
 from sphere_edit.metrics import METRICS, evaluate, score_targets
+from sphere_edit.targets import optimised, passes
 
 pytestmark = pytest.mark.filterwarnings("ignore:the key covariance of")
 
@@ -73,6 +74,47 @@ def test_a_family_is_edited_and_measured(family, head, special, side, dtype, con
     assert changed == {f"{tiny.FAMILIES[family][2].format(layer)}.weight" for layer in config.layers}
     editor.revert()
     assert tiny.same(model, before)
+
+
+@pytest.mark.parametrize("targets", ["optimised", "closed_loop", "gradient"])
+@pytest.mark.parametrize("family", [*tiny.HYBRID, *tiny.WITH_IMAGES, "olmo", "nanochat"])
+def test_dense_mlps_of_other_architectures_are_edited(family, targets, tokenizer, config, tmp_path):
+    model = tiny.make_model(family)
+    steps = {"value_steps": 15} if targets == "optimised" else {}
+    config = config.replace(targets=targets, contexts=0, ridge=1e-5, null_space_threshold=3.0, **steps)
+    editor, before = SphereEditor(model, tokenizer, config, cache=tmp_path), tiny.state(model)
+    unlikely, _ = score_targets(model, tokenizer, _ASKED)
+    editor.edit(_FACTS)
+    likely, _ = score_targets(model, tokenizer, _ASKED)
+    assert sum(likely) > sum(unlikely) + (0.01 if targets == "gradient" else 0.3)
+    torch.testing.assert_close(
+        -torch.tensor(likely), plain.target_nll(model, tokenizer, _FACTS).float(), atol=2e-4, rtol=0
+    )
+    path = (tiny.HYBRID | tiny.WITH_IMAGES | tiny.UNUSUAL)[family][2]
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"{path.format(layer)}.weight" for layer in config.layers}
+    editor.revert()
+    assert tiny.same(model, before)
+
+
+@pytest.mark.parametrize("targets", ["optimised", "closed_loop"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2-hard"])
+def test_whole_rows_give_what_cached_prefixes_give(family, targets, tokenizer, config, tmp_path, monkeypatch):
+    """As a model with a recurrence is edited, on models that have none."""
+    steps = {"value_lr": 0.05} if targets == "optimised" else {"loop_arithmetic": "model", "loop_rounds": 1}
+    config = config.replace(targets=targets, ridge=1.0, **steps)
+    found = []
+    for only_keys in (True, False):
+        for module in (optimised, passes):
+            monkeypatch.setattr(module, "keeps_only_keys", lambda _, answer=only_keys: answer)
+        model = tiny.make_model(family)
+        editor = SphereEditor(model, tokenizer, config, cache=tmp_path)
+        editor.edit(_FACTS)
+        found.append({layer: editor.weights()[layer] - editor.original_weights()[layer] for layer in config.layers})
+    for layer in config.layers:
+        torch.testing.assert_close(
+            found[0][layer], found[1][layer], rtol=1e-2, atol=1e-3 * float(found[0][layer].norm())
+        )
 
 
 _SETTINGS = {

@@ -237,6 +237,14 @@ def test_a_models_own_settings_are_put_back_after_a_failure(tokenizer, monkeypat
     assert model.generation_config is own
 
 
+def test_a_model_without_settings_of_generation(tokenizer):
+    model = tiny.make_model("llama")
+    want = complete(model, tokenizer, ["The river"], 5), generate_contexts(model, tokenizer, 2, 4, 0)
+    model.generation_config = None
+    assert (complete(model, tokenizer, ["The river"], 5), generate_contexts(model, tokenizer, 2, 4, 0)) == want
+    assert model.generation_config is None
+
+
 def test_positions_are_needed_of_each_batch(tokenizer, monkeypatch):
     """The longest prompt of a batch, and what the shortest lacks; prompts of other batches do not count."""
     short, long = _request("Oka", "Peru", None), _request("The mouth of the river Tarn by the sea", "Peru", None)

@@ -12,8 +12,10 @@ import torch
 import transformers as hf
 
 from sphere_edit import metrics
+from sphere_edit.editor import SphereEditor
 from sphere_edit.metrics import Score, evaluate, perplexity, score_targets
 from sphere_edit.requests import EditRequest
+from sphere_edit.structure import StructureError, check_weights_finite
 from sphere_edit.tokens import encode
 
 _TEXT = "Anna went home. The river flows past the old mill, and nobody saw it.\nIt rained — for days.\n" * 30
@@ -283,7 +285,7 @@ def test_rows_of_unlike_length_do_not_share_a_batch(tokenizer, monkeypatch):
     asked = [(letter * n, "b") for letter, n in zip("ABCDEF", (1, 2, 3, 40, 41, 90), strict=True)]
     seen = []
     handle = model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    monkeypatch.setattr(metrics, "_is_selectable", lambda _: True)  # asks with a pass of its own
+    monkeypatch.setattr(metrics, "keeps_only_keys", lambda _: True)  # asks with a pass of its own
     monkeypatch.setattr(metrics, "_PADDING_PER_BATCH", 8)
     apart = score_targets(model, tokenizer, asked)
     assert [len(ids) for ids in seen] == [3, 2, 1] and all((ids == 0).sum() <= 8 for ids in seen)
@@ -339,6 +341,67 @@ def test_perplexity(family, bos, tokenizer, bos_tokenizer, tmp_path):
                 loss = model(torch.tensor([window]), labels=torch.tensor([window])).loss
             total, count = total + loss.item() * (len(window) - 1), count + len(window) - 1
         assert perplexity(model, tok, str(path), limit) == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_perplexity_of_a_model_with_few_positions(family, tokenizer, tmp_path, monkeypatch):
+    few = {"n_positions": 128} if family == "gpt2" else {"max_position_embeddings": 128}
+    model, text = tiny.make_model(family, **few), tmp_path / "text.txt"
+    text.write_text(_TEXT, encoding="utf-8")
+    got = perplexity(model, tokenizer, str(text), 600)
+    monkeypatch.setattr(metrics, "_WINDOW", 100)
+    assert perplexity(model, tokenizer, str(text), 600) != got
+    monkeypatch.setattr(metrics, "_WINDOW", 128)
+    assert perplexity(model, tokenizer, str(text), 600) == got
+
+
+def _no_memory():
+    model = tiny.make_model("llama")
+    model.model.layers[3].to("meta")
+    return model
+
+
+def _offloaded():
+    model = tiny.make_model("llama")
+    model.model.layers[2]._hf_hook = type("Hook", (), {"offload": True})()
+    return model
+
+
+_UNUSABLE = {
+    "meta": (_no_memory, "model.layers.3.self_attn.q_proj.weight is on the meta device"),
+    "offloaded": (_offloaded, "module model.layers.2 is offloaded"),
+    "data-parallel": (lambda: torch.nn.DataParallel(tiny.make_model("llama")), "DataParallel has no config"),
+    "prompted": (lambda: tiny.Prompted(tiny.make_model("llama"), cut=False), "Prompted reads more or fewer tokens"),
+    "prompted-cut": (lambda: tiny.Prompted(tiny.make_model("llama"), cut=True), "Prompted reads more or fewer tokens"),
+}
+
+
+@pytest.mark.parametrize("name", _UNUSABLE)
+def test_models_that_cannot_be_measured_or_edited(name, tokenizer, config, tmp_path):
+    make, message = _UNUSABLE[name]
+    model = make()
+    with pytest.raises(StructureError, match=message):
+        evaluate(model, tokenizer, tiny.facts(2))
+    with pytest.raises(StructureError, match=message):
+        perplexity(model, tokenizer)
+    with pytest.raises(StructureError, match=message):
+        SphereEditor(model, tokenizer, config, cache=tmp_path).prepare()
+    if not name.startswith("prompted"):
+        with pytest.raises(StructureError, match=message):
+            check_weights_finite(model)
+
+
+def test_a_block_used_twice_is_measured_as_it_runs(tokenizer):
+    """Its keys are twice in one layer of the cache, from which no target can be gone on."""
+    model, asked = (
+        tiny.make_model("llama"),
+        [("The capital of Vanuatu is", "Rome"), ("The mother tongue of Bo", "Welsh")],
+    )
+    model.model.layers[3] = model.model.layers[1]
+    found = score_targets(model, tokenizer, asked)
+    for (prompt, target), value, right in zip(asked, *found, strict=True):
+        want = _plain(model, tokenizer, prompt, target)
+        assert value == pytest.approx(want[0], abs=1e-4) and right == want[1]
 
 
 def test_perplexity_of_no_text(tokenizer, tmp_path):

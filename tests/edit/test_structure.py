@@ -7,7 +7,10 @@ import tiny
 import torch
 import transformers as hf
 
+from sphere_edit.replay import check_replay
 from sphere_edit.structure import StructureError, check_weights_finite, find_structure
+
+_DOWN = "model.layers.{}.mlp.down_proj"
 
 
 def test_down_projection_is_found(family):
@@ -85,12 +88,65 @@ def test_soft_cap_matters():
     assert structure.logits(hidden).abs().max() <= 3.0 < structure.head(structure.final_norm(hidden)).abs().max()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*tiny.HYBRID, *tiny.WITH_IMAGES, "olmo", "nanochat"])
+def test_dense_mlps_of_other_architectures_are_found(name):
+    model = tiny.make_model(name)
+    structure = find_structure(model)
+    path = (tiny.HYBRID | tiny.WITH_IMAGES | tiny.UNUSUAL)[name][2]
+    assert [d.name for d in structure.down] == [path.format(i) for i in range(5)]
+    check_replay(model, structure, [9, 10, 11, 12])
+    seen = []
+    handle = structure.blocks[-1].register_forward_hook(
+        lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    want = model(torch.arange(23, 35).view(2, 6)).logits
+    handle.remove()
+    torch.testing.assert_close(structure.logits(seen[0]), want)
+
+
+@pytest.mark.parametrize("width", [24, 64, 128, 200])
+@pytest.mark.parametrize("family", ["qwen3", "gemma", "phi3"])
+def test_an_mlp_narrower_than_the_attention(family, width):
+    wide = {} if family == "phi3" else {"head_dim": 32}
+    model = tiny.make_model(family, intermediate_size=width, **wide)
+    assert [d.name for d in find_structure(model).down] == [_DOWN.format(i) for i in range(5)]
+
+
 def _t5():
     return hf.T5ForConditionalGeneration(hf.T5Config(d_model=32, d_ff=64, num_layers=2, num_heads=4, vocab_size=99))
 
 
 def _experts(config_class, **settings):
     return hf.AutoModelForCausalLM.from_config(config_class(**tiny.FAMILIES["llama"][1], **settings))
+
+
+def _dense_then_experts():
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "num_dense_layers": 1}
+    return _experts(hf.Lfm2MoeConfig, **experts, layer_types=["conv", "full_attention"] * 2 + ["conv"])
+
+
+def _delta_and_experts():
+    _, settings, _ = tiny.HYBRID["qwen3.5"]
+    experts = {"num_experts": 4, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 40}
+    return hf.AutoModelForCausalLM.from_config(hf.Qwen3_5MoeTextConfig(**settings, **experts))
+
+
+def _one_block_twice():
+    model = tiny.make_model("llama")
+    model.model.layers[3] = model.model.layers[1]
+    return model
+
+
+def _one_weight_twice():
+    model = tiny.make_model("gpt2")
+    model.transformer.h[2].mlp.c_proj.weight = model.transformer.h[1].mlp.c_proj.weight
+    return model
+
+
+def _inference():
+    with torch.inference_mode():
+        return tiny.make_model("llama")
 
 
 def _int8():
@@ -145,6 +201,12 @@ def _no_up_projection():
         (lambda: _experts(hf.MixtralConfig, num_local_experts=2), "experts"),
         (lambda: _experts(hf.Qwen2MoeConfig, num_experts=4, moe_intermediate_size=40), "experts"),
         (lambda: _experts(hf.OlmoeConfig, num_experts=4), "experts"),
+        (_dense_then_experts, "experts"),
+        (_delta_and_experts, "experts"),
+        (_one_block_twice, "model.layers.1.mlp.down_proj: more than one block uses its weight"),
+        (_one_weight_twice, "transformer.h.1.mlp.c_proj: more than one block uses its weight"),
+        (lambda: torch.nn.DataParallel(tiny.make_model("llama")), r"DataParallel has no config.*\(its .module\)"),
+        (_inference, r"model.embed_tokens.weight was made under torch.inference_mode\(\)"),
         (_int8, r"model.layers.1.mlp.down_proj.weight is quantised \(torch.int8\)"),
         (_float8, r"model.layers.1.mlp.down_proj.weight is quantised \(torch.float8_e4m3fn\)"),
         (_meta, "model.layers.3.mlp.up_proj.weight is on the meta device"),
@@ -153,7 +215,20 @@ def _no_up_projection():
         (_no_norm, "no final norm of size 32"),
         (_no_up_projection, r"model.layers.0 \(LlamaDecoderLayer\).*linear maps seen: self_attn.q_proj 32→32"),
     ],
-    ids=["t5", "mixtral", "qwen2-moe", "olmoe", "int8", "float8", "meta", "no-blocks", "no-head", "no-norm", "no-mlp"],
+    ids=["t5", "mixtral", "qwen2-moe", "olmoe", "lfm2-moe", "qwen3.5-moe"]
+    + [
+        "block-twice",
+        "weight-twice",
+        "data-parallel",
+        "inference",
+        "int8",
+        "float8",
+        "meta",
+        "no-blocks",
+        "no-head",
+        "no-norm",
+        "no-mlp",
+    ],
 )
 def test_refused(make, message):
     with pytest.raises(StructureError, match=message):

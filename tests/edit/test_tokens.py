@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from sphere_edit.requests import EditRequest
-from sphere_edit.tokens import check_tokenizer, encode, pad_left
+from sphere_edit.text import token_windows
+from sphere_edit.tokens import check_tokenizer, encode, leading_tokens, pad_left
 
 _CASES = [
     ("{} lies in", "Vanuatu"),
@@ -119,6 +120,19 @@ def test_appended_end_of_text_is_dropped():
     assert closing("a")["input_ids"][-1] == closing.eos_token_id
     for target in (None, "Rome"):
         assert encode(closing, "{} is in", "Oslo", target) == encode(plain, "{} is in", "Oslo", target)
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["plain", "bos"])
+@pytest.mark.parametrize("eos", [False, True], ids=["open", "eos"])
+def test_text_windows_begin_as_prompts_do(bos, eos, tmp_path):
+    tok, text = tiny.make_tokenizer(bos=bos, eos=eos), tmp_path / "text.txt"
+    text.write_text("The mill is old. " * 20, encoding="utf-8")
+    ids = tok(text.read_text(), add_special_tokens=False)["input_ids"]
+    assert leading_tokens(tok) == [tok.bos_token_id] * bos
+    windows = [window.tolist() for window in token_windows(tok, str(text), 16, 10_000)]
+    assert all(window[0] == encode(tok, "The mill").ids[0] for window in windows) or not bos
+    assert [i for window in windows for i in window[bos:]] == ids
+    assert all(len(window) == 16 for window in windows[:-1])
 
 
 def test_tokenizer_without_the_subjects_end_is_refused():

@@ -77,7 +77,7 @@ FAMILIES: dict[str, tuple[type, dict[str, Any], str]] = {
     ),
     "falcon": (hf.FalconConfig, _LLAMA, "transformer.h.{}.mlp.dense_4h_to_h"),
 }
-# Families with something of their own after the head or in the attention, which must be followed or refused.
+# Families with something of their own after the head, in the attention or in norms, which must be followed or refused.
 UNUSUAL: dict[str, tuple[type, dict[str, Any], str]] = {
     "cohere": (hf.CohereConfig, _LLAMA | {"logit_scale": 0.3}, "model.layers.{}.mlp.down_proj"),
     "granite": (hf.GraniteConfig, _LLAMA | {"logits_scaling": 3.0}, "model.layers.{}.mlp.down_proj"),
@@ -91,6 +91,8 @@ UNUSUAL: dict[str, tuple[type, dict[str, Any], str]] = {
         {"vocab_size": VOCABULARY, "d_model": HIDDEN, "n_layers": 5, "n_heads": 4, "max_seq_len": 512},
         "transformer.blocks.{}.ffn.down_proj",
     ),
+    "olmo": (hf.OlmoConfig, _LLAMA, "model.layers.{}.mlp.down_proj"),
+    "nanochat": (hf.NanoChatConfig, _LLAMA, "model.layers.{}.mlp.fc2"),
     "falcon-alibi": (hf.FalconConfig, _LLAMA | {"alibi": True}, "transformer.h.{}.mlp.dense_4h_to_h"),
     "mistral-sliding": (hf.MistralConfig, _LLAMA | {"sliding_window": 4}, "model.layers.{}.mlp.down_proj"),
     "gemma2-sliding": (
@@ -127,18 +129,68 @@ NOT_ADDITIVE: dict[str, tuple[type, dict[str, Any], str]] = {
         _DOWN,
     ),
 }
+# Families whose blocks have recurrences or convolutions in place of attention, or beside it, and dense MLPs.
+_DELTA = {f"linear_{kind}": 8 for kind in ("key_head_dim", "value_head_dim")}
+HYBRID: dict[str, tuple[type, dict[str, Any], str]] = {
+    "qwen3.5": (
+        hf.Qwen3_5TextConfig,
+        _LLAMA
+        | _HEADS
+        | _DELTA
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        | {"layer_types": ["linear_attention", "linear_attention", "full_attention"] + ["linear_attention"] * 2},
+        _DOWN,
+    ),
+    "lfm2": (
+        hf.Lfm2Config,
+        _LLAMA | {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "conv", "full_attention", "conv", "conv"]},
+        "model.layers.{}.feed_forward.w2",
+    ),
+    "falcon-h1": (
+        hf.FalconH1Config,
+        _LLAMA
+        | _HEADS
+        | {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 16}
+        | {"lm_head_multiplier": 0.3, "mlp_multipliers": [0.5, 0.7]},
+        "model.layers.{}.feed_forward.down_proj",
+    ),
+}
+# Models of images and text: a tower with more blocks than the text has, and the text's decoder.
+_TEXT_OF_TWO = "model.language_model.layers.{}.mlp.down_proj"
+_ROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+WITH_IMAGES: dict[str, tuple[type, dict[str, Any], str]] = {
+    "gemma3-images": (
+        hf.Gemma3Config,
+        {
+            "text_config": _LLAMA | _HEADS | _WINDOW | {"query_pre_attn_scalar": 8},
+            "vision_config": {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 7}
+            | {"num_attention_heads": 4, "image_size": 28, "patch_size": 14},
+            "mm_tokens_per_image": 1,
+        },
+        _TEXT_OF_TWO,
+    ),
+    "qwen2-images": (
+        hf.Qwen2VLConfig,
+        {
+            "text_config": _LLAMA | {"rope_parameters": _ROPE},
+            "vision_config": {"depth": 7, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 14},
+        },
+        _TEXT_OF_TWO,
+    ),
+}
 
 
 def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A tiny random causal LM in evaluation mode, the same for the same arguments; the random state is left alone."""
-    config_class, settings, _ = (FAMILIES | UNUSUAL | NOT_ADDITIVE)[family]
+    config_class, settings, _ = (FAMILIES | UNUSUAL | NOT_ADDITIVE | HYBRID | WITH_IMAGES)[family]
+    auto = hf.AutoModelForImageTextToText if family in WITH_IMAGES else hf.AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = hf.AutoModelForCausalLM.from_config(config_class(**{**settings, **changes}))
+        model = auto.from_config(config_class(**{**settings, **changes}))
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms and biases start at ones and zeros, which would hide their misuse
                 parameter.data += 0.1 * torch.randn_like(parameter)
-            elif "proj" in name or "dense" in name or "fc" in name:
+            elif "proj" in name or "dense" in name or "fc" in name or "feed_forward" in name:
                 parameter.data = 0.2 * torch.randn_like(parameter)
     return model.to(dtype).eval()
 
@@ -236,3 +288,30 @@ def state(model: Any) -> dict[str, torch.Tensor]:
 def same(model: Any, before: dict[str, torch.Tensor]) -> bool:
     """Whether all weights are the same bit for bit."""
     return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Prompted(torch.nn.Module):
+    """A model with vectors of its own before the text, as prompt tuning has them; ``cut`` from the logits or not."""
+
+    def __init__(self, model: Any, cut: bool) -> None:
+        super().__init__()
+        self.model, self.cut = model, cut
+        self.prompt = torch.nn.Parameter(torch.randn(1, 3, HIDDEN))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **others: Any
+    ) -> Any:
+        rows = self.model.get_input_embeddings()(input_ids)
+        rows = torch.cat([self.prompt.expand(len(rows), -1, -1), rows], 1)
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask.new_ones(len(rows), 3), attention_mask], 1)
+        out = self.model(inputs_embeds=rows, attention_mask=attention_mask, **others)
+        if self.cut:
+            out.logits = out.logits[:, 3:]
+        return out

@@ -61,9 +61,9 @@ def look_back(
     maps, device = [structure.edited[layer] for layer in layers], structure.device
     counts = [len(row.target) for row in rows]
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-    nll = torch.zeros(len(rows), device=device)
-    keys = {m.layer: torch.zeros(starts[-1], m.weight.shape[1], device=device) for m in maps}
-    gradients = {m.layer: torch.zeros(starts[-1], m.weight.shape[0], device=device) for m in maps}
+    nll = torch.zeros(len(rows), dtype=torch.float32, device=device)
+    keys = {m.layer: torch.zeros(starts[-1], m.weight.shape[1], dtype=torch.float32, device=device) for m in maps}
+    gradients = {m.layer: torch.zeros(starts[-1], m.weight.shape[0], dtype=torch.float32, device=device) for m in maps}
     done = 0
     for part in alike([len(row.ids) for row in rows]):
         chosen = [rows[i] for i in part]
@@ -72,12 +72,12 @@ def look_back(
         places = [(at, k - len(row.target)) for at, row in enumerate(chosen) for k in range(len(row.target))]
         at, back = (torch.tensor(x, device=device) for x in zip(*places, strict=True))
         want = torch.tensor([token for row in chosen for token in row.target], device=device)
-        share = torch.tensor([1 / len(row.target) for row in chosen], device=device)[at]
+        share = torch.tensor([1 / len(row.target) for row in chosen], dtype=torch.float32, device=device)[at]
         with torch.enable_grad(), _Probes([m.module for m in maps]) as probes, compact_head(model):
             logits = model(**inputs, use_cache=False, **last_logits(model, longest)).logits[at, back]
             each = -logits.float().log_softmax(-1).gather(1, want[:, None])[:, 0] * share
             found = torch.autograd.grad(each.sum(), [probes.added[m.module] for m in maps])
-        nll[part] = torch.zeros(len(part), device=device).index_add(0, at, each.detach())
+        nll[part] = torch.zeros(len(part), dtype=torch.float32, device=device).index_add(0, at, each.detach())
         to = [place for i in part for place in range(starts[i], starts[i + 1])]
         for m, gradient in zip(maps, found, strict=True):  # OPT flattens rows and tokens before its MLP
             keys[m.layer][to] = probes.inputs[m.module].reshape(*shape, -1)[at, back].float()

@@ -36,7 +36,7 @@ class Group:
 
     @classmethod
     def of(cls, structure: ModelStructure, replay: Replay, facts: Sequence[int], rows: Sequence[Row], of: int) -> Group:
-        """The group of a replay whose first column is each row's subject; KL rows are those without a target.
+        """The group of a replay whose ``column`` is each row's subject; KL rows are those without a target.
 
         Args:
             of: in how many rows each fact has its target.
@@ -44,13 +44,13 @@ class Group:
         places = []
         for i, row in enumerate(rows):
             if row.target:
-                first = len(row.ids) - len(row.target) - row.subject_last
+                first = replay.column + len(row.ids) - len(row.target) - row.subject_last
                 places += [(i, first + k, token, 1 / (of * len(row.target))) for k, token in enumerate(row.target)]
             else:
-                places.append((i, 0, -1, 1.0))
+                places.append((i, replay.column, -1, 1.0))
         device = structure.device
         at, column, want = (torch.tensor(x, device=device) for x in list(zip(*places, strict=True))[:3])
-        weight = torch.tensor([p[3] for p in places], device=device)
+        weight = torch.tensor([p[3] for p in places], dtype=torch.float32, device=device)
         group = cls(replay, torch.tensor(list(facts), device=device), at, column, want, weight)
         if (want < 0).any():
             with torch.no_grad():
@@ -100,7 +100,7 @@ class Group:
     def losses(self, log_probs: Tensor, facts: int) -> tuple[Tensor, Tensor]:
         """This group's share of each fact's NLL and KL, ``[facts]`` each."""
         fact = self.row_fact[self.read_row]
-        zero = torch.zeros(facts, device=log_probs.device)
+        zero = torch.zeros(facts, dtype=torch.float32, device=log_probs.device)
         targets, kl = self.want >= 0, self.want < 0
         picked = log_probs[targets].gather(1, self.want[targets][:, None])[:, 0]
         nll = zero.index_add(0, fact[targets], -picked * self.weight[targets])

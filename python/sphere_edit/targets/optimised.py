@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sphere_edit.config import EditConfig
 from sphere_edit.contexts import in_context
-from sphere_edit.replay import record_after_prefix
+from sphere_edit.replay import keeps_only_keys, record_after_prefix
 from sphere_edit.requests import EditRequest
 from sphere_edit.structure import LinearMap, ModelStructure
 from sphere_edit.targets.groups import Group, essence
@@ -148,11 +148,12 @@ def _prepare(
             by_length[len(row.ids) - row.subject_last].append((fact, i == 0, row))
         by_length[1].append((fact, False, essence(tokenizer, request.subject)))
     groups, all_bare = [], []
+    cached = keeps_only_keys(model)
     for length in sorted(by_length):
         rows = sorted(by_length[length], key=lambda item: item[2].subject_last)  # prefixes of like length together
         for at in range(0, len(rows), _ROWS_PER_GROUP):
             part = rows[at : at + _ROWS_PER_GROUP]
-            group = _make_group(model, structure, part, len(contexts), first)
+            group = _make_group(model, structure, part, len(contexts), first, cached)
             bare = [i for i, item in enumerate(part) if item[1]]
             if bare:
                 all_bare.append(Bare(group, bare, [part[i][0] for i in bare]))
@@ -161,12 +162,16 @@ def _prepare(
 
 
 def _make_group(
-    model: Any, structure: ModelStructure, part: Sequence[tuple[int, bool, Row]], contexts: int, first: int
+    model: Any,
+    structure: ModelStructure,
+    part: Sequence[tuple[int, bool, Row]],
+    contexts: int,
+    first: int,
+    cached: bool,
 ) -> Group:
-    rows = [r for _, _, r in part]
-    replay = record_after_prefix(
-        model, structure, [r.ids for r in rows], [r.subject_last for r in rows], first, len(structure.blocks) - 1
-    )
+    rows, last = [r for _, _, r in part], len(structure.blocks) - 1
+    ids, split = [r.ids for r in rows], [r.subject_last for r in rows]
+    replay = record_after_prefix(model, structure, ids, split, first, last, cached)
     return Group.of(structure, replay, [fact for fact, _, _ in part], rows, contexts)
 
 

@@ -3,7 +3,7 @@
 A pass runs the tokens from the subject's last on. What the tokens before it say, as keys and values of the attention,
 is computed once a batch, under the weights of the batch before; the blocks below the first edited one run once too. An
 update acts on the tokens before the subject as well, a little: `SphereEditor` therefore asks the model itself, whole,
-before a fact is called learned.
+before a fact is called learned. A model that keeps other states of its tokens runs whole rows.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sphere_edit.replay import PrefixCache, record
+from sphere_edit.replay import PrefixCache, Replay, keeps_only_keys, record
 from sphere_edit.structure import ModelStructure, find_structure
 from sphere_edit.targets.groups import Group
 from sphere_edit.tokens import Row, pad_left
@@ -106,8 +106,9 @@ class Passes:
         """
         self._facts = facts
         with _attention(self._structure.device):
-            prefixes = self._prefixes([row for _, row in rows])
-            lengths = [len(row.ids) - row.subject_last for _, row in rows]
+            self._cached = keeps_only_keys(self._model)
+            prefixes = self._prefixes([row for _, row in rows]) if self._cached else []
+            lengths = [len(row.ids) - (row.subject_last if self._cached else 0) for _, row in rows]
             self._groups = [self._group(part, rows, prefixes) for part in alike(lengths)]
 
     def keep(self, active: Tensor) -> None:
@@ -118,15 +119,17 @@ class Passes:
     def run(self, kl: float = 0.0) -> Seen:
         """One forward and backward pass of the facts kept, of the loss NLL + ``kl`` · KL."""
         facts, device = self._facts, self._structure.device
-        nll = torch.zeros(facts, device=device)
+        nll = torch.zeros(facts, dtype=torch.float32, device=device)
         ran = torch.zeros(facts, dtype=torch.bool, device=device)
-        keys = {m.layer: torch.zeros(facts, m.weight.shape[1], device=device) for m in self._maps}
-        gradients = {m.layer: torch.zeros(facts, m.weight.shape[0], device=device) for m in self._maps}
-        lengths = {m.layer: torch.zeros(facts, device=device) for m in self._maps}
+        keys = {m.layer: torch.zeros(facts, m.weight.shape[1], dtype=torch.float32, device=device) for m in self._maps}
+        gradients = {
+            m.layer: torch.zeros(facts, m.weight.shape[0], dtype=torch.float32, device=device) for m in self._maps
+        }
+        lengths = {m.layer: torch.zeros(facts, dtype=torch.float32, device=device) for m in self._maps}
         for group in self._groups:
             hidden, about = group.replay.hidden, group.row_fact
             told = group.tells_target()
-            with _Probes(self._maps, hidden) as probes, torch.enable_grad(), _attention(device):
+            with _Probes(self._maps, group.replay) as probes, torch.enable_grad(), _attention(device):
                 own, divergence = group.losses(group.log_probs(self._structure, hidden), facts)
                 found = torch.autograd.grad((own + kl * divergence).sum(), probes.added)
             nll += own.detach()
@@ -162,21 +165,21 @@ class Passes:
         split = [(row.ids[: row.subject_last], row.ids[row.subject_last :]) for row in chosen]
         width = max(len(before) for before, _ in split)
         length = max(len(tail) for _, tail in split)
-        inputs = _padded(split, width, length, self._structure)
+        inputs: dict[str, Any] = _padded(split, width, length, self._structure)
+        facts = [rows[i][0] for i in part]
+        if not self._cached:
+            return Group.of(self._structure, self._replay({**inputs, "use_cache": False}, width), facts, chosen, 1)
         inputs["input_ids"] = inputs["input_ids"][:, width:]
         inputs["position_ids"] = inputs["position_ids"][:, width:]
         cache = _joined(part, width, prefixes)
         cache.frozen = True
+        replay = self._replay({**inputs, "past_key_values": cache, "use_cache": True}, 0)
+        return Group.of(self._structure, replay, facts, chosen, 1)
+
+    def _replay(self, inputs: dict[str, Any], column: int) -> Replay:
         last = len(self._structure.blocks) - 1
-        replay = record(
-            self._model,
-            self._structure,
-            {**inputs, "past_key_values": cache, "use_cache": True},
-            self._layers[0],
-            last,
-        )
-        self.flops += self._flops(len(part) * length, 0, 0)
-        return Group.of(self._structure, replay, [rows[i][0] for i in part], chosen, 1)
+        self.flops += self._flops(inputs["input_ids"].numel(), 0, 0)
+        return replace(record(self._model, self._structure, inputs, self._layers[0], last), column=column)
 
 
 @dataclass(frozen=True)
@@ -211,11 +214,12 @@ def _joined(part: Sequence[int], width: int, prefixes: Sequence[_Prefixes]) -> P
 
 
 class _Probes:
-    """Within, each edited map's output at the first column takes a zero whose gradient can be asked for; it comes
+    """Within, each edited map's output at the replay's column takes a zero whose gradient can be asked for; it comes
     before hooks of others, as what the weight gives does."""
 
-    def __init__(self, maps: Sequence[Any], hidden: Tensor) -> None:
-        self._maps, self._shape = maps, hidden.shape[:2]
+    def __init__(self, maps: Sequence[Any], replay: Replay) -> None:
+        hidden = replay.hidden
+        self._maps, self._shape, self._at = maps, hidden.shape[:2], replay.column
         self.added = [hidden.new_zeros(len(hidden), m.weight.shape[0], requires_grad=True) for m in maps]
         self.keys: list[Tensor] = [hidden] * len(maps)
         self.lengths: list[Tensor] = [hidden] * len(maps)
@@ -231,10 +235,12 @@ class _Probes:
     def _hook(self, i: int) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             # OPT flattens rows and tokens before its MLP
-            self.keys[i] = args[0].detach().reshape(*self._shape, -1)[:, 0]
+            at = self._at
+            self.keys[i] = args[0].detach().reshape(*self._shape, -1)[:, at]
             whole = out.reshape(*self._shape, -1)
-            self.lengths[i] = whole[:, 0].detach().norm(dim=1)
-            return torch.cat([whole[:, :1] + self.added[i][:, None], whole[:, 1:]], 1).view(out.shape)
+            self.lengths[i] = whole[:, at].detach().norm(dim=1)
+            parts = whole[:, :at], whole[:, at : at + 1] + self.added[i][:, None], whole[:, at + 1 :]
+            return torch.cat(parts, 1).view(out.shape)
 
         return hook
 

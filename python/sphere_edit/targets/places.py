@@ -41,16 +41,18 @@ class AtBlock:
         self._structure, self.first = structure, layer + 1
 
     def begin(self, bare: Sequence[Bare], facts: int) -> None:
-        self.start = torch.zeros(facts, 1, self._structure.hidden_size, device=self._structure.device)
+        shape = facts, 1, self._structure.hidden_size
+        self.start = torch.zeros(shape, dtype=torch.float32, device=self._structure.device)
         for part in bare:
-            self.start[part.facts, 0] = part.group.replay.hidden[part.rows, 0].float()
+            self.start[part.facts, 0] = part.group.replay.hidden[part.rows, part.group.replay.column].float()
         self.norm = self.start.norm(dim=2)
 
     def log_probs(self, group: Group, delta: Tensor) -> Tensor:
         """What `Group.log_probs` gives with ``delta`` ``[facts, 1, hidden]`` added."""
-        hidden = group.replay.hidden
+        hidden, at = group.replay.hidden, group.replay.column
         shift = delta[group.row_fact, 0].to(hidden.dtype)
-        return group.log_probs(self._structure, torch.cat([hidden[:, :1] + shift[:, None], hidden[:, 1:]], 1))
+        parts = hidden[:, :at], hidden[:, at : at + 1] + shift[:, None], hidden[:, at + 1 :]
+        return group.log_probs(self._structure, torch.cat(parts, 1))
 
     def said(self, delta: Tensor) -> Tensor:
         """The outputs with ``delta`` added, ``[facts, 1, hidden]``."""
@@ -76,8 +78,9 @@ class AtMaps:
     def begin(self, bare: Sequence[Bare], facts: int) -> None:
         self._bare = tuple(bare)
         shape = facts, len(self._maps), self._structure.hidden_size
-        self._unit = torch.zeros(shape[:2], device=self._structure.device)
-        self.start, blocks = self._run(torch.zeros(shape, device=self._structure.device))
+        nothing = torch.zeros(shape, dtype=torch.float32, device=self._structure.device)
+        self._unit = nothing[:, :, 0]
+        self.start, blocks = self._run(nothing)
         self.norm = blocks.norm(dim=2)
         self._unit = self.start.norm(dim=2) / self.norm.clamp_min(1e-30)
 
@@ -92,11 +95,11 @@ class AtMaps:
         return self._run(delta)[0]
 
     def _hook(self, hooks: ExitStack, group: Group, delta: Tensor) -> list[list[Tensor]]:
-        hidden = group.replay.hidden
+        hidden, at = group.replay.hidden, group.replay.column
         shifts = (delta * self._unit[:, :, None])[group.row_fact].to(hidden.dtype).unbind(1)
         shape = hidden.shape[:2]
         pairs = zip(self._maps, shifts, strict=True)
-        return [hooks.enter_context(added(m.module, shape, 0, shift)) for m, shift in pairs]
+        return [hooks.enter_context(added(m.module, shape, at, shift)) for m, shift in pairs]
 
     @torch.no_grad()
     def _run(self, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,5 +114,5 @@ class AtMaps:
                     while at <= m.layer - self.first:
                         hidden, at = replay.block(at, hidden), at + 1
                     maps[part.facts, i] = said[i][0][part.rows].float()
-                    blocks[part.facts, i] = hidden[part.rows, 0].float()
+                    blocks[part.facts, i] = hidden[part.rows, replay.column].float()
         return maps, blocks

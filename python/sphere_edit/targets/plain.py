@@ -38,7 +38,7 @@ class Plain:
 @torch.no_grad()
 def look(model: Any, structure: ModelStructure, rows: Sequence[Row], layers: Sequence[int]) -> Plain:
     """Ask the model for the targets of ``rows``; it must be in evaluation mode (see `replay.frozen`)."""
-    nll, known = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
+    nll, known = torch.zeros(len(rows), dtype=torch.float32), torch.zeros(len(rows), dtype=torch.bool)
     maps = [structure.edited[layer] for layer in layers]
     keys = {m.layer: m.weight.new_zeros(len(rows), m.weight.shape[1], dtype=torch.float32) for m in maps}
     outputs = {m.layer: m.weight.new_zeros(len(rows), m.weight.shape[0], dtype=torch.float32) for m in maps}
