@@ -91,12 +91,12 @@ def load_model(
     Raises:
         ModelError: nothing can be loaded under that name.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     path = str(_packaged_model(name_or_path)) if name_or_path in PACKAGED else name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _auto_class(path, trust_remote_code).from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -112,6 +112,16 @@ def load_model(
     if path != name_or_path:
         model.config.name_or_path = name_or_path
     return model.to(device).eval(), tokenizer
+
+
+def _auto_class(path: str, trust_remote_code: bool) -> Any:
+    """What loads a model: a causal LM, or a model of images and text that is none by itself."""
+    import transformers as hf
+
+    kind = type(hf.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+    if kind in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in hf.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return hf.AutoModelForImageTextToText
+    return hf.AutoModelForCausalLM
 
 
 def _packaged_model(name: str) -> Path:

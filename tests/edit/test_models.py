@@ -66,6 +66,14 @@ def test_folder(saved, dtype):
     assert len(tokenizer) == tiny.VOCABULARY and tokenizer.is_fast
 
 
+@pytest.mark.parametrize("family", tiny.WITH_IMAGES)
+def test_a_model_of_images_and_text(family, tokenizer, tmp_path):
+    tiny.make_model(family).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path))
+    assert tiny.same(model, tiny.state(tiny.make_model(family)))
+
+
 @pytest.mark.parametrize("content", ["absent", "empty", "no-weights", "no-tokenizer", "torn-config", "pickle"])
 def test_what_cannot_be_loaded(content, saved, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
