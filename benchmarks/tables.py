@@ -204,7 +204,7 @@ def render_studies(page: str) -> str:
             text = path.with_suffix(".md").read_text()
         return f"<!-- results {match[1]} -->\n{text}<!-- end -->"
 
-    return re.sub(r"<!-- results ([a-z0-9-]+) -->.*?<!-- end -->", fill, page, flags=re.S)
+    return re.sub(r"<!-- results ([a-z0-9_-]+) -->.*?<!-- end -->", fill, page, flags=re.S)
 
 
 def main(check: bool) -> int:

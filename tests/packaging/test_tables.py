@@ -16,7 +16,7 @@ from sphere_edit import study_results
 def test_readme_tables_are_the_stored_rows():
     readme = tables.README.read_text()
     assert tables.render(readme) == readme
-    assert set(re.findall("<!-- table ([a-z0-9-]+) -->", readme)) == set(tables.measured())
+    assert set(re.findall("<!-- table ([a-z0-9_-]+) -->", readme)) == set(tables.measured())
 
 
 def test_the_page_of_studies_has_their_tables_and_plots():
@@ -24,8 +24,8 @@ def test_the_page_of_studies_has_their_tables_and_plots():
     results = tables.STUDIES.parent / "results"
     stored, drawn = ({path.stem for path in results.glob(f"*.{kind}")} for kind in ("json", "svg"))
     assert tables.render_studies(page) == page
-    assert set(re.findall("<!-- results ([a-z0-9-]+) -->", page)) == stored
-    assert set(re.findall(r"\]\(results/([a-z0-9-]+)\.svg\)", page)) == drawn
+    assert set(re.findall("<!-- results ([a-z0-9_-]+) -->", page)) == stored
+    assert set(re.findall(r"\]\(results/([a-z0-9_-]+)\.svg\)", page)) == drawn
     for path in results.glob("*.md"):
         assert study_results.tables(json.loads(path.with_suffix(".json").read_text())) == path.read_text()
 
