@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit.generation import continue_rows
-from sphere_edit.metrics import METRICS, Evaluation
+from sphere_edit.metrics import METRICS, Evaluation, questions
 from sphere_edit.replay import frozen
 from sphere_edit.requests import EditRequest
 from sphere_edit.structure import check_usable
@@ -54,24 +54,15 @@ def evaluate_answers(
     Raises:
         ValueError: as `write_answers`.
     """
-    wanted = []
-    for r in requests:
-        known = r.neighborhood_answers or (r.target_true,) * len(r.neighborhood)
-        wanted.append(
-            {
-                "efficacy": [(r.text, r.target_new)],
-                "generalization": [(prompt, r.target_new) for prompt in r.paraphrases],
-                "specificity": [(prompt, a) for prompt, a in zip(r.neighborhood, known, strict=True) if a],
-            }
-        )
-    prompts = list(dict.fromkeys(p for groups in wanted for group in groups.values() for p, _ in group))
+    wanted = [questions(request) for request in requests]
+    prompts = list(dict.fromkeys(p for groups in wanted for group in groups.values() for p, _, _ in group))
     answers = dict(zip(prompts, write_answers(model, tokenizer, prompts, tokens, chat, progress), strict=True))
     per_request = []
     for groups in wanted:
         record: dict[str, float] = {}
         for name, group in groups.items():
             if group:
-                told = [(normalised(answers[prompt]), normalised(target)) for prompt, target in group]
+                told = [(normalised(answers[prompt]), normalised(target)) for prompt, target, _ in group]
                 record[f"{name}_exact"] = sum(said == right for said, right in told) / len(told)
                 record[f"{name}_contains"] = sum(f" {right} " in f" {said} " for said, right in told) / len(told)
         per_request.append(record)

@@ -25,7 +25,7 @@ from sphere_edit.keys import KeyMoments
 from sphere_edit.replay import frozen
 from sphere_edit.structure import ModelStructure
 from sphere_edit.text import text_path, token_windows
-from sphere_edit.tokens import positions
+from sphere_edit.tokens import readable
 
 _WINDOW, _ROWS = 256, 8
 _FEW = 8  # tokens per dimension below which the covariance is doubtful
@@ -76,7 +76,7 @@ def key_covariances(
             "text": text,
             "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             "tokens_at_most": str(config.covariance_tokens),
-            "window": str(_window(model)),
+            "window": str(readable(model, _WINDOW)),
             "computed": f"torch {torch.__version__}, {structure.device.type}, {torch.get_num_threads()} threads",
         }
         | ({} if structure.modules == "down" else {"modules": structure.modules})
@@ -114,7 +114,9 @@ def _measure(
                 progress(moments.tokens, config.covariance_tokens)
 
     with frozen(model):
-        for window in token_windows(tokenizer, config.covariance_text, _window(model), config.covariance_tokens):
+        for window in token_windows(
+            tokenizer, config.covariance_text, readable(model, _WINDOW), config.covariance_tokens
+        ):
             if pending and len(window) != len(pending[0]):
                 flush()
             pending.append(window)
@@ -126,10 +128,6 @@ def _measure(
     if moments.tokens == 0:
         raise ValueError(f"covariance_text {config.covariance_text!r} has no text; expected at least two tokens")
     return moments
-
-
-def _window(model: Any) -> int:
-    return min(_WINDOW, positions(model) or _WINDOW)
 
 
 def _warn_if_few(tokens: int, d: int) -> None:

@@ -19,7 +19,7 @@ from sphere_edit.replay import compact_head, frozen, keeps_only_keys, last_logit
 from sphere_edit.requests import EditRequest
 from sphere_edit.structure import check_usable
 from sphere_edit.text import token_windows
-from sphere_edit.tokens import check_fits, check_tokenizer, encode, pad_left, positions
+from sphere_edit.tokens import check_fits, check_tokenizer, encode, pad_left, readable
 
 PERPLEXITY_TOKENS = 10_000
 _TOKENS_PER_BATCH = 2048
@@ -104,16 +104,10 @@ def evaluate(
     def ask(prompt: str, target: str | None) -> int | None:
         return None if target is None else asked.setdefault((prompt, target), len(asked))
 
-    wanted = []
-    for r in requests:
-        new, true, own = r.target_new, r.target_true, r.neighborhood_answers
-        answers = own or (true,) * len(r.neighborhood)
-        groups = {
-            "efficacy": [(r.text, new, true)],
-            "generalization": [(p, new, true) for p in r.paraphrases],
-            "specificity": [(p, a, None if own else new) for p, a in zip(r.neighborhood, answers, strict=True) if a],
-        }
-        wanted.append({name: [(ask(p, want), ask(p, other)) for p, want, other in g] for name, g in groups.items()})
+    wanted = [
+        {name: [(ask(p, want), ask(p, other)) for p, want, other in g] for name, g in questions(request).items()}
+        for request in requests
+    ]
     log_probs, correct = score_targets(model, tokenizer, list(asked), progress)
     per_request = []
     for places in wanted:
@@ -126,6 +120,17 @@ def evaluate(
                 record[f"{name}_accuracy"] = sum(correct[w] for w, _ in pairs if w is not None) / len(pairs)
         per_request.append(record)
     return Evaluation.of(per_request)
+
+
+def questions(request: EditRequest) -> dict[str, list[tuple[str, str, str | None]]]:
+    """By metric: the prompts, each with its wanted target and the one to compare with, where there is one."""
+    r, new, true, own = request, request.target_new, request.target_true, request.neighborhood_answers
+    answers = own or (true,) * len(r.neighborhood)
+    return {
+        "efficacy": [(r.text, new, true)],
+        "generalization": [(p, new, true) for p in r.paraphrases],
+        "specificity": [(p, a, None if own else new) for p, a in zip(r.neighborhood, answers, strict=True) if a],
+    }
 
 
 def score_targets(
@@ -257,7 +262,7 @@ def perplexity(model: Any, tokenizer: Any, text: str = "heldout", tokens: int = 
     """
     check_usable(model)
     total, count = 0.0, 0
-    device, width = next(model.parameters()).device, min(_WINDOW, positions(model) or _WINDOW)
+    device, width = next(model.parameters()).device, readable(model, _WINDOW)
     with frozen(model), torch.no_grad():
         keeps_only_keys(model)  # raises where columns are added
         for window in token_windows(tokenizer, text, width, tokens):

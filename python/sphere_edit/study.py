@@ -39,7 +39,8 @@ Say = Callable[[str], None]
 OnProgress = Callable[[str, int, int], None]
 
 _COUNTS = {"limit": 1, "threads": 1, **LEAST}
-_KINDS = {"settings": dict, "runs": dict, "make_model": list}
+_KIND_NAMES = {dict: "names with values", list: "a list", bool: "true or false"}
+_KINDS = {"settings": dict, "runs": dict, "make_model": list, "answers": bool}
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,8 @@ def _check(path: Path, name: str, value: Any) -> None:
         least = _COUNTS[name]
         ok, expected = whole and value >= least, f"a whole number of at least {least}"
         ok = ok or (value is None and name in ("limit", "score_sample"))
-    elif name == "answers":
-        ok, expected = isinstance(value, bool), "true or false"
     elif name in _KINDS:
-        ok, expected = isinstance(value, _KINDS[name]), {dict: "names with values", list: "a list"}[_KINDS[name]]
+        ok, expected = isinstance(value, _KINDS[name]), _KIND_NAMES[_KINDS[name]]
         ok = ok and (bool(value) or name != "runs")
         if name == "make_model":
             ok, expected = ok and all(isinstance(part, str) for part in value), "a list of texts"

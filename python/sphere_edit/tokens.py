@@ -83,6 +83,11 @@ def positions(model: Any) -> int | None:
     return next((count for count in named if isinstance(count, int) and count > 0), None)
 
 
+def readable(model: Any, tokens: int) -> int:
+    """``tokens``, or as many of them as a model can read at once."""
+    return min(tokens, positions(model) or tokens)
+
+
 def check_fits(model: Any, row: Row, prompt: str, extra: int = 0) -> None:
     """Raise if the model cannot take a row: too many tokens (and ``extra`` before them), or ids it does not have."""
     limit, count = positions(model), len(row.ids) + extra

@@ -71,6 +71,8 @@ class Passes:
             structure = find_structure(model, structure.modules)
         self._model, self._structure, self._layers = model, structure, tuple(layers)
         self._maps = [structure.edited[layer] for layer in layers]
+        with _attention(structure.device):
+            self._cached = keeps_only_keys(model)
         self._groups: list[Group] = []
         self._facts = 0
         self.flops = 0.0
@@ -106,7 +108,6 @@ class Passes:
         """
         self._facts = facts
         with _attention(self._structure.device):
-            self._cached = keeps_only_keys(self._model)
             prefixes = self._prefixes([row for _, row in rows]) if self._cached else []
             lengths = [len(row.ids) - (row.subject_last if self._cached else 0) for _, row in rows]
             self._groups = [self._group(part, rows, prefixes) for part in alike(lengths)]
