@@ -102,7 +102,7 @@ def run(
         work = _Work(model, tokenizer, requests, config, journal, on_event, on_progress)
         work.check(options.perplexity_text)
         runs.write_config(journal.folder, _record(work.editor, options, len(requests), journal.folder))
-        runs.write_jsonl(journal.folder / runs.REQUESTS, [vars(request) for request in requests])
+        runs.write_jsonl(journal.folder / runs.REQUESTS, [request.to_dict() for request in requests])
         journal.begin(inputs={name: file_sha256(journal.folder / name) for name in (runs.CONFIG, runs.REQUESTS)})
         return work.go()
 
