@@ -145,6 +145,10 @@ def run_command(
     curve_sample: Annotated[
         int, typer.Option(help="Requests scored there at most: of those so far, the first, and the newest each.", min=1)
     ] = 200,
+    curve_answers: Annotated[
+        int,
+        typer.Option(help="Requests of each of these that the model also answers by itself (see --answers).", min=0),
+    ] = 0,
     score_sample: Annotated[
         int | None, typer.Option(help="Requests scored before and after, drawn at random; by default all.", min=1)
     ] = None,
@@ -209,6 +213,7 @@ def run_command(
                 checkpoint_every=checkpoint_every,
                 curve_every=curve_every,
                 curve_sample=curve_sample,
+                curve_answers=curve_answers,
                 score_sample=score_sample,
                 answers=answers,
                 save_model=save_model,

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from sphere_edit.log import Log, energy_change
-from sphere_edit.metrics import FOLLOWING_SCORES, SCORES
+from sphere_edit.metrics import FOLLOWING, FOLLOWING_SCORES, METRICS, SCORES
 from sphere_edit.records import Event
 
 _INK, _MUTED, _LINE = "#010101", "#010102", "#010103"
@@ -50,6 +50,7 @@ def draw_plots(log: Log, sphere: bool) -> dict[str, Markup | None]:
             "bound": _bound_plot(log),
             "cosines": _cosine_map(log),
             "curve": _curve_plot(log),
+            "answers": _answers_plot(log),
             "retention": _retention_plot(log),
             "perplexity": _perplexity_plot(log),
         }
@@ -218,6 +219,15 @@ def _curve_plot(log: Log) -> Markup | None:
     }
     lines = {name.replace("_", " "): _curve(log, name) for name in (*SCORES, *FOLLOWING_SCORES)}
     return _lines("curve", "Scores over edits", "Requests, %", lines, looks, ylim=(-3, 103))
+
+
+def _answers_plot(log: Log) -> Markup | None:
+    lines, looks = {}, {}
+    for i, metric in enumerate((*METRICS, *FOLLOWING)):
+        for kind, dash in (("contains", "-"), ("exact", "--")):
+            said = f"{metric.replace('_', ' ')} {kind}"
+            lines[said], looks[said] = _curve(log, f"{metric}_{kind}"), {"color": _SERIES[i], "linestyle": dash}
+    return _lines("answers", "Answers over edits", "Requests, %", lines, looks, ylim=(-3, 103))
 
 
 def _retention_plot(log: Log) -> Markup | None:

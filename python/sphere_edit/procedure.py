@@ -31,7 +31,13 @@ from sphere_edit.text import text_path, token_windows
 
 _RESULT = (runs.DELTAS, runs.REPORT, runs.MODEL)  # what holds for the last batch only
 
-LEAST = {"checkpoint_every": 1, "curve_every": 0, "curve_sample": 1, "score_sample": 1}  # of `RunOptions`
+LEAST = {
+    "checkpoint_every": 1,
+    "curve_every": 0,
+    "curve_sample": 1,
+    "curve_answers": 0,
+    "score_sample": 1,
+}  # `RunOptions`
 
 OnEvent = Callable[[Event], None]
 OnProgress = Callable[[str, int, int], None]
@@ -49,6 +55,7 @@ class RunOptions:
         save_model: also write the edited model.
         curve_every: batches between two evaluations on the way; 0 for none.
         curve_sample: how many requests each of their groups has at most; see `looks.curve`.
+        curve_answers: how many requests of each group the model also answers by itself; 0 for none.
         score_sample: how many requests are scored before and after, drawn by the run's seed; None is all.
         answers: also let the model answer their prompts by itself, before and after; see `answers`.
         overwrite: replace an earlier run at ``out`` once this one is complete.
@@ -65,6 +72,7 @@ class RunOptions:
     overwrite: bool = False
     curve_every: int = 0
     curve_sample: int = 200
+    curve_answers: int = 0
     score_sample: int | None = None
     answers: bool = False
     given: dict[str, Any] = field(default_factory=dict)
@@ -97,6 +105,8 @@ def run(
             continue
         if value is None or value < least:
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
+    if options.curve_answers and not options.curve_every:
+        raise ValueError(f"curve_answers {options.curve_answers}: expected curve_every with it, got 0")
     opened = nullcontext(journal) if journal else runs.new_run(options.out, options.overwrite)
     with opened as journal:
         work = _Work(model, tokenizer, requests, config, journal, on_event, on_progress)
@@ -384,7 +394,8 @@ class _Work:
         if number % every and self.editor.edits < len(self.requests):
             return
         text, tokens = self.record["perplexity_text"], self.record["perplexity_tokens_at_most"]
-        event = curve(self.editor, self.requests, self.record["curve_sample"], text, tokens)
+        counts = self.record["curve_sample"], self.record.get("curve_answers", 0)
+        event = curve(self.editor, self.requests, counts[0], text, tokens, counts[1])
         self.journal.add("curve", events=[event])
         self.emit(event)
 
@@ -439,6 +450,7 @@ def _record(editor: SphereEditor, options: RunOptions, edits: int, folder: Path)
         "save_model": options.save_model,
         "curve_every": options.curve_every,
         "curve_sample": options.curve_sample,
+        "curve_answers": options.curve_answers,
         "score_sample": options.score_sample,
         "answers": options.answers,
         "replaces": None if folder.name == target else target,

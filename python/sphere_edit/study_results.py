@@ -34,9 +34,11 @@ _PANELS = {  # title: where in a curve's event
     "Perplexity": ("perplexity", ""),
     "HE, change in %": ("energy", ""),
 }
-_FOLLOWING_PANELS = {  # where a data set asks for it
+_FURTHER_PANELS = {  # where runs have it
     "Portability, accuracy, %": ("scores", "portability_accuracy"),
     "Multi-hop, accuracy, %": ("scores", "multi_hop_accuracy"),
+    "Answers to edits, contains, %": ("scores", "efficacy_contains"),
+    "Answers to the first edits, contains, %": ("first", "efficacy_contains"),
 }
 _WEIGHTS = {  # column: in a layer's energy event
     "mean distance moved": "moved_mean",
@@ -107,6 +109,8 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
             run["less_base"] = {"base": base, **_differences(ends[name], ends[base])}
             run["less_base"] |= _difference_of_first(run["curve"], found[base]["curve"])
     shown = {f.name: getattr(study, f.name) for f in fields(study) if f.name not in ("runs", "settings")}
+    if not study.curve_answers:
+        del shown["curve_answers"]  # as earlier studies are stored
     return {"study": shown, "runs": found}
 
 
@@ -284,7 +288,7 @@ def plots(found: Mapping[str, Any]) -> str:
     with style.context(["default", _STYLE]):
         panels = _PANELS | {
             title: place
-            for title, place in _FOLLOWING_PANELS.items()
+            for title, place in _FURTHER_PANELS.items()
             if any(_points(run, *place) for run in found["runs"].values())
         }
         rows = -(-len(panels) // 3)
