@@ -1,4 +1,4 @@
-"""Edits scored the published way: one forward pass for every prompt and target.
+"""Edits scored the published way: one forward pass for every prompt and target; and answers, one prompt at a time.
 
 Written from the description of CounterFact's and zsRE's scores in ROME and MEMIT (mean log-probability of a target's
 tokens, and which of them are the argmax): the same scores as `sphere_edit.metrics.evaluate`, so that only the way of
@@ -51,3 +51,22 @@ def score(model: Any, tokenizer: Any, prompt: str, target: str) -> tuple[float, 
     logits = model(input_ids=ids).logits[0, first - 1 : -1]
     picked = logits.log_softmax(-1).gather(1, ids[0, first:, None])
     return float(picked.mean()), float((logits.argmax(-1) == ids[0, first:]).double().mean())
+
+
+@torch.no_grad()
+def answer_one_by_one(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
+    """Greedy answers to the end of line or text, as transformers writes them one prompt at a time, with its cache."""
+    answers = []
+    for prompt in prompts:
+        given = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(
+            **given,
+            max_new_tokens=tokens,
+            do_sample=False,
+            stop_strings="\n",
+            tokenizer=tokenizer,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        said = tokenizer.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers.append(said.partition("\n")[0].strip())
+    return answers

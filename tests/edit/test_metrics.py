@@ -264,7 +264,7 @@ def test_portability_and_multi_hop_questions(tokenizer):
         share = {pair: _share(model, tokenizer, *pair) for pair in right}
         for kind, score in (("accuracy", right), ("token_accuracy", share)):
             assert record[f"portability_{kind}"] == pytest.approx(statistics.mean(score[pair] for pair in asked))
-            assert record[f"multi_hop_{kind}"] == pytest.approx(max(score[p, said] for p in prompts))
+            assert record[f"multi_hop_{kind}"] == pytest.approx(float(max(score[p, said] for p in prompts)))
         better = [_plain(model, tokenizer, p, said)[0] > _plain(model, tokenizer, p, "the")[0] for p in prompts]
         assert record["multi_hop_success"] == any(better) and "portability_success" not in record
         assert got.scores["multi_hop_accuracy"].n == 1 and "portability_success" not in got.scores
