@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from sphere_edit.answers import evaluate_answers
 from sphere_edit.editor import SphereEditor
 from sphere_edit.files import replacing
 from sphere_edit.generation import complete
+from sphere_edit.judge import Judge
 from sphere_edit.measures import cosines
 from sphere_edit.metrics import Evaluation, evaluate, finite, perplexity
 from sphere_edit.records import Event
@@ -57,6 +59,7 @@ def look(
     tokens: int,
     progress: Callable[[str, int, int], None],
     answers: bool = False,
+    judge: Judge | None = None,
 ) -> Look:
     """Look at the editor's model as it would be handed over.
 
@@ -64,13 +67,15 @@ def look(
         when: ``before`` or ``after``.
         text, tokens: of the perplexity.
         answers: also score what the model writes by itself.
+        judge: of these answers, if there is one.
     """
     model, tokenizer = editor.model, editor.tokenizer
     with editor.finished():
         found = evaluate(model, tokenizer, requests, lambda done, n: progress(f"scores {when}", done, n))
         if answers:
             name = f"answers {when}"
-            said, _ = evaluate_answers(model, tokenizer, requests, progress=lambda done, n: progress(name, done, n))
+            tell = functools.partial(progress, name)
+            said, _ = evaluate_answers(model, tokenizer, requests, progress=tell, judge=judge)
             found |= said
         value = perplexity(model, tokenizer, text, tokens)
         event = {"event": "evaluation", "when": when, "scores": found.to_dict(), "perplexity": finite(value)}
