@@ -104,7 +104,9 @@ class EditRequest:
 
     def _check_portability(self) -> None:
         given = self.portability_answers
-        each = [[a] if isinstance(a, str) else a for a in given] if isinstance(given, (list, tuple)) else []
+        each: list[Any] = (
+            [[a] if isinstance(a, str) else a for a in given] if isinstance(given, (list, tuple)) else [None]
+        )
         sound = all(
             isinstance(a, (list, tuple)) and a and all(isinstance(t, str) and t.strip() for t in a) for a in each
         )

@@ -232,6 +232,7 @@ def test_plain_records_and_tables_have_all_of_it(tmp_path: Path) -> None:
             r"for each of the 1 prompts of portability, got \[\[\]\]",
         ),
         ({"portability_answers": ["a"]}, "for each of the 0 prompts"),
+        ({"portability_answers": "a"}, "for each of the 0 prompts of portability, got 'a'"),
         ({"portability": ["{}"], "portability_answers": ["a"]}, r"portability must be complete prompts, without \{\}"),
         ({"multi_hop": ["a"]}, "multi_hop and multi_hop_answers: expected both or neither"),
         ({"multi_hop_answers": ["a"]}, "multi_hop and multi_hop_answers: expected both or neither"),
