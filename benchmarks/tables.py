@@ -103,13 +103,20 @@ def targets(stored: dict[str, Any]) -> str:
 
 
 def evaluation(stored: dict[str, Any]) -> str:
-    """Milliseconds per target scored, both ways, out of one run of the benchmark."""
-    ways = {"test_one_by_one": "one forward pass per prompt and target", "test_batched": "batched, prompts run once"}
+    """Milliseconds per target scored and, where they were measured, per answer written, both ways, out of one run."""
+    ways = {
+        "test_one_by_one": "one forward pass per prompt and target",
+        "test_batched": "batched, prompts run once",
+        "test_answers_one_by_one": "answers in place of targets, one prompt at a time",
+        "test_answers_batched": "answers, batched",
+    }
     found, per = per_unit(stored, "targets")
     rows = []
     for name, way in ways.items():
-        info, ratio = found[name], per["test_one_by_one"] / per[name]
-        floor = "5×" if name == "test_batched" else ""
+        if name not in found:
+            continue
+        info, ratio = found[name], per[name.replace("batched", "one_by_one")] / per[name]
+        floor = "5×" if name.endswith("batched") else ""
         rows.append([way, f"{info['facts']}", f"{info['targets']}", f"{1e3 * per[name]:.1f}", f"{ratio:.1f}×", floor])
     head = f"{found['test_batched']['threads']} threads"
     return table([head, "facts", "targets", "ms per target", "ratio", "floor"], rows)

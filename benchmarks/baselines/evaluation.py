@@ -1,8 +1,8 @@
-"""Edits scored the published way: one forward pass for every prompt and target.
+"""Edits scored the published way: one forward pass for every prompt and target; and answers, one prompt at a time.
 
-Written from the description of CounterFact's scores in ROME and MEMIT (mean log-probability of a target's tokens, and
-whether each is the argmax): the same scores as `sphere_edit.metrics.evaluate`, so that only the way of computing
-differs.
+Written from the description of CounterFact's and zsRE's scores in ROME and MEMIT (mean log-probability of a target's
+tokens, and which of them are the argmax): the same scores as `sphere_edit.metrics.evaluate`, so that only the way of
+computing differs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 
 from sphere_edit.requests import EditRequest
 
-Pairs = dict[tuple[str, str], tuple[float, bool]]
+Pairs = dict[tuple[str, str], tuple[float, float]]
 
 
 def evaluate_one_by_one(
     model: Any, tokenizer: Any, requests: Sequence[EditRequest]
 ) -> tuple[list[dict[str, float]], Pairs]:
-    """Scores of each request, all of which have a true target; and mean log-probability and accuracy of each pair."""
+    """Scores of each request, all of which have a true target; and what `score` found of each pair."""
     pairs: Pairs = {}
     per_request = []
     for r in requests:
@@ -37,16 +37,36 @@ def evaluate_one_by_one(
                 pairs |= {(prompt, want): both[0], (prompt, other): both[1]}
             if found:
                 record[f"{name}_success"] = mean(wanted[0] > another[0] for wanted, another in found)
-                record[f"{name}_accuracy"] = mean(wanted[1] for wanted, _ in found)
+                record[f"{name}_accuracy"] = mean(wanted[1] == 1 for wanted, _ in found)
+                record[f"{name}_token_accuracy"] = mean(wanted[1] for wanted, _ in found)
         per_request.append(record)
     return per_request, pairs
 
 
 @torch.no_grad()
-def score(model: Any, tokenizer: Any, prompt: str, target: str) -> tuple[float, bool]:
-    """(mean log-probability, all argmax) of the target's tokens after the prompt and a blank, in one pass."""
+def score(model: Any, tokenizer: Any, prompt: str, target: str) -> tuple[float, float]:
+    """(mean log-probability, share that is the argmax) of the target's tokens after prompt and blank, in one pass."""
     ids = tokenizer(f"{prompt} {target}", return_tensors="pt")["input_ids"]
     first = len(tokenizer(prompt)["input_ids"])
     logits = model(input_ids=ids).logits[0, first - 1 : -1]
     picked = logits.log_softmax(-1).gather(1, ids[0, first:, None])
-    return float(picked.mean()), bool((logits.argmax(-1) == ids[0, first:]).all())
+    return float(picked.mean()), float((logits.argmax(-1) == ids[0, first:]).double().mean())
+
+
+@torch.no_grad()
+def answer_one_by_one(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
+    """Greedy answers to the end of line or text, as transformers writes them one prompt at a time, with its cache."""
+    answers = []
+    for prompt in prompts:
+        given = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(
+            **given,
+            max_new_tokens=tokens,
+            do_sample=False,
+            stop_strings="\n",
+            tokenizer=tokenizer,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        said = tokenizer.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers.append(said.partition("\n")[0].strip())
+    return answers

@@ -5,8 +5,8 @@ uses a model shows it nothing: it writes one token after another until it ends i
 look alike by accuracy differ here (Yang et al., "The Mirage of Model Editing", arXiv 2502.11177).
 
 Answers are compared as those of SQuAD (Rajpurkar et al. 2016): lower case, without punctuation and articles. *Exact* is
-the whole answer; *contains* asks for the target's words anywhere in it, in a row. A base model seldom stops
-after an answer, so *contains* is its figure, and *exact* that of a chat model.
+the whole answer; *contains* asks for the target's words anywhere in it, in a row. Any alias of an answer will do. A
+base model seldom stops after an answer, so *contains* is its figure, and *exact* that of a chat model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sphere_edit.generation import continue_rows
-from sphere_edit.metrics import METRICS, Evaluation, questions
+from sphere_edit.judge import Judge
+from sphere_edit.metrics import FOLLOWING, METRICS, Evaluation, named, questions, together
 from sphere_edit.replay import frozen
 from sphere_edit.requests import EditRequest
 from sphere_edit.structure import check_usable
@@ -28,6 +29,8 @@ from sphere_edit.tokens import Row, check_fits, check_tokenizer, encode
 
 ANSWER_TOKENS = 20
 ANSWER_SCORES = tuple(f"{metric}_{kind}" for metric in METRICS for kind in ("exact", "contains"))
+JUDGED_SCORES = tuple(f"{metric}_judged" for metric in (*METRICS, *FOLLOWING))
+FOLLOWING_ANSWER_SCORES = tuple(f"{metric}_{kind}" for metric in FOLLOWING for kind in ("exact", "contains"))
 _ROWS_PER_BATCH = 64
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -39,20 +42,24 @@ def evaluate_answers(
     tokens: int = ANSWER_TOKENS,
     chat: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    judge: Judge | None = None,
 ) -> tuple[Evaluation, dict[str, str]]:
     """`ANSWER_SCORES`: efficacy (the prompt) and generalization (paraphrases) want ``target_new``; specificity
-    (neighbourhood) ``target_true``, or ``neighborhood_answers`` where a request has them.
+    (neighbourhood) ``target_true``, or ``neighborhood_answers`` where a request has them. `FOLLOWING_ANSWER_SCORES`
+    where requests ask for portability and multi-hop questions; of the latter, one in several wordings, one right answer
+    will do, as in MQuAKE.
 
     Args:
         model: causal LM; evaluated in evaluation mode, left as it was.
         tokens: of an answer at most.
         chat: prompts are a user's messages in the tokenizer's chat template.
+        judge: also asked of every answer whether it is right: `JUDGED_SCORES`.
 
     Returns:
         The scores, and each prompt's answer.
 
     Raises:
-        ValueError: as `write_answers`.
+        ValueError: as `write_answers`, and what the judge raises.
     """
     wanted = [questions(request) for request in requests]
     prompts = list(dict.fromkeys(p for groups in wanted for group in groups.values() for p, _, _ in group))
@@ -62,11 +69,16 @@ def evaluate_answers(
         record: dict[str, float] = {}
         for name, group in groups.items():
             if group:
-                told = [(normalised(answers[prompt]), normalised(target)) for prompt, target, _ in group]
-                record[f"{name}_exact"] = sum(said == right for said, right in told) / len(told)
-                record[f"{name}_contains"] = sum(f" {right} " in f" {said} " for said, right in told) / len(told)
+                told = [(normalised(answers[q.prompt]), list(map(normalised, q.answers))) for q in group]
+                record[f"{name}_exact"] = together(name, [said in right for said, right in told])
+                contained = [any(f" {one} " in f" {said} " for one in right) for said, right in told]
+                record[f"{name}_contains"] = together(name, contained)
+                if judge is not None:
+                    judged = [judge(q.prompt, q.answers, answers[q.prompt]) for q in group]
+                    record[f"{name}_judged"] = together(name, judged)
         per_request.append(record)
-    return Evaluation.of(per_request, ANSWER_SCORES), answers
+    names = named(per_request, ANSWER_SCORES, (*FOLLOWING_ANSWER_SCORES, *JUDGED_SCORES))
+    return Evaluation.of(per_request, names), answers
 
 
 def write_answers(

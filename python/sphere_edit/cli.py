@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,9 +55,9 @@ ModelArgument = Annotated[str, typer.Argument(help="'smollm2-135m', or a Hugging
 _DATA = typer.Option(
     "--data",
     "-d",
-    help="'world-facts[:RELATION,...]', a file of CounterFact, zsRE, EasyEdit, WikiBigEdit or LRE (.json, .jsonl), "
-    "or JSONL, CSV or TSV of {prompt with {}, subject, target_new[, target_true, paraphrases, neighborhood]}, the last "
-    "two whole prompts; perhaps with .gz. 'sphere-edit data' shows how a file is read.",
+    help="'world-facts[:RELATION,...]', a file of CounterFact, zsRE, EasyEdit, QAEdit, MQuAKE, WikiBigEdit, LRE, UnKE "
+    "or AKEW (.json, .jsonl), or JSONL, CSV or TSV of {prompt with {}, subject, target_new[, target_true, paraphrases, "
+    "neighborhood]}, the last two whole prompts; perhaps with .gz. 'sphere-edit data' shows how a file is read.",
 )
 DataOption = Annotated[str, _DATA]
 LimitOption = Annotated[int | None, typer.Option(help="Use the first N requests only.", min=1)]
@@ -71,6 +72,16 @@ RemoteOption = Annotated[
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; results depend on their number.", min=1)]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--judge",
+        metavar="URL",
+        help="With --answers: an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1, that is asked whether each "
+        "answer is right.",
+    ),
+]
+JudgeModelOption = Annotated[str | None, typer.Option("--judge-model", metavar="NAME", help="Its model's name there.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder made by 'sphere-edit run'.")]
 OutModelOption = Annotated[Path, typer.Option("--out", "-o", help="New folder for the resulting model.")]
 
@@ -145,12 +156,18 @@ def run_command(
     curve_sample: Annotated[
         int, typer.Option(help="Requests scored there at most: of those so far, the first, and the newest each.", min=1)
     ] = 200,
+    curve_answers: Annotated[
+        int,
+        typer.Option(help="Requests of each of these that the model also answers by itself (see --answers).", min=0),
+    ] = 0,
     score_sample: Annotated[
         int | None, typer.Option(help="Requests scored before and after, drawn at random; by default all.", min=1)
     ] = None,
     answers: Annotated[
         bool, typer.Option("--answers", help="Also let it answer their prompts by itself: exact, and contains.")
     ] = False,
+    judge: JudgeOption = None,
+    judge_model: JudgeModelOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run at OUT when done.")] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
@@ -209,8 +226,11 @@ def run_command(
                 checkpoint_every=checkpoint_every,
                 curve_every=curve_every,
                 curve_sample=curve_sample,
+                curve_answers=curve_answers,
                 score_sample=score_sample,
                 answers=answers,
+                judge=judge,
+                judge_model=judge_model,
                 save_model=save_model,
                 overwrite=overwrite,
                 given={
@@ -320,6 +340,8 @@ def evaluate_command(
     chat: Annotated[
         bool, typer.Option("--chat", help="With --answers: in the tokenizer's chat template, as a user would ask.")
     ] = False,
+    judge: JudgeOption = None,
+    judge_model: JudgeModelOption = None,
     references: Annotated[
         Path | None,
         typer.Option(
@@ -344,6 +366,7 @@ def evaluate_command(
         from sphere_edit.data import load_requests
         from sphere_edit.generation import fit_tfidf, generate_texts, read_references, reference_texts, score_texts
         from sphere_edit.metrics import evaluate, finite, perplexity
+        from sphere_edit.procedure import check_judge
         from sphere_edit.structure import check_weights_finite
         from sphere_edit.text import text_lines
 
@@ -352,6 +375,7 @@ def evaluate_command(
                 raise ConfigError(f"{option} {text}: expected --generate with it")
         if chat and not answers:
             raise ConfigError("--chat: expected --answers with it")
+        judged = check_judge(judge, judge_model, answers)
         known = load_requests(data, limit=None if generate else limit, order=order, on_note=note)
         requests = known[:limit]
         if generate:
@@ -366,10 +390,13 @@ def evaluate_command(
             value = perplexity(loaded, tokenizer, perplexity_text)
             scores, written = found.to_dict(), dict[str, Any]()
             if answers:
+                tell = functools.partial(progress, "answers")
                 said, written["answers"] = evaluate_answers(
-                    loaded, tokenizer, requests, chat=chat, progress=lambda done, n: progress("answers", done, n)
+                    loaded, tokenizer, requests, chat=chat, progress=tell, judge=judged
                 )
                 scores |= said.to_dict()
+                if judged is not None:
+                    written["judged"] = judged.verdicts
             if generate:
                 texts = generate_texts(loaded, tokenizer, chosen, progress=lambda done, n: progress("texts", done, n))
                 scores |= score_texts(chosen, texts, about, tfidf).to_dict()

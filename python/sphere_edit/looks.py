@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +16,9 @@ from sphere_edit.answers import evaluate_answers
 from sphere_edit.editor import SphereEditor
 from sphere_edit.files import replacing
 from sphere_edit.generation import complete
+from sphere_edit.judge import Judge
 from sphere_edit.measures import cosines
-from sphere_edit.metrics import evaluate, finite, perplexity
+from sphere_edit.metrics import Evaluation, evaluate, finite, perplexity
 from sphere_edit.records import Event
 from sphere_edit.requests import EditRequest
 from sphere_kernels import principal_directions
@@ -56,6 +59,7 @@ def look(
     tokens: int,
     progress: Callable[[str, int, int], None],
     answers: bool = False,
+    judge: Judge | None = None,
 ) -> Look:
     """Look at the editor's model as it would be handed over.
 
@@ -63,13 +67,15 @@ def look(
         when: ``before`` or ``after``.
         text, tokens: of the perplexity.
         answers: also score what the model writes by itself.
+        judge: of these answers, if there is one.
     """
     model, tokenizer = editor.model, editor.tokenizer
     with editor.finished():
         found = evaluate(model, tokenizer, requests, lambda done, n: progress(f"scores {when}", done, n))
         if answers:
             name = f"answers {when}"
-            said, _ = evaluate_answers(model, tokenizer, requests, progress=lambda done, n: progress(name, done, n))
+            tell = functools.partial(progress, name)
+            said, _ = evaluate_answers(model, tokenizer, requests, progress=tell, judge=judge)
             found |= said
         value = perplexity(model, tokenizer, text, tokens)
         event = {"event": "evaluation", "when": when, "scores": found.to_dict(), "perplexity": finite(value)}
@@ -85,25 +91,46 @@ def sample(requests: Sequence[EditRequest], count: int | None, seed: str) -> lis
     return list(requests)
 
 
-def curve(editor: SphereEditor, requests: Sequence[EditRequest], count: int, text: str, tokens: int) -> Event:
+def curve(
+    editor: SphereEditor, requests: Sequence[EditRequest], count: int, text: str, tokens: int, answers: int = 0
+) -> Event:
     """The editor's model in the middle of a run: scores of a sample of the edits so far, of the first of them
-    (retention) and of the newest batch, ``count`` each at most, and perplexity; one pass for all three."""
+    (retention) and of the newest batch, ``count`` each at most, and perplexity; one pass for all three.
+
+    Args:
+        answers: how many requests of each group, at most, the model also answers by itself (as many prompts as they
+            have, each up to `answers.ANSWER_TOKENS` forward steps).
+    """
+    model, tokenizer = editor.model, editor.tokenizer
+    with editor.finished():
+        groups = _groups(editor, requests, count)
+        found = _by_group(groups, lambda asked: evaluate(model, tokenizer, asked))
+        if answers:
+            groups = _groups(editor, requests, answers)
+            said = _by_group(groups, lambda asked: evaluate_answers(model, tokenizer, asked)[0])
+            found = {name: scores | said[name] for name, scores in found.items()}
+        value = perplexity(model, tokenizer, text, tokens)
+    event: Event = {"event": "curve", "batch": editor.batches, "edits": editor.edits}
+    return event | found | {"perplexity": finite(value)}
+
+
+def _groups(editor: SphereEditor, requests: Sequence[EditRequest], count: int) -> dict[str, Sequence[EditRequest]]:
     done = requests[: editor.edits]
     newest = (editor.edits - 1) % editor.config.batch_size + 1
-    groups = {
+    return {
         "scores": sample(done, count, f"{editor.config.seed}/{editor.edits}"),
         "first": done[:count],
         "last": done[-newest:][:count],
     }
+
+
+def _by_group(
+    groups: Mapping[str, Sequence[EditRequest]], evaluation: Callable[[list[EditRequest]], Evaluation]
+) -> dict[str, dict[str, Any]]:
+    """The scores of each group; a request in several is evaluated once."""
     asked = list({id(request): request for group in groups.values() for request in group}.values())
-    with editor.finished():
-        found = evaluate(editor.model, editor.tokenizer, asked)
-        value = perplexity(editor.model, editor.tokenizer, text, tokens)
-    places = {id(request): i for i, request in enumerate(asked)}
-    event: Event = {"event": "curve", "batch": editor.batches, "edits": editor.edits}
-    for name, group in groups.items():
-        event[name] = found.subset([places[id(request)] for request in group]).to_dict()
-    return event | {"perplexity": finite(value)}
+    found, places = evaluation(asked), {id(request): i for i, request in enumerate(asked)}
+    return {name: found.subset([places[id(r)] for r in group]).to_dict() for name, group in groups.items()}
 
 
 def compare(requests: Sequence[EditRequest], before: Look, after: Look) -> Iterator[Event]:

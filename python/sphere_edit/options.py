@@ -181,8 +181,9 @@ def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Ma
 def recorded_options(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The options other than settings that a run was begun with, from its ``config.yaml``."""
     own = {name: recorded[name] for name in ("perplexity_text", "device", "save_model", "checkpoint_every")}
-    later = {"curve_every": 0, "curve_sample": None, "score_sample": None, "answers": False}  # not in earlier runs
-    own |= {name: recorded.get(name, value) for name, value in later.items()}
+    later = {"curve_every": 0, "curve_sample": None, "curve_answers": 0, "score_sample": None, "answers": False}
+    later |= {"judge": None, "judge_model": None}
+    own |= {name: recorded.get(name, value) for name, value in later.items()}  # which earlier runs do not have
     own |= {"overwrite": recorded["replaces"] is not None, "threads": recorded["environment"]["threads"]}
     own |= {"on_conflict": recorded["given"].get("on_conflict", "refuse")}  # as earlier runs and those from Python
     return own | {name: recorded["given"].get(name) for name in ("limit", "order", "preset", "dtype")}

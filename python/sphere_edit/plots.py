@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from sphere_edit.log import Log, energy_change
-from sphere_edit.metrics import SCORES
+from sphere_edit.metrics import FOLLOWING, FOLLOWING_SCORES, METRICS, SCORES
 from sphere_edit.records import Event
 
 _INK, _MUTED, _LINE = "#010101", "#010102", "#010103"
@@ -50,6 +50,7 @@ def draw_plots(log: Log, sphere: bool) -> dict[str, Markup | None]:
             "bound": _bound_plot(log),
             "cosines": _cosine_map(log),
             "curve": _curve_plot(log),
+            "answers": _answers_plot(log),
             "retention": _retention_plot(log),
             "perplexity": _perplexity_plot(log),
         }
@@ -101,10 +102,11 @@ def _over_edits(log: Log, name: str, what: str, value: Callable[[Event, Event], 
 
 
 def _metrics_plot(scores: Mapping[str, Mapping[str, Any]]) -> Markup | None:
+    names = (*SCORES, *(name for name in FOLLOWING_SCORES if any(name in of for of in scores.values())))
     found: dict[str, list[tuple[int, float, float]]] = {
         when: [
             (i, 100 * of[name]["mean"], 100 * (of[name]["stderr"] or 0.0))
-            for i, name in enumerate(SCORES)
+            for i, name in enumerate(names)
             if of.get(name) and of[name]["mean"] is not None
         ]
         for when, of in scores.items()
@@ -119,11 +121,11 @@ def _metrics_plot(scores: Mapping[str, Mapping[str, Any]]) -> Markup | None:
                 look: dict[str, Any] = {"color": colour, "markersize": 5, "elinewidth": 1.2, "capsize": 2.5}
                 look["markerfacecolor"] = "none" if when == "before" else colour
                 axes.errorbar(means, [row + shift for row in rows], xerr=errors, fmt=marker, label=when, **look)
-        axes.set_yticks(range(len(SCORES)), [name.replace("_", " ") for name in SCORES])
-        axes.set(xlabel="Requests, %", xlim=(-3, 103), ylim=(len(SCORES) - 0.5, -0.5))
+        axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+        axes.set(xlabel="Requests, %", xlim=(-3, 103), ylim=(len(names) - 0.5, -0.5))
         axes.grid(axis="y", visible=False)
 
-    said = [f"{SCORES[i].replace('_', ' ')} {when} {mean:.1f} %" for when in found for i, mean, _ in found[when]]
+    said = [f"{names[i].replace('_', ' ')} {when} {mean:.1f} %" for when in found for i, mean, _ in found[when]]
     return _plot("metrics", f"Scores before and after editing: {', '.join(said)}", draw, 2)
 
 
@@ -213,10 +215,19 @@ def _curve(log: Log, name: str, of: str = "scores") -> list[tuple[int, float]]:
 def _curve_plot(log: Log) -> Markup | None:
     looks = {
         name.replace("_", " "): {"color": _SERIES[i // 2], "linestyle": ("-", "--")[i % 2]}
-        for i, name in enumerate(SCORES)
+        for i, name in enumerate((*SCORES, *FOLLOWING_SCORES))
     }
-    lines = {name.replace("_", " "): _curve(log, name) for name in SCORES}
+    lines = {name.replace("_", " "): _curve(log, name) for name in (*SCORES, *FOLLOWING_SCORES)}
     return _lines("curve", "Scores over edits", "Requests, %", lines, looks, ylim=(-3, 103))
+
+
+def _answers_plot(log: Log) -> Markup | None:
+    lines, looks = {}, {}
+    for i, metric in enumerate((*METRICS, *FOLLOWING)):
+        for kind, dash in (("contains", "-"), ("exact", "--")):
+            said = f"{metric.replace('_', ' ')} {kind}"
+            lines[said], looks[said] = _curve(log, f"{metric}_{kind}"), {"color": _SERIES[i], "linestyle": dash}
+    return _lines("answers", "Answers over edits", "Requests, %", lines, looks, ylim=(-3, 103))
 
 
 def _retention_plot(log: Log) -> Markup | None:

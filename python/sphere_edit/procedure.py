@@ -22,6 +22,7 @@ from sphere_edit.editor import SphereEditor
 from sphere_edit.files import file_sha256
 from sphere_edit.guard import GuardError
 from sphere_edit.journal import Journal, RunError, resume_command
+from sphere_edit.judge import Endpoint
 from sphere_edit.looks import Look, compare, curve, look, sample
 from sphere_edit.metrics import PERPLEXITY_TOKENS
 from sphere_edit.records import EditResult, Event, ReplayError
@@ -31,7 +32,13 @@ from sphere_edit.text import text_path, token_windows
 
 _RESULT = (runs.DELTAS, runs.REPORT, runs.MODEL)  # what holds for the last batch only
 
-LEAST = {"checkpoint_every": 1, "curve_every": 0, "curve_sample": 1, "score_sample": 1}  # of `RunOptions`
+LEAST = {
+    "checkpoint_every": 1,
+    "curve_every": 0,
+    "curve_sample": 1,
+    "curve_answers": 0,
+    "score_sample": 1,
+}  # `RunOptions`
 
 OnEvent = Callable[[Event], None]
 OnProgress = Callable[[str, int, int], None]
@@ -49,8 +56,10 @@ class RunOptions:
         save_model: also write the edited model.
         curve_every: batches between two evaluations on the way; 0 for none.
         curve_sample: how many requests each of their groups has at most; see `looks.curve`.
+        curve_answers: how many requests of each group the model also answers by itself; 0 for none.
         score_sample: how many requests are scored before and after, drawn by the run's seed; None is all.
         answers: also let the model answer their prompts by itself, before and after; see `answers`.
+        judge, judge_model: address and model of a judge of these answers, see `judge.Endpoint`.
         overwrite: replace an earlier run at ``out`` once this one is complete.
         given: how model and data were read, for those who go on with the run.
     """
@@ -65,8 +74,11 @@ class RunOptions:
     overwrite: bool = False
     curve_every: int = 0
     curve_sample: int = 200
+    curve_answers: int = 0
     score_sample: int | None = None
     answers: bool = False
+    judge: str | None = None
+    judge_model: str | None = None
     given: dict[str, Any] = field(default_factory=dict)
 
 
@@ -97,12 +109,15 @@ def run(
             continue
         if value is None or value < least:
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
+    if options.curve_answers and not options.curve_every:
+        raise ValueError(f"curve_answers {options.curve_answers}: expected curve_every with it, got 0")
+    check_judge(options.judge, options.judge_model, options.answers)
     opened = nullcontext(journal) if journal else runs.new_run(options.out, options.overwrite)
     with opened as journal:
         work = _Work(model, tokenizer, requests, config, journal, on_event, on_progress)
         work.check(options.perplexity_text)
         runs.write_config(journal.folder, _record(work.editor, options, len(requests), journal.folder))
-        runs.write_jsonl(journal.folder / runs.REQUESTS, [vars(request) for request in requests])
+        runs.write_jsonl(journal.folder / runs.REQUESTS, [request.to_dict() for request in requests])
         journal.begin(inputs={name: file_sha256(journal.folder / name) for name in (runs.CONFIG, runs.REQUESTS)})
         return work.go()
 
@@ -174,6 +189,23 @@ def rollback(
             work.write_events(before)
             work.write_deltas()
         return aside
+
+
+def check_judge(url: str | None, model: str | None, answers: bool) -> Endpoint | None:
+    """The judge, which replies; None where none is asked for.
+
+    Raises:
+        ValueError: it has no model, there are no answers to judge, or it does not reply as it should.
+    """
+    if url is None and model is None:
+        return None
+    if url is None or model is None:
+        raise ValueError(f"judge: expected its address and the name of its model, got {url!r} and {model!r}")
+    if not answers:
+        raise ValueError(f"judge {url}: expected answers with it, for these are judged")
+    judge = Endpoint(url, model)
+    judge.check()
+    return judge
 
 
 def check_batch(journal: Journal, number: int) -> None:
@@ -326,7 +358,9 @@ class _Work:
 
     def look(self, when: str) -> Look:
         text, tokens = self.record["perplexity_text"], self.record["perplexity_tokens_at_most"]
-        return look(self.editor, self.scored, when, text, tokens, self.progress, self.record.get("answers", False))
+        url, answers = self.record.get("judge"), self.record.get("answers", False)
+        judge = Endpoint(url, self.record["judge_model"], self.folder / runs.JUDGED) if url else None
+        return look(self.editor, self.scored, when, text, tokens, self.progress, answers, judge)
 
     def restore(self, to: int) -> None:
         """The model and the editor's state as they were after batch ``to``."""
@@ -384,7 +418,8 @@ class _Work:
         if number % every and self.editor.edits < len(self.requests):
             return
         text, tokens = self.record["perplexity_text"], self.record["perplexity_tokens_at_most"]
-        event = curve(self.editor, self.requests, self.record["curve_sample"], text, tokens)
+        counts = self.record["curve_sample"], self.record.get("curve_answers", 0)
+        event = curve(self.editor, self.requests, counts[0], text, tokens, counts[1])
         self.journal.add("curve", events=[event])
         self.emit(event)
 
@@ -439,8 +474,11 @@ def _record(editor: SphereEditor, options: RunOptions, edits: int, folder: Path)
         "save_model": options.save_model,
         "curve_every": options.curve_every,
         "curve_sample": options.curve_sample,
+        "curve_answers": options.curve_answers,
         "score_sample": options.score_sample,
         "answers": options.answers,
+        "judge": options.judge,
+        "judge_model": options.judge_model,
         "replaces": None if folder.name == target else target,
         "given": options.given,
         "settings": editor.config.to_dict(),

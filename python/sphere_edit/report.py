@@ -18,7 +18,7 @@ from sphere_edit.data.reading import read_records
 from sphere_edit.files import replacing
 from sphere_edit.log import Log
 from sphere_edit.measures import correlations
-from sphere_edit.metrics import METRICS
+from sphere_edit.metrics import FOLLOWING, METRICS
 from sphere_edit.plots import draw_plots
 from sphere_edit.records import Event
 from sphere_edit.requests import EditRequest
@@ -65,7 +65,7 @@ def render(config: Mapping[str, Any], events: Sequence[Event], requests: Iterabl
     settings = config.get("settings") or {}
     layers = [{"layer": layer, **log.layer(layer)} for layer in log.energies]
     plots = draw_plots(log, settings.get("sphere", True))
-    template = environment.get_template("report.html", globals={"metrics": METRICS})
+    template = environment.get_template("report.html", globals={"metrics": METRICS, "following": FOLLOWING})
     return template.render(
         config=config,
         settings=settings,

@@ -31,6 +31,12 @@ class EditRequest:
         id: what identifies the request in outputs; any short string.
         neighborhood_answers: the right answer to each prompt of the neighbourhood; empty: ``target_true`` to all.
         generation: complete prompts for free text about the subject; empty: the prompt itself.
+        portability: complete prompts whose answers follow from the edit.
+        portability_answers: of each of these a text, or a list of texts: the answer, then its aliases.
+        multi_hop: complete wordings of one question over a chain of facts, some of which this edit, or earlier ones
+            with it, have changed.
+        multi_hop_answers: its answer after the edits, then aliases of that.
+        multi_hop_true: its answer before the edits; needed for *success*.
     """
 
     prompt: str
@@ -43,6 +49,11 @@ class EditRequest:
     id: str = ""
     neighborhood_answers: tuple[str, ...] = ()
     generation: tuple[str, ...] = ()
+    portability: tuple[str, ...] = ()
+    portability_answers: tuple[tuple[str, ...], ...] = ()
+    multi_hop: tuple[str, ...] = ()
+    multi_hop_answers: tuple[str, ...] = ()
+    multi_hop_true: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "subject", "target_new"):
@@ -56,10 +67,12 @@ class EditRequest:
                 f"{self._name}: prompt must have exactly one {{}} for the subject, "
                 f"got {self.prompt.count('{}')} in {self.prompt!r}"
             )
-        if self.target_true is not None and (not isinstance(self.target_true, str) or not self.target_true.strip()):
-            raise RequestError(f"{self._name}: target_true must be non-empty text or absent, got {self.target_true!r}")
-        for name in ("paraphrases", "neighborhood", "generation", "neighborhood_answers"):
-            value, kind = getattr(self, name), "answers" if name == "neighborhood_answers" else "prompts"
+        for name in ("target_true", "multi_hop_true"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                raise RequestError(f"{self._name}: {name} must be non-empty text or absent, got {value!r}")
+        for name in _LISTS:
+            value, kind = getattr(self, name), "answers" if name.endswith("_answers") else "prompts"
             if not isinstance(value, (list, tuple)) or not all(isinstance(p, str) and p.strip() for p in value):
                 raise RequestError(f"{self._name}: {name} must be a list of non-empty {kind}, got {value!r}")
             if kind == "prompts" and any("{}" in p for p in value):
@@ -69,6 +82,12 @@ class EditRequest:
             raise RequestError(
                 f"{self._name}: neighborhood_answers must be one for each of the {len(self.neighborhood)} prompts of "
                 f"neighborhood, or absent, got {len(self.neighborhood_answers)}"
+            )
+        self._check_portability()
+        if bool(self.multi_hop) != bool(self.multi_hop_answers):
+            raise RequestError(
+                f"{self._name}: multi_hop and multi_hop_answers: expected both or neither, got {self.multi_hop!r} and "
+                f"{self.multi_hop_answers!r}"
             )
         if not (self.relation is None or isinstance(self.relation, str)):
             raise RequestError(f"{self._name}: relation must be text or absent, got {self.relation!r}")
@@ -80,6 +99,23 @@ class EditRequest:
             object.__setattr__(self, "target_true", self.target_true.strip())
             if self.target_true == self.target_new:
                 raise RequestError(f"{self._name}: target_new and target_true are both {self.target_new!r}")
+        if self.multi_hop_true is not None:
+            object.__setattr__(self, "multi_hop_true", self.multi_hop_true.strip())
+
+    def _check_portability(self) -> None:
+        given = self.portability_answers
+        each: list[Any] = (
+            [[a] if isinstance(a, str) else a for a in given] if isinstance(given, (list, tuple)) else [None]
+        )
+        sound = all(
+            isinstance(a, (list, tuple)) and a and all(isinstance(t, str) and t.strip() for t in a) for a in each
+        )
+        if not sound or len(each) != len(self.portability):
+            raise RequestError(
+                f"{self._name}: portability_answers must be a text or a list of texts for each of the "
+                f"{len(self.portability)} prompts of portability, got {given!r}"
+            )
+        object.__setattr__(self, "portability_answers", tuple(tuple(text.strip() for text in a) for a in each))
 
     @property
     def _name(self) -> str:
@@ -89,6 +125,10 @@ class EditRequest:
     def text(self) -> str:
         """The prompt with the subject in place."""
         return self.prompt.replace("{}", self.subject)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain schema; portability and multi-hop questions are in it only where there are any."""
+        return {name: value for name, value in vars(self).items() if value or name not in _FOLLOWS}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], id: str = "") -> EditRequest:
@@ -113,6 +153,11 @@ def _written(prompt: str) -> str:
     return bare if joint(bare) else prompt
 
 
+_FOLLOWS = ("portability", "portability_answers", "multi_hop", "multi_hop_answers", "multi_hop_true")
+_LISTS = (
+    *("paraphrases", "neighborhood", "generation", "neighborhood_answers"),
+    *("portability", "multi_hop", "multi_hop_answers"),
+)
 FIELDS = tuple(field.name for field in fields(EditRequest))
 
 

@@ -3,6 +3,7 @@
     config.yaml          model, data, settings, versions
     requests.jsonl       the edits in order
     before.json          the evaluation and completions from before the first edit
+    judged.jsonl         what a judge was asked and replied, see `judge`; only where there is one
     batches/, checkpoints/, journal.jsonl, set-aside/, lock
                          what each batch did, kept safe as it happens: see `journal`
     metrics.jsonl        one event a line; made anew from the journal when a run goes on
@@ -58,17 +59,18 @@ from sphere_edit.journal import (
 from sphere_edit.records import BatchRecord, LayerRecord
 from sphere_edit.requests import EditRequest
 
-CONFIG, REQUESTS, BEFORE, METRICS, DELTAS, REPORT, MODEL = (
+CONFIG, REQUESTS, BEFORE, JUDGED, METRICS, DELTAS, REPORT, MODEL = (
     "config.yaml",
     "requests.jsonl",
     "before.json",
+    "judged.jsonl",
     "metrics.jsonl",
     "deltas.safetensors",
     "report.html",
     "model",
 )
 _BEGINNING = (CONFIG, REQUESTS, LOCK)
-_NAMES = (*_BEGINNING, BEFORE, METRICS, DELTAS, REPORT, MODEL, JOURNAL, BATCHES, CHECKPOINTS, SET_ASIDE)
+_NAMES = (*_BEGINNING, BEFORE, JUDGED, METRICS, DELTAS, REPORT, MODEL, JOURNAL, BATCHES, CHECKPOINTS, SET_ASIDE)
 _LEFT = re.compile(r"\..*\.tmp|\.model\.partial-.*")  # by a kill
 
 

@@ -6,7 +6,7 @@ A study is a YAML file:
     model: a name or path, as for ``sphere-edit run``
     make_model: [python module, argument, …]   # optional: ``python -m`` of that makes the model where it is missing
     data: as for ``sphere-edit run``, and limit, order, dtype, threads, preset, perplexity_text
-    curve_every, curve_sample, score_sample, checkpoint_every, answers: as there
+    curve_every, curve_sample, curve_answers, score_sample, checkpoint_every, answers: as there
     settings: {…}           # of all runs, where their method has a use for them
     runs:                   # name: settings of its own
       AlphaEdit: {method: alphaedit, sphere: false}
@@ -61,6 +61,7 @@ class Study:
     perplexity_text: str = "heldout"
     curve_every: int = 0
     curve_sample: int = 200
+    curve_answers: int = 0
     score_sample: int | None = None
     checkpoint_every: int = 10
     answers: bool = False
@@ -126,6 +127,7 @@ class Study:
             checkpoint_every=self.checkpoint_every,
             curve_every=self.curve_every,
             curve_sample=self.curve_sample,
+            curve_answers=self.curve_answers,
             score_sample=self.score_sample,
             answers=self.answers,
             given={name: getattr(self, name) for name in ("limit", "order", "preset", "dtype")},

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from sphere_edit import runs
-from sphere_edit.answers import ANSWER_SCORES
+from sphere_edit.answers import ANSWER_SCORES, FOLLOWING_ANSWER_SCORES
 from sphere_edit.files import replacing
 from sphere_edit.journal import RunError
 from sphere_edit.log import Log, mean_of
 from sphere_edit.measures import correlations, energies_by_batch
-from sphere_edit.metrics import SCORES, Score
+from sphere_edit.metrics import FOLLOWING_SCORES, FURTHER_SCORES, SCORES, TOKEN_SCORES, Score
 from sphere_edit.records import Event
 from sphere_edit.study import Study, finished, slug
 
 _GROUPS = ("scores", "first", "last")
+_ANSWERS = (*ANSWER_SCORES, *FOLLOWING_ANSWER_SCORES)
 _SPHERE = ("sphere", "energy_ratio", "alpha", "subspace", "refresh_every")
 _PANELS = {  # title: where in a curve's event
     "Efficacy, accuracy, %": ("scores", "efficacy_accuracy"),
@@ -32,6 +33,12 @@ _PANELS = {  # title: where in a curve's event
     "Specificity, success, %": ("scores", "specificity_success"),
     "Perplexity": ("perplexity", ""),
     "HE, change in %": ("energy", ""),
+}
+_FURTHER_PANELS = {  # where runs have it
+    "Portability, accuracy, %": ("scores", "portability_accuracy"),
+    "Multi-hop, accuracy, %": ("scores", "multi_hop_accuracy"),
+    "Answers to edits, contains, %": ("scores", "efficacy_contains"),
+    "Answers to the first edits, contains, %": ("first", "efficacy_contains"),
 }
 _WEIGHTS = {  # column: in a layer's energy event
     "mean distance moved": "moved_mean",
@@ -102,6 +109,8 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
             run["less_base"] = {"base": base, **_differences(ends[name], ends[base])}
             run["less_base"] |= _difference_of_first(run["curve"], found[base]["curve"])
     shown = {f.name: getattr(study, f.name) for f in fields(study) if f.name not in ("runs", "settings")}
+    if not study.curve_answers:
+        del shown["curve_answers"]  # as earlier studies are stored
     return {"study": shown, "runs": found}
 
 
@@ -141,7 +150,7 @@ def _without_sphere(found: Mapping[str, Any], name: str) -> str | None:
 
 def _differences(own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     pairs = [(scores, base[request]) for request, scores in own.items() if request in base]
-    both = {n: [a[n] - b[n] for a, b in pairs if n in a and n in b] for n in (*SCORES, *ANSWER_SCORES)}
+    both = {n: [a[n] - b[n] for a, b in pairs if n in a and n in b] for n in (*SCORES, *FURTHER_SCORES, *_ANSWERS)}
     return {name: Score.of(values).to_dict() for name, values in both.items() if values or name in SCORES}
 
 
@@ -177,7 +186,7 @@ def _thin(event: Event, energy: float) -> dict[str, Any]:
 def tables(found: Mapping[str, Any]) -> str:
     """Markdown: how each run ended (shares in per cent, HE as its change), what SPHERE added, weights, Spearman's ρ."""
     first = next(iter(found["runs"].values()))["before"]
-    shown = (*SCORES, *(name for name in ANSWER_SCORES if name in first["scores"]))
+    shown = _shown(first["scores"])
     scored = ["", *(name.replace("_", " ") for name in shown)]
     head = [*scored, "first, accuracy", "newest, accuracy", "perplexity", "doubled by (HE)", "HE", "minutes"]
     rows = [["before", *_shares(first["scores"], shown), "", "", _short(first["perplexity"]), "", "", ""]]
@@ -214,6 +223,12 @@ def tables(found: Mapping[str, Any]) -> str:
         text += "\nSpearman's ρ of |ΔHE| with each score over the curve (p, n):\n\n"
         text += _table(["", *(name.replace("_", " ") for name in SCORES)], related)
     return text
+
+
+def _shown(scores: Mapping[str, Any]) -> tuple[str, ...]:
+    """The scores in tables: token accuracy only where there is no success."""
+    tokens = () if (scores.get("efficacy_success") or {}).get("n") else TOKEN_SCORES
+    return (*SCORES, *(name for name in (*FOLLOWING_SCORES, *tokens, *_ANSWERS) if name in scores))
 
 
 def _weights(run: Mapping[str, Any]) -> Iterator[str]:
@@ -271,9 +286,18 @@ def plots(found: Mapping[str, Any]) -> str:
     bases = list(dict.fromkeys(name.partition(" + SPHERE")[0] for name in names))
     colours = colormaps["tab10" if len(bases) <= 10 else "tab20"]
     with style.context(["default", _STYLE]):
-        figure = Figure(figsize=(11, 9.5), layout="constrained")
+        panels = _PANELS | {
+            title: place
+            for title, place in _FURTHER_PANELS.items()
+            if any(_points(run, *place) for run in found["runs"].values())
+        }
+        rows = -(-len(panels) // 3)
+        figure = Figure(figsize=(11, 9.5 * rows / 3), layout="constrained")
         lines = {}
-        for axes, (title, (group, score)) in zip(figure.subplots(3, 3).flat, _PANELS.items(), strict=True):
+        every = figure.subplots(rows, 3).flat
+        for axes in every[len(panels) :]:
+            axes.remove()
+        for axes, (title, (group, score)) in zip(every, panels.items(), strict=False):
             for name in names:
                 points = _points(found["runs"][name], group, score)
                 if points:

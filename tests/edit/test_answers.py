@@ -90,6 +90,28 @@ def test_scores_by_hand(monkeypatch):
     }
 
 
+def test_any_alias_will_do_and_one_of_the_multi_hop_questions(monkeypatch):
+    said = {"Oka lies in": "x", "Who leads it?": "Bo", "Its leader is": "It is Ada B., they say", "Oka is": "the Peru."}
+    said |= {"Its river is": "Tevere", "Its sea is": "the Tevere"}
+    monkeypatch.setattr(answers, "write_answers", lambda model, tokenizer, prompts, *more: [said[p] for p in prompts])
+    follows = EditRequest(
+        "{} lies in",
+        "Oka",
+        "Peru",
+        portability=("Oka is", "Its river is", "Its sea is"),
+        portability_answers=(("Chile", "Peru"), ("Tiber", "Tevere"), ("Tiber",)),
+        multi_hop=("Who leads it?", "Its leader is"),
+        multi_hop_answers=("Ada Berg", "Ada B"),
+    )
+    for requests, n in (([follows], 1), ([follows, EditRequest("{} is", "Oka", "Peru")], 1)):
+        found, _ = evaluate_answers(None, None, requests)
+        scores = {name: (score.mean, score.n) for name, score in found.scores.items()}
+        assert scores["portability_exact"] == scores["portability_contains"] == (pytest.approx(2 / 3), n)
+        assert (scores["multi_hop_exact"], scores["multi_hop_contains"]) == ((0.0, n), (1.0, n))
+    found, _ = evaluate_answers(None, None, requests[1:])
+    assert tuple(found.scores) == answers.ANSWER_SCORES
+
+
 @pytest.mark.parametrize(
     ("text", "bare"),
     [(" The  U.S.A., an Ally ", "usa ally"), ("theatre", "theatre"), ("A", "a"), ("?!", "?!"), ("Åre", "åre")],

@@ -93,7 +93,7 @@ def test_easyedit_says_what_it_does_not_read(tmp_path: Path) -> None:
     hop = {"portability": {"Reasoning": [{"prompt": "Through it flows the", "ground_truth": [["Tiber"]]}]}}
     path = write(tmp_path / "edits.json", json.dumps([{**EASYEDIT, "case_id": 1}, {**EASYEDIT, **hop, "pid": "P36"}]))
     assert [request.id for request in load_requests(path, on_note=said.append)] == ["1", "7"]
-    assert said == [f"{path}: fields not read: pid, portability"]
+    assert said == [f"{path}: fields not read: pid"]
     assert load(path).schema == "EasyEdit"
 
 

@@ -33,6 +33,14 @@ def _plain(model, tokenizer, prompt: str, target: str) -> tuple[float, bool]:
     return mean, all(logits[i - 1].argmax().item() == ids[i] for i in places)
 
 
+def _share(model, tokenizer, prompt: str, target: str) -> float:
+    """Of the target's tokens those that are the argmax after the right ones before, from one unpadded pass."""
+    ids, first = tokenizer(f"{prompt} {target}")["input_ids"], len(tokenizer(prompt)["input_ids"])
+    with torch.no_grad():
+        said = model(torch.tensor([ids]), use_cache=False).logits[0].argmax(-1)
+    return statistics.mean(said[i - 1].item() == ids[i] for i in range(first, len(ids)))
+
+
 def test_a_prompt_that_ends_in_a_newline_is_scored_as_it_stands(tokenizer):
     model = tiny.make_model("llama")
     prompt, target = "<|user|>\nThe capital of Vanuatu?\n<|assistant|>\n", "Rome"
@@ -163,19 +171,24 @@ def test_evaluate_is_made_of_the_scores(tokenizer):
     def accuracy(prompts, want):
         return statistics.mean(_plain(model, tokenizer, p, want)[1] for p in prompts)
 
+    def add(want, name, prompts, target):
+        want[f"{name}_accuracy"] = accuracy(prompts, target)
+        want[f"{name}_token_accuracy"] = statistics.mean(_share(model, tokenizer, p, target) for p in prompts)
+
     for request, record in zip(requests, got.per_request, strict=True):
         new, true = request.target_new, request.target_true
-        want = {"efficacy_accuracy": accuracy([request.text], new)}
+        want = {}
+        add(want, "efficacy", [request.text], new)
         if true:
             want["efficacy_success"] = success([request.text], new, true)
         if request.paraphrases:
-            want["generalization_accuracy"] = accuracy(request.paraphrases, new)
+            add(want, "generalization", request.paraphrases, new)
             if true:
                 want["generalization_success"] = success(request.paraphrases, new, true)
         if request.neighborhood:
-            want["specificity_accuracy"] = accuracy(request.neighborhood, true)
+            add(want, "specificity", request.neighborhood, true)
             want["specificity_success"] = success(request.neighborhood, true, new)
-        assert record == want
+        assert record == pytest.approx(want)
     assert {name: score.n for name, score in got.scores.items()} == {
         "efficacy_success": 5,
         "efficacy_accuracy": 6,
@@ -183,6 +196,9 @@ def test_evaluate_is_made_of_the_scores(tokenizer):
         "generalization_accuracy": 3,
         "specificity_success": 1,
         "specificity_accuracy": 1,
+        "efficacy_token_accuracy": 6,
+        "generalization_token_accuracy": 3,
+        "specificity_token_accuracy": 1,
     }
     values = [r["efficacy_success"] for r in got.per_request if "efficacy_success" in r]
     assert 0 < statistics.mean(values) < 1
@@ -200,8 +216,60 @@ def test_success_turns_with_the_targets(tokenizer):
 def test_neighborhood_without_a_true_target_is_not_scored(tokenizer):
     request = EditRequest("{} lies in", "Oka", "Peru", None, ("Where is Oka? In",), ("Where is Spain? In",))
     got = evaluate(tiny.make_model("llama"), tokenizer, [request])
-    assert set(got.per_request[0]) == {"efficacy_accuracy", "generalization_accuracy"}
+    kinds = ("accuracy", "token_accuracy")
+    assert set(got.per_request[0]) == {f"{name}_{kind}" for name in ("efficacy", "generalization") for kind in kinds}
     assert got.scores["specificity_accuracy"].n == got.scores["efficacy_success"].n == 0
+
+
+def test_token_accuracy_is_the_share_of_right_tokens(tokenizer):
+    """Two words that a model says after each other, and one that it does not: two parts right, and accuracy none."""
+    found = set()
+    for seed in range(30):
+        model = tiny.make_model("llama", seed)
+        for prompt in ("The capital is", "We are", "Nobody"):
+            said = _likely(model, tokenizer, prompt, 2)
+            target = f"{said.strip()} qq"
+            if not said.startswith(" ") or _share(model, tokenizer, prompt, target) in (0, 1):
+                continue
+            request = EditRequest("{}", prompt, target, paraphrases=(prompt, "Nobody else"))
+            (record,) = evaluate(model, tokenizer, [request]).per_request
+            assert record["efficacy_token_accuracy"] == _share(model, tokenizer, prompt, target)
+            pair = [_share(model, tokenizer, p, target) for p in request.paraphrases]
+            assert record["generalization_token_accuracy"] == pytest.approx(statistics.mean(pair))
+            assert record["efficacy_accuracy"] == 0
+            found.add(record["efficacy_token_accuracy"])
+    assert len(found) > 1
+
+
+def test_portability_and_multi_hop_questions(tokenizer):
+    """Portability is the mean over its prompts, of a first answer each; of multi-hop questions the best one counts."""
+    prompts, seen = ("The capital is", "We are", "Nobody"), set()
+    for seed in range(12):
+        model = tiny.make_model("llama", seed)
+        said = _likely(model, tokenizer, prompts[0]).strip() or "q"
+        request = EditRequest(
+            "{} lies in",
+            "Oka",
+            "Peru",
+            portability=prompts,
+            portability_answers=((said, "q"), ("q", said), (said,)),
+            multi_hop=prompts,
+            multi_hop_answers=(said, "q"),
+            multi_hop_true="the",
+        )
+        got = evaluate(model, tokenizer, [request])
+        (record,) = got.per_request
+        asked = list(zip(prompts, (said, "q", said), strict=True))
+        right = {pair: _plain(model, tokenizer, *pair)[1] for pair in {*asked, *((p, said) for p in prompts)}}
+        share = {pair: _share(model, tokenizer, *pair) for pair in right}
+        for kind, score in (("accuracy", right), ("token_accuracy", share)):
+            assert record[f"portability_{kind}"] == pytest.approx(statistics.mean(score[pair] for pair in asked))
+            assert record[f"multi_hop_{kind}"] == pytest.approx(float(max(score[p, said] for p in prompts)))
+        better = [_plain(model, tokenizer, p, said)[0] > _plain(model, tokenizer, p, "the")[0] for p in prompts]
+        assert record["multi_hop_success"] == any(better) and "portability_success" not in record
+        assert got.scores["multi_hop_accuracy"].n == 1 and "portability_success" not in got.scores
+        seen.add((record["portability_accuracy"], record["multi_hop_accuracy"]))
+    assert len(seen) > 1
 
 
 def _zsre() -> list[EditRequest]:

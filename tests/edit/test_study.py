@@ -9,7 +9,8 @@ import pytest
 import tiny
 import yaml
 
-from sphere_edit import procedure, runs
+from sphere_edit import looks, procedure, runs
+from sphere_edit.answers import ANSWER_SCORES, FOLLOWING_ANSWER_SCORES, evaluate_answers
 from sphere_edit.config import ConfigError, EditConfig
 from sphere_edit.journal import RunError, locked
 from sphere_edit.metrics import SCORES, evaluate
@@ -18,6 +19,7 @@ from sphere_edit.report import write_report
 from sphere_edit.requests import EditRequest
 from sphere_edit.study import Study, finished, go, slug
 from sphere_edit.study_results import (
+    _FURTHER_PANELS,
     _difference_of_first,
     _differences,
     _without_sphere,
@@ -283,6 +285,47 @@ def test_answers_are_scored_shown_and_compared(write, tmp_path):
     assert text.count("| generalization contains |") == 2  # of the runs, and of what SPHERE added
     with pytest.raises(RunError, match="answers is True there, False here"):
         go(_change(tmp_path / "small.yaml", answers=False), tmp_path / "runs")
+
+
+def test_answers_and_what_follows_are_in_the_curves_where_they_are(write, tmp_path, facts, monkeypatch):
+    path = write(runs={"AlphaEdit": {}}, curve_answers=2, score_sample=4)
+    follows = {"portability": ["It is"], "portability_answers": ["a"], "multi_hop": ["Who?", "It is"]}
+    follows |= {"multi_hop_answers": ["a", "the"], "multi_hop_true": "old"}
+    runs.write_jsonl(tmp_path / "facts.jsonl", [fact.to_dict() | follows for fact in facts])
+    asked = []
+    monkeypatch.setattr(looks, "evaluate_answers", lambda *a: asked.append(a[2]) or evaluate_answers(*a))
+    go(Study.read(path), tmp_path / "runs", say=lambda text: None)
+    folder = tmp_path / "runs" / "alphaedit"
+    seen = [e for e in runs.read_events(folder) if e["event"] == "curve"]
+    scored = {name: 2 for name in (*ANSWER_SCORES, *FOLLOWING_ANSWER_SCORES) if "efficacy" in name or "_hop" in name}
+    for event, batch in zip(seen, (2, 2, 1), strict=True):
+        for group, n in (("scores", 2), ("first", 2), ("last", batch)):
+            found = {name: event[group][name]["n"] for name in scored}
+            assert found == dict.fromkeys(scored, n)
+            assert event[group]["multi_hop_accuracy"]["n"] == event[group]["portability_token_accuracy"]["n"]
+    assert [len(requests) == len({r.id for r in requests}) <= 6 for requests in asked] == [True] * 3
+    page = write_report(folder).read_text()
+    for text in ("portability accuracy", "multi hop success", "efficacy token accuracy", "Answers over edits"):
+        assert text in page
+    found = collect(Study.read(path), tmp_path / "runs")
+    assert found["study"]["curve_answers"] == 2
+    head = tables(found).splitlines()[0]
+    assert "| multi hop success | multi hop accuracy |" in head and "portability accuracy" in head
+    assert "portability success" not in head and "token" not in head  # neither is there, or beside success
+    drawn = plots(found)
+    assert all(f">{title}<" in drawn for title in _FURTHER_PANELS)
+    bare = json.loads(json.dumps(found))
+    for event in bare["runs"]["AlphaEdit"]["curve"]:
+        for group in ("scores", "first", "last"):
+            event[group] = {name: score for name, score in event[group].items() if name in SCORES}
+    assert not any(f">{title}<" in plots(bare) for title in _FURTHER_PANELS)
+
+
+def test_answers_on_the_way_need_a_way(write, tmp_path):
+    one = Study.read(write(runs={"AlphaEdit": {}}, curve_answers=2, curve_every=0))
+    with pytest.raises(ValueError, match="curve_answers 2: expected curve_every with it, got 0"):
+        go(one, tmp_path / "runs", say=lambda text: None)
+    assert not (tmp_path / "runs" / "alphaedit").exists()
 
 
 def _change(path, **fields):

@@ -1,4 +1,4 @@
-"""Where edit requests come from: files and records in six schemas, and facts about the world made from GeoNames."""
+"""Where edit requests come from: files and records in ten schemas, and facts about the world made from GeoNames."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def load_requests(
             ``world-facts:city-country,country-capital,seed=1``. A file named like that is reached as ``./world-facts``.
 
             In a file the content decides: a JSON list, JSON lines or one object, plain or gzip, of records in the
-            published schema of CounterFact, zsRE, EasyEdit (and KnowEdit), WikiBigEdit or LRE, or in the plain one (see
-            the modules counterfact, zsre, easyedit, wikibigedit, lre, jsonl). The name only tells a table: ``.csv`` or
-            ``.tsv``, perhaps with ``.gz``, with fields for columns (see tables).
+            published schema of CounterFact, zsRE, EasyEdit (and KnowEdit), QAEdit, MQuAKE, WikiBigEdit, LRE, UnKE or
+            AKEW, or in the plain one (see the modules of these names; that of the plain one is jsonl). The name only
+            tells a table: ``.csv`` or ``.tsv``, perhaps with ``.gz``, with fields for columns (see tables).
 
             Records are a ``datasets.Dataset``, a pandas data frame, or any iterable of mappings, in the same schemas;
             None and NaN are absent fields.

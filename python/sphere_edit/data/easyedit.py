@@ -20,12 +20,17 @@ READ = (
     "locality",
     "locality_prompt",
     "locality_ground_truth",
+    "portability",
+    "portability_prompt",
+    "portability_ground_truth",
 )
 
 
 def recognises(fields: dict[str, Any]) -> bool:
-    """Whether a record is of this schema; one with the rephrased and the local question only is WikiBigEdit's."""
-    return "prompt" in fields and any(name in fields for name in ("ground_truth", "locality", "portability"))
+    """Whether a record is of this schema; one with the rephrased and the local question only is WikiBigEdit's, and one
+    with ``portability_answers`` plain."""
+    own = any(name in fields for name in ("ground_truth", "locality", "portability"))
+    return "prompt" in fields and own and "portability_answers" not in fields
 
 
 def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
@@ -36,8 +41,10 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
         fields: ``prompt`` (with ``{}`` or the subject itself in place), ``subject``, ``target_new``; optional, absent,
             null or blank: ``ground_truth`` (the true target: a text, or a list of which the first counts),
             ``rephrase_prompt`` (a text or a list), ``locality`` (by name, an object or a list of objects with
-            ``prompt`` and ``ground_truth``), the flat ``locality_prompt`` and ``locality_ground_truth``, ``case_id`` or
-            ``id``. A local prompt without an answer is no neighbour. Other fields (``portability``) are not read.
+            ``prompt`` and ``ground_truth``), ``portability`` (likewise, all answers of a prompt being aliases of the
+            first; or one object with ``New Question`` and ``New Answer``), the flat ``locality_prompt`` and
+            ``locality_ground_truth`` and those of ``portability``, ``case_id`` or ``id``. A prompt without an answer is
+            left out. Other fields are not read.
         position: the index of the record in the file; it is the id of a record without one.
 
     Raises:
@@ -51,7 +58,7 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
     true = record.answers("ground_truth")
     if true and true[0].strip() == target.strip():
         raise NoEditError(f"{where}: 'ground_truth' and 'target_new' are both {target.strip()!r}")
-    local = list(_local(where, record))
+    local, follows = (list(_asked(where, record, name)) for name in ("locality", "portability"))
     return EditRequest(
         id=name,
         prompt=prompt if "{}" in prompt else record.template("prompt", "subject"),
@@ -60,23 +67,29 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
         target_true=true[0] if true else None,
         paraphrases=record.answers("rephrase_prompt"),
         neighborhood=tuple(prompt for prompt, _ in local),
-        neighborhood_answers=tuple(answer for _, answer in local),
+        neighborhood_answers=tuple(answers[0] for _, answers in local),
+        portability=tuple(prompt for prompt, _ in follows),
+        portability_answers=tuple(answers for _, answers in follows),
     )
 
 
-def _local(where: str, record: Fields) -> Iterator[tuple[str, str]]:
-    """The local prompts that have an answer, with the first of their answers."""
-    for group in record.objects("locality"):
+def _asked(where: str, record: Fields, kind: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The prompts of a kind that have an answer, with their answers."""
+    for group in record.objects(kind):
+        if "New Question" in group.names():
+            yield from _pairs(where, group, "New Question", "New Answer")
+            continue
         for name in group.names():
             for pair in group.objects(name):
                 yield from _pairs(where, pair, "prompt", "ground_truth")
-    yield from _pairs(where, record, "locality_prompt", "locality_ground_truth")
+    yield from _pairs(where, record, f"{kind}_prompt", f"{kind}_ground_truth")
 
 
-def _pairs(where: str, record: Fields, prompt: str, answer: str) -> Iterator[tuple[str, str]]:
-    """One prompt with the first of its answers, or a list of prompts with a list of as many answers."""
+def _pairs(where: str, record: Fields, prompt: str, answer: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """One prompt with its answers, or a list of prompts with a list of as many answers."""
     if not record.is_list(prompt):
-        yield from zip(record.some_text(prompt), record.answers(answer), strict=False)
+        if (asked := record.some_text(prompt)) and (found := record.answers(answer)):
+            yield asked[0], found
         return
     prompts, answers = record.texts(prompt, required=True), record.each(answer)
     if len(prompts) != len(answers):
@@ -85,4 +98,4 @@ def _pairs(where: str, record: Fields, prompt: str, answer: str) -> Iterator[tup
         )
     for text, found in zip(prompts, answers, strict=True):
         if text.strip() and found:
-            yield text, found[0]
+            yield text, found

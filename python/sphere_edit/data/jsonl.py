@@ -9,7 +9,10 @@ from sphere_edit.requests import FIELDS, EditRequest
 
 NAME = "plain"
 READ = FIELDS
-LISTS = ("paraphrases", "neighborhood", "neighborhood_answers", "generation")
+LISTS = (
+    *("paraphrases", "neighborhood", "neighborhood_answers", "generation"),
+    *("portability", "multi_hop", "multi_hop_answers"),
+)
 
 
 def recognises(fields: dict[str, Any]) -> bool:
@@ -24,7 +27,8 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
         where: the place of the record, for messages.
         fields: ``prompt`` with one ``{}``, ``subject``, ``target_new``; optional, absent or null: ``target_true``,
             ``paraphrases``, ``neighborhood``, ``relation``, ``id`` (text or an integer), ``neighborhood_answers``,
-            ``generation``. See EditRequest.
+            ``generation``, ``portability``, ``portability_answers``, ``multi_hop``, ``multi_hop_answers``,
+            ``multi_hop_true``. See EditRequest.
         position: the index of the record in the file; it is the id of a record without one.
 
     Raises:
@@ -43,5 +47,7 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
         target_new=record.text("target_new"),
         target_true=record.optional_text("target_true"),
         relation=record.optional_text("relation"),
+        portability_answers=record.each("portability_answers") if fields.get("portability_answers") else (),
+        multi_hop_true=record.optional_text("multi_hop_true"),
         **{name: record.texts(name, required=False) for name in LISTS},
     )

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sphere_edit.data import counterfact, easyedit, jsonl, lre, wikibigedit, zsre
+from sphere_edit.data import akew, counterfact, easyedit, jsonl, lre, mquake, qaedit, unke, wikibigedit, zsre
 from sphere_edit.data.mappings import read_mappings
 from sphere_edit.data.reading import DataError, NoEditError, Record, read_records
 from sphere_edit.data.tables import is_table, read_table
@@ -21,8 +21,10 @@ class _Schema(NamedTuple):
     parse: Callable[[str, dict[str, Any], int], EditRequest]
 
 
+# Whose records become several of the plain schema; AKEW's may have MQuAKE's fields, and all but LRE's CounterFact's.
+_SEVERAL: tuple[Any, ...] = (lre, akew, mquake)
 # EasyEdit's records may have WikiBigEdit's fields, and both have the plain ones: the first that fits is taken.
-_SCHEMAS = (counterfact, zsre, easyedit, wikibigedit, jsonl)
+_SCHEMAS = (counterfact, zsre, unke, qaedit, easyedit, wikibigedit, jsonl)
 
 
 @dataclass(frozen=True)
@@ -102,19 +104,20 @@ def load_source(source: Any, order: str | None = None) -> Loaded:
 def _recognised(
     records: Iterator[Record], order: str | None, unread: dict[str, None]
 ) -> tuple[_Schema, Iterator[Record]]:
-    """The schema that the first record shows, and all the records; a relation of LRE becomes one for each sample."""
+    """The schema that the first record shows, and all the records, those of `_SEVERAL` one for each edit."""
     first = next(records)  # the readers refuse a source without records
     records = chain([first], records)
-    if lre.recognises(first.fields):
-        schema, records = _Schema(lre.NAME, jsonl.READ, jsonl.parse), _samples(records, unread)
+    if several := next((s for s in _SEVERAL if s.recognises(first.fields)), None):
+        schema = _Schema(several.NAME, jsonl.READ, jsonl.parse)
+        records = _edits(several, records, unread)
     else:
         found = next((s for s in _SCHEMAS if s.recognises(first.fields)), None)
         if found is None:
             raise DataError(
-                f"{first.where}: no schema fits; expected 'requested_rewrite' (CounterFact), 'src' (zsRE), 'update' or "
-                "'rephrase_prompt' (WikiBigEdit), 'ground_truth' or 'locality' (EasyEdit), or 'prompt', 'subject' and "
-                f"'target_new' (plain), in a list of records or one object a line, got the fields "
-                f"{sorted(first.fields)[:8]}"
+                f"{first.where}: no schema fits; expected 'requested_rewrite' (CounterFact, MQuAKE, AKEW), 'src' "
+                "(zsRE), 'update' or 'rephrase_prompt' (WikiBigEdit), 'ground_truth' or 'locality' (EasyEdit), "
+                "'target' (QAEdit), 'para_question' (UnKE), or 'prompt', 'subject' and 'target_new' (plain), in a list "
+                f"of records or one object a line, got the fields {sorted(first.fields)[:8]}"
             )
         schema = _Schema(found.NAME, found.READ, found.parse)
     if order is not None and schema.name != counterfact.NAME:
@@ -124,7 +127,7 @@ def _recognised(
     return schema, records
 
 
-def _samples(relations: Iterator[Record], unread: dict[str, None]) -> Iterator[Record]:
-    for where, fields in relations:
-        unread.update(dict.fromkeys(field for field in fields if field not in lre.READ))
-        yield from lre.records(where, fields)
+def _edits(schema: Any, found: Iterator[Record], unread: dict[str, None]) -> Iterator[Record]:
+    for where, fields in found:
+        unread.update(dict.fromkeys(field for field in fields if field not in schema.READ))
+        yield from schema.records(where, fields)

@@ -12,7 +12,7 @@ from sphere_edit.data import jsonl
 from sphere_edit.data.reading import BOM, DataError, Record, opened, utf8
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_LISTS = (*jsonl.LISTS, "ground_truth", "rephrase_prompt")
+_LISTS = (*jsonl.LISTS, "portability_answers", "ground_truth", "rephrase_prompt")
 _OBJECTS = ("locality", "portability")
 
 

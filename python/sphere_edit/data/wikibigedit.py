@@ -12,7 +12,7 @@ _PUBLISHED = ("update", "ans", "rephrase", "loc", "loc_ans")
 _EASYEDIT = ("prompt", "target_new", "rephrase_prompt", "locality_prompt", "locality_ground_truth")
 
 NAME = "WikiBigEdit"
-READ = ("subject", *_PUBLISHED, *_EASYEDIT)
+READ = ("subject", "mhop", "mhop_ans", *_PUBLISHED, *_EASYEDIT)
 
 
 def recognises(fields: dict[str, Any]) -> bool:
@@ -26,9 +26,9 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
     Args:
         where: the place of the record, for messages.
         fields: ``subject`` and ``update``, ``ans``, ``rephrase``, ``loc``, ``loc_ans``; or the same as ``prompt``,
-            ``target_new``, ``rephrase_prompt``, ``locality_prompt``, ``locality_ground_truth``. The rephrased question
-            and the two of ``loc`` may be absent, null or blank. Other fields (multi-hop questions, personas) are not
-            read.
+            ``target_new``, ``rephrase_prompt``, ``locality_prompt``, ``locality_ground_truth``; and ``mhop`` and
+            ``mhop_ans``, the multi-hop question. All but the first three may be absent, null or blank. Other fields
+            (personas) are not read.
         position: the index of the record in the file; its id.
 
     Raises:
@@ -37,7 +37,7 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
     """
     record = Fields(where, fields)
     question, target, rephrase, *locality = _PUBLISHED if "update" in fields else _EASYEDIT
-    loc, answer = map(record.some_text, locality)
+    loc, answer, hop, hop_answer = map(record.some_text, (*locality, "mhop", "mhop_ans"))
     return EditRequest(
         id=str(position),
         prompt=record.template(question, "subject"),
@@ -46,4 +46,6 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
         paraphrases=record.some_text(rephrase),
         neighborhood=loc if answer else (),
         neighborhood_answers=answer if loc else (),
+        multi_hop=hop if hop_answer else (),
+        multi_hop_answers=hop_answer if hop else (),
     )
