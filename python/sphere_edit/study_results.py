@@ -35,6 +35,7 @@ _PANELS = {  # title: where in a curve's event
     "HE, change in %": ("energy", ""),
 }
 _FURTHER_PANELS = {  # where runs have it
+    "Of the batch's wanted change in the weights, %": ("reached", ""),
     "Portability, accuracy, %": ("scores", "portability_accuracy"),
     "Multi-hop, accuracy, %": ("scores", "multi_hop_accuracy"),
     "Answers to edits, contains, %": ("scores", "efficacy_contains"),
@@ -83,7 +84,8 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
     Returns:
         ``study`` as written, and ``runs``: for each that has been evaluated ``finished``, ``edits`` done, ``settings``,
         ``environment``, ``seconds`` by stage, ``before`` and ``after`` (scores and perplexity; ``after`` None where it
-        is not finished), ``curve`` (scores on the way, each with ``energy``, HE summed over the layers), ``energy``
+        is not finished), ``curve`` (scores on the way, each with ``energy``, HE summed over the layers, and where it is
+        known the share of its batch's wanted change that was ``reached``), ``energy``
         (that sum at both ends), ``layers`` (first and last energy event of each), ``batches`` (over these and layers:
         the mean share of an update that SPHERE ``suppressed``, and the least ``over_bound``: ‖ΔŴ‖² over the theorem's
         bound) and ``correlations``; where the same run without SPHERE is there and both are finished, ``less_base``:
@@ -117,6 +119,7 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
 def _summary(events: Sequence[Event]) -> dict[str, Any]:
     log, sums = Log.of(events), energies_by_batch(events)["sum"]
     ends = {when: {"scores": scores, "perplexity": log.perplexity[when]} for when, scores in log.scores.items()}
+    reached = {event["batch"]: event.get("reached") for event in log.of_kind("batch")}
     seconds = log.seconds()
     seconds["all"] = log.last("finished").get("seconds", math.fsum(seconds.values()))
     return {
@@ -130,7 +133,7 @@ def _summary(events: Sequence[Event]) -> dict[str, Any]:
             "suppressed": mean_of(log.layer(layer)["suppressed"] for layer in log.energies),
             "over_bound": min((row["closest"] for row in log.bounds() if row["closest"]), default=None),
         },
-        "curve": [_thin(event, sums[event["batch"]]) for event in log.of_kind("curve")],
+        "curve": [_thin(event, sums[event["batch"]], reached.get(event["batch"])) for event in log.of_kind("curve")],
         "correlations": correlations(events),
     }
 
@@ -170,8 +173,8 @@ def _as_written(study: Study, settings: Mapping[str, Any], run: str) -> dict[str
     return {name: written[name] if isinstance(written.get(name), str) else value for name, value in settings.items()}
 
 
-def _thin(event: Event, energy: float) -> dict[str, Any]:
-    """A curve's event with four digits of each score."""
+def _thin(event: Event, energy: float, reached: float | None) -> dict[str, Any]:
+    """A curve's event with four digits of each score, and what its batch ``reached`` where that is known."""
     scores = {
         group: {
             name: {key: value if value is None else round(value, 4) for key, value in score.items()}
@@ -180,7 +183,8 @@ def _thin(event: Event, energy: float) -> dict[str, Any]:
         }
         for group in _GROUPS
     }
-    return {"edits": event["edits"], **scores, "perplexity": event["perplexity"], "energy": energy}
+    further = {} if reached is None else {"reached": round(reached, 4)}
+    return {"edits": event["edits"], **scores, "perplexity": event["perplexity"], "energy": energy, **further}
 
 
 def tables(found: Mapping[str, Any]) -> str:
@@ -325,7 +329,7 @@ def _points(run: Mapping[str, Any], group: str, score: str) -> list[tuple[int, f
         elif group == "perplexity":
             value = event["perplexity"]
         else:
-            value = (event[group].get(score) or {}).get("mean")
+            value = event.get("reached") if group == "reached" else (event[group].get(score) or {}).get("mean")
             value = None if value is None else 100 * value
         if value is not None:
             points.append((event["edits"], value))
