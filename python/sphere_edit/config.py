@@ -41,6 +41,8 @@ class EditConfig:
             enter the solve and half of its update, so that what AlphaEdit, MEMIT and ROME write still says what is
             asked: for a ridge, the least ``tr(Δ P⁻¹ Δᵀ)``. A history has keys as they entered, which is exact as long
             as the directions stay, as those of the ``pretrained`` weight do.
+        revive: τ, the share of its sum that the leading singular values of the pretrained weight hold: updates of any
+            method leave their directions alone, in rows and columns (REVIVE, see `sphere_edit.methods.revive`); 0 off.
         batch_size: facts solved for together.
         targets: where the wanted changes come from, which the method then solves for: ``closed_loop`` finds them
             through the written weights in rounds, ``optimised`` in a model that is not written yet (published),
@@ -101,6 +103,7 @@ class EditConfig:
     subspace: str = "current"
     refresh_every: int = 1
     project: str = "layer"
+    revive: float = 0.0
     batch_size: int = 100
     targets: str = "closed_loop"
     loop_rounds: int = 8
@@ -157,6 +160,8 @@ class EditConfig:
                 "modules: optimised values are outputs of the down-projection; expected 'down', or other targets, got "
                 f"{self.modules!r}"
             )
+        if self.prune_in == "copies" and self.revive:
+            raise ConfigError(f"revive: expected 0 where prune_in is 'copies' and the loop whole, got {self.revive!r}")
         if self.prune_in == "copies" and self.project != "layer":
             raise ConfigError(
                 f"project: expected 'layer' where prune_in is 'copies' and the loop whole, got {self.project!r}"
@@ -276,7 +281,7 @@ _POSITIVE = {
 }
 _NOT_NEGATIVE = {"value_weight_decay", "value_kl", "value_stop", "energy_s", "ft_stop", "loop_kl"}
 _SHARE = {"energy_ratio", "alpha", "rect_share", "loop_momentum"}
-_BELOW_ONE = {"value_beta1", "value_beta2"}
+_BELOW_ONE = {"value_beta1", "value_beta2", "revive"}
 _FLAGS = {"null_space", "sphere", "history", "gradient_whiten"}
 
 

@@ -24,6 +24,7 @@ _BAD = {
     "subspace": ["past", None, 1],
     "refresh_every": [0, -1, 1.0, True],
     "project": ["all", None, True],
+    "revive": [-0.1, 1, _NAN, True],
     "batch_size": [0, -1, 2.5, "100", True],
     "value_steps": [0, 1.5],
     "value_lr": [0, -1, _NAN, _INF],

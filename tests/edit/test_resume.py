@@ -258,6 +258,7 @@ _METHODS = {
     "rect-batch": {"method": "rect", "covariance_weight": 10.0, "project": "batch"},
     "prune": {"method": "prune", "covariance_weight": 1e-3, "value_clamp": 400.0, "value_lr": 50.0},  # it has to prune
     "rome": {"method": "rome", "layers": (2,)},
+    "revive": {"revive": 0.3},
     "ft": {"method": "ft", "layers": (3, 4), "ft_steps": 3, "ft_lr": 1e-2},
     "gradient": {"method": "ridge", "targets": "gradient", "gradient_lr": 0.3, "ridge": 1.0, "gradient_whiten": True},
     "gradient-history": {"targets": "gradient", "gradient_lr": 0.3, "gradient_preheat": 3},
