@@ -158,7 +158,7 @@ class SphereEditor:
         text_path(self.config.covariance_text)
         before = 2 * self.config.context_length + 8 if self.config.contexts else 0
         for request in todo:
-            row = encode(self.tokenizer, request.prompt, request.subject, request.target_new)
+            row = encode(self.tokenizer, request.prompt, request.subject, request.target_new, self.config.ft_eos)
             check_fits(self.model, row, request.text, before)
         return todo
 

@@ -56,6 +56,8 @@ _BAD = {
     "ft_steps": [0, 1.5],
     "ft_lr": [0, -1, _NAN, _INF],
     "ft_stop": [-1, _NAN],
+    "ft_minibatch": [-1, 0.5, True],
+    "ft_eos": [1, None],
     "contexts": [-1, 1.5, True],
     "context_length": [0, None],
     "covariance_text": ["", None, 5],
@@ -125,6 +127,7 @@ _ELSEWHERE = [
     ("rect", "prune_in", "copies", "prune"),
     ("prune", "rect_share", 0.2, "rect"),
     ("rome", "ft_lr", 0.1, "ft"),
+    ("memit", "ft_eos", True, "ft"),
     ("ft", "project", "batch", "alphaedit, memit, rect, prune, rome, ridge"),
 ]
 

@@ -260,6 +260,7 @@ _METHODS = {
     "rome": {"method": "rome", "layers": (2,)},
     "revive": {"revive": 0.3},
     "ft": {"method": "ft", "layers": (3, 4), "ft_steps": 3, "ft_lr": 1e-2},
+    "ft-breadth": {"method": "ft", "layers": (3,), "ft_steps": 2, "ft_lr": 1e-2, "ft_minibatch": 1, "ft_eos": True},
     "gradient": {"method": "ridge", "targets": "gradient", "gradient_lr": 0.3, "ridge": 1.0, "gradient_whiten": True},
     "gradient-history": {"targets": "gradient", "gradient_lr": 0.3, "gradient_preheat": 3},
 }
