@@ -65,6 +65,9 @@ class EditConfig:
         value_stop_on: which loss: ``loss`` (NLL + KL + decay, published) or ``nll`` alone; or ``argmax``: a fact is
             done two steps after every token of its target became the likeliest in all contexts, whatever
             ``value_stop``.
+        value_anchor: values are scaled to the length that those of so many other facts (world-facts) have in the model
+            before all edits, and given up beyond twice that (NAS, whose code takes 1,000, see
+            `sphere_edit.targets.anchor`). 0: they stay as they are. A resumed run measures it anew.
         null_space_threshold: eigenvalues of the key covariance below this span the null space.
         gradient_lr: length of the wanted changes, η·d of UltraEdit's η and the map's inputs d; see
             `sphere_edit.targets.gradient`.
@@ -125,6 +128,7 @@ class EditConfig:
     value_beta2: float = 0.999
     value_stop: float = 0.05
     value_stop_on: str = "loss"
+    value_anchor: int = 0
     gradient_lr: float = 4e-3
     gradient_whiten: bool = False
     gradient_preheat: int = 0
@@ -271,7 +275,7 @@ _POSITIVE_INT = {
     "ft_steps",
     "loop_rounds",
 }
-_COUNT = {"contexts", "measure_every", "seed", "gradient_preheat", "ft_minibatch"}
+_COUNT = {"contexts", "measure_every", "seed", "gradient_preheat", "value_anchor", "ft_minibatch"}
 _POSITIVE = {
     "value_lr",
     "value_clamp",

@@ -35,6 +35,7 @@ _BAD = {
     "value_beta2": [-0.1, 1.0, None],
     "value_stop": [-1, _NAN],
     "value_stop_on": ["kl", None],
+    "value_anchor": [-1, 0.5, True],
     "gradient_lr": [0, -1, _NAN, "1"],
     "gradient_whiten": [1, None],
     "gradient_preheat": [-1, 0.5, True],
@@ -154,6 +155,7 @@ def test_settings_of_another_method_are_refused(method, name, value, users):
 
 _FOR_OTHERS = [
     ("closed_loop", "value_lr", 0.1, "optimised"),
+    ("closed_loop", "value_anchor", 9, "optimised"),
     ("optimised", "loop_step", 0.1, "closed_loop"),
     ("optimised", "loop_arithmetic", "model", "closed_loop"),
 ]
