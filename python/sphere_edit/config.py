@@ -41,6 +41,8 @@ class EditConfig:
             enter the solve and half of its update, so that what AlphaEdit, MEMIT and ROME write still says what is
             asked: for a ridge, the least ``tr(Δ P⁻¹ Δᵀ)``. A history has keys as they entered, which is exact as long
             as the directions stay, as those of the ``pretrained`` weight do.
+        revive: τ, the share of its sum that the leading singular values of the pretrained weight hold: updates of any
+            method leave their directions alone, in rows and columns (REVIVE, see `sphere_edit.methods.revive`); 0 off.
         batch_size: facts solved for together.
         targets: where the wanted changes come from, which the method then solves for: ``closed_loop`` finds them
             through the written weights in rounds, ``optimised`` in a model that is not written yet (published),
@@ -63,6 +65,9 @@ class EditConfig:
         value_stop_on: which loss: ``loss`` (NLL + KL + decay, published) or ``nll`` alone; or ``argmax``: a fact is
             done two steps after every token of its target became the likeliest in all contexts, whatever
             ``value_stop``.
+        value_anchor: values are scaled to the length that those of so many other facts (world-facts) have in the model
+            before all edits, and given up beyond twice that (NAS, whose code takes 1,000, see
+            `sphere_edit.targets.anchor`). 0: they stay as they are. A resumed run measures it anew.
         null_space_threshold: eigenvalues of the key covariance below this span the null space.
         gradient_lr: length of the wanted changes, η·d of UltraEdit's η and the map's inputs d; see
             `sphere_edit.targets.gradient`.
@@ -78,6 +83,9 @@ class EditConfig:
             evaluated and saved (see `SphereEditor.hand_over`) is the weight before all edits plus their sum,
             restrained, then projected out of that weight's directions. Figures by batch are of the loop's weights.
         ft_steps, ft_lr, ft_stop: FT's Adam on the edited weights, and the mean NLL at which it stops.
+        ft_minibatch: facts of one step of Adam; ``ft_steps`` then counts epochs through the batch, which should be the
+            whole set (LocFT-BF's breadth-first order, see `sphere_edit.tuning.tune`). 0: each step takes the batch.
+        ft_eos: FT's targets end in the end-of-text token.
         contexts, context_length: generated prefixes per fact besides the bare prompt, and their length in tokens.
         covariance_text: ``builtin`` or the path of a text file (``.txt``, ``.gz``).
         covariance_tokens: how many tokens of it are read at most.
@@ -101,6 +109,7 @@ class EditConfig:
     subspace: str = "current"
     refresh_every: int = 1
     project: str = "layer"
+    revive: float = 0.0
     batch_size: int = 100
     targets: str = "closed_loop"
     loop_rounds: int = 8
@@ -119,6 +128,7 @@ class EditConfig:
     value_beta2: float = 0.999
     value_stop: float = 0.05
     value_stop_on: str = "loss"
+    value_anchor: int = 0
     gradient_lr: float = 4e-3
     gradient_whiten: bool = False
     gradient_preheat: int = 0
@@ -131,6 +141,8 @@ class EditConfig:
     ft_steps: int = 25
     ft_lr: float = 5e-4
     ft_stop: float = 1e-2
+    ft_minibatch: int = 0
+    ft_eos: bool = False
     contexts: int = 5
     context_length: int = 10
     covariance_text: str = "builtin"
@@ -157,6 +169,8 @@ class EditConfig:
                 "modules: optimised values are outputs of the down-projection; expected 'down', or other targets, got "
                 f"{self.modules!r}"
             )
+        if self.prune_in == "copies" and self.revive:
+            raise ConfigError(f"revive: expected 0 where prune_in is 'copies' and the loop whole, got {self.revive!r}")
         if self.prune_in == "copies" and self.project != "layer":
             raise ConfigError(
                 f"project: expected 'layer' where prune_in is 'copies' and the loop whole, got {self.project!r}"
@@ -261,7 +275,7 @@ _POSITIVE_INT = {
     "ft_steps",
     "loop_rounds",
 }
-_COUNT = {"contexts", "measure_every", "seed", "gradient_preheat"}
+_COUNT = {"contexts", "measure_every", "seed", "gradient_preheat", "value_anchor", "ft_minibatch"}
 _POSITIVE = {
     "value_lr",
     "value_clamp",
@@ -276,8 +290,8 @@ _POSITIVE = {
 }
 _NOT_NEGATIVE = {"value_weight_decay", "value_kl", "value_stop", "energy_s", "ft_stop", "loop_kl"}
 _SHARE = {"energy_ratio", "alpha", "rect_share", "loop_momentum"}
-_BELOW_ONE = {"value_beta1", "value_beta2"}
-_FLAGS = {"null_space", "sphere", "history", "gradient_whiten"}
+_BELOW_ONE = {"value_beta1", "value_beta2", "revive"}
+_FLAGS = {"null_space", "sphere", "history", "gradient_whiten", "ft_eos"}
 
 
 def _check(name: str, value: Any) -> None:
@@ -327,6 +341,9 @@ PRESETS: dict[str, EditConfig] = {
     # For any model, without SPHERE as published; with --sphere it is projected like any other method.
     "ultraedit": _GRADIENT,
     "stableedit": _GRADIENT.replace(ridge=10.0, gradient_whiten=True, gradient_preheat=1000),
+    # For any model, at FT's block (published: 22 of Llama-3-8B's 32, 6 of Qwen2.5-7B's 28); all facts are one batch, up
+    # to the 100,000 of the paper.
+    "locft-bf": EditConfig(method="ft", sphere=False, contexts=0, batch_size=100_000, ft_minibatch=100, ft_eos=True),
 }
 # Chosen by measurement (benchmarks/preset.py, table in the README): the values of a small model need a large clamp and
 # step to reach their targets, and stopping at their NLL rather than the whole loss spares the neighbours.

@@ -30,9 +30,11 @@ from sphere_edit.replay import check_replay, frozen, not_additive
 from sphere_edit.requests import EditRequest, as_requests, batches, check_batches
 from sphere_edit.structure import ModelStructure, check_weights_finite, find_structure, model_sha256
 from sphere_edit.targets import plain
+from sphere_edit.targets.anchor import anchored, mean_length, solved_outputs
 from sphere_edit.targets.closed_loop import close_loop, told
-from sphere_edit.targets.gradient import Seen, look_back, preheating_facts
-from sphere_edit.targets.optimised import optimise_values
+from sphere_edit.targets.gradient import Seen, look_back
+from sphere_edit.targets.optimised import Values, optimise_values
+from sphere_edit.targets.others import other_facts
 from sphere_edit.targets.passes import Passes, fast_bfloat16
 from sphere_edit.targets.reached import missed, share_reached, share_written
 from sphere_edit.text import text_path
@@ -102,6 +104,7 @@ class SphereEditor:
         self._guard = Guard({})
         self._contexts: list[str] = []
         self._passes: Passes | None = None
+        self._anchors: dict[int, float] = {}  # lengths of values by layer, where they are anchored
         self._not_additive: tuple[int, ...] = ()  # layers whose blocks do not move by what their maps do
         self._events: list[Event] = []
         self._fingerprints: dict[str, str] = {}
@@ -158,7 +161,7 @@ class SphereEditor:
         text_path(self.config.covariance_text)
         before = 2 * self.config.context_length + 8 if self.config.contexts else 0
         for request in todo:
-            row = encode(self.tokenizer, request.prompt, request.subject, request.target_new)
+            row = encode(self.tokenizer, request.prompt, request.subject, request.target_new, self.config.ft_eos)
             check_fits(self.model, row, request.text, before)
         return todo
 
@@ -328,11 +331,12 @@ class SphereEditor:
                 lambda done, total: self._on_progress("covariance of keys", done, total),
             )
         engine = Engine(self.weights(), covariances, config, self._original)
-        preheating = preheating_facts(config)
+        preheating = other_facts("gradient_preheat", config.gradient_preheat, config.seed)
         if preheating:
             for part in batches(preheating, config.batch_size):
                 self._see_gradients(engine, part)
                 engine.lifelong.commit()
+        self._anchors = self._measure_anchors()
         self._engine = engine
         self._guard = Guard({i: orthogonal_energy(len(w), config.energy_s) for i, w in self._original.items()})
         ranks = getattr(self._engine.method, "null_space_rank", {})
@@ -344,6 +348,8 @@ class SphereEditor:
         self._fingerprints |= {f"covariance.{layer}": tensor_sha256(value) for layer, value in covariances.items()}
         if preheating:
             self._fingerprints["preheating facts"] = _sha256(json.dumps([vars(fact) for fact in preheating]))
+        if self._anchors:
+            self._fingerprints["anchors"] = _sha256(json.dumps(self._anchors))
         source = getattr(sys.modules[method_class(config).__module__], "__file__", None)
         if ":" in config.method and source is not None:
             self._fingerprints["method"] = file_sha256(Path(source))
@@ -351,6 +357,7 @@ class SphereEditor:
             "prepared",
             contexts=self._contexts,
             null_space_rank={str(layer): rank for layer, rank in ranks.items()},
+            **({"anchors": {str(layer): norm for layer, norm in self._anchors.items()}} if self._anchors else {}),
             seconds=time.perf_counter() - start,
         )
         for layer in config.layers:
@@ -537,17 +544,10 @@ class SphereEditor:
     def _solve(self, engine: Engine, batch: Sequence[EditRequest], clock: Clock) -> tuple[_Done, Event]:
         """Values, then updates layer by layer; as `_train`."""
         config, layers = self.config, self.config.layers
-        values = optimise_values(
-            self.model,
-            self.tokenizer,
-            self.structure,
-            batch,
-            self._contexts,
-            config,
-            layers[-1],
-            lambda done, total: self._on_progress("values", done, total),
-            [self.structure.edited[layer] for layer in layers] if self._not_additive else (),
-        )
+        values, given_up = self._values(batch, self._contexts, "values"), {}
+        if self._anchors:
+            values, beyond = anchored(values, self._own_outputs(batch), self._anchors)
+            given_up = {"beyond_anchor": int(beyond.sum())}
         clock.lap("values")
         done: _Done = {}
         solved: dict[int, tuple[Tensor, Tensor, LowRankUpdate]] = {}
@@ -578,7 +578,37 @@ class SphereEditor:
         clock.lap("check")
         parts = {"loss": values.loss, "nll": values.nll, "steps": values.steps.float()}
         means = {name: float(part.mean()) for name, part in parts.items()}
-        return done, means | plain.learned(seen, batch) | {"reached": reached}
+        return done, means | plain.learned(seen, batch) | {"reached": reached} | given_up
+
+    def _values(self, facts: Sequence[EditRequest], contexts: Sequence[str], stage: str) -> Values:
+        layers = self.config.layers
+        return optimise_values(
+            self.model,
+            self.tokenizer,
+            self.structure,
+            facts,
+            contexts,
+            self.config,
+            layers[-1],
+            lambda done, total: self._on_progress(stage, done, total),
+            [self.structure.edited[layer] for layer in layers] if self._not_additive else (),
+        )
+
+    def _own_outputs(self, facts: Sequence[EditRequest]) -> dict[int, Tensor]:
+        """``{layer: [facts, n]}``, what the edited maps say at the subjects of the bare prompts."""
+        rows = [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in facts]
+        return plain.look(self.model, self.structure, rows, self.config.layers).outputs
+
+    def _measure_anchors(self) -> dict[int, float]:
+        """By layer the length that values of other facts have in the model before all edits, if they are anchored."""
+        found: dict[int, list[Tensor]] = {}
+        others = other_facts("value_anchor", self.config.value_anchor, self.config.seed)
+        for part in batches(others, self.config.batch_size):
+            values = self._values(part, ["{}"], "values of other facts")
+            for layer, said in solved_outputs(values, self._own_outputs(part)).items():
+                check_finite("a value of other facts", said)
+                found.setdefault(layer, []).append(said)
+        return {layer: mean_length(torch.cat(parts)) for layer, parts in found.items()}
 
 
 def _sha256(text: str) -> str:

@@ -13,6 +13,7 @@ from sphere_edit.config import EditConfig
 from sphere_edit.files import tensor_sha256
 from sphere_edit.measures import Measures
 from sphere_edit.methods import Update, make_method
+from sphere_edit.methods.revive import Revive
 from sphere_edit.records import Event, LayerRecord, ReplayError, over, under
 from sphere_edit.targets.gradient import Lifelong
 from sphere_kernels import LowRankUpdate
@@ -33,7 +34,7 @@ class Clock(dict[str, float]):
 
 
 class Engine:
-    """Solve, project, write; a batch is kept whole or undone.
+    """Solve, project (SPHERE, then REVIVE where it is asked for), write; a batch is kept whole or undone.
 
     Args:
         weights: ``{layer: [n, d]}``, the model's own; written in place.
@@ -42,7 +43,7 @@ class Engine:
         originals: the weights before all edits.
 
     Raises:
-        ValueError: as `make_method` and `HypersphereState` raise it.
+        ValueError: as `make_method`, `Revive` and `HypersphereState` raise it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Engine:
     ) -> None:
         self.method = make_method(config, covariances)
         self._originals, self._projects_keys = originals, config.project == "solve"
+        self._protected = {i: Revive(w, config.revive, i) for i, w in originals.items()} if config.revive else {}
         self.lifelong = Lifelong(weights if config.targets == "gradient" and not self.method.trains else {}, config)
         self.measures = Measures(config, originals, covariances)
         self.states = {
@@ -196,8 +198,12 @@ class Engine:
             else state.project(solved).float()
         )
         before, projected = _norm(solved), _norm(update)
+        suppressed = {"suppressed": 1 - (projected / before) ** 2 if before else 0.0}
+        if self._protected:
+            update = self._protected[layer](update)
+            suppressed["protected"] = 1 - (_norm(update) / projected) ** 2 if projected else 0.0
         update = self.method.restrain(layer, update, state.master, self._originals[layer])
-        event: Event = {"update_norm": _norm(update), "suppressed": 1 - (projected / before) ** 2 if before else 0.0}
+        event: Event = {"update_norm": _norm(update), **suppressed}
         if state.alpha:
             event |= {"rank": int(state.rank), "energy_ratio": float(state.held_ratio)}
         clock.lap("project")

@@ -27,7 +27,9 @@ class Row:
     target: tuple[int, ...] = ()
 
 
-def encode(tokenizer: Any, template: str, subject: str | None = None, target: str | None = None) -> Row:
+def encode(
+    tokenizer: Any, template: str, subject: str | None = None, target: str | None = None, ended: bool = False
+) -> Row:
     """Tokenise ``template`` with the subject in place of ``{}``, followed by all but the last token of ``target``.
 
     Args:
@@ -36,6 +38,7 @@ def encode(tokenizer: Any, template: str, subject: str | None = None, target: st
         subject: what goes in place of ``{}``; the index of its last token is found from offsets, not by re-tokenising.
         target: the continuation, after one blank, or directly where the prompt ends in whitespace. Its tokens are read
             off the whole text, so that tokenizers that treat a leading blank in their own way are followed.
+        ended: the end-of-text token is the target's last.
 
     Returns:
         Row: with ``len(ids) = prompt tokens + target tokens - 1``; position ``len(ids) - len(target)`` predicts the
@@ -58,6 +61,10 @@ def encode(tokenizer: Any, template: str, subject: str | None = None, target: st
     if first is None or first == 0:
         raise ValueError(f"the tokenizer gives no token for the target {target!r} after {prompt!r}")
     ids = _without_trailing_special(ids, offsets)
+    if ended:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("ft_eos: the tokenizer has no end-of-text token; expected ft_eos: false")
+        ids = [*ids, tokenizer.eos_token_id]
     return Row(tuple(ids[:-1]), last, tuple(ids[first:]))
 
 

@@ -25,7 +25,7 @@ class Tuned:
 
     Attributes:
         updates: ``{layer: [n, d]}`` fp32.
-        nll: ``[facts]`` fp32, mean negative log-likelihood of a target token before the last step, in nats.
+        nll: ``[facts]`` fp32, mean negative log-likelihood of a target token when the fact was last run, in nats.
         steps: how many were made.
     """
 
@@ -38,7 +38,7 @@ class Tuned:
 class _Part:
     """Facts that are run together; ``read``s are the places of target tokens, ``want`` the tokens."""
 
-    facts: slice
+    facts: list[int]
     replay: Replay
     read_row: Tensor
     read_column: Tensor
@@ -49,7 +49,7 @@ class _Part:
         out = self.replay.run(self.replay.hidden)[self.read_row, self.read_column]
         log_probs = structure.logits(out).float().log_softmax(-1)
         picked = log_probs.gather(1, self.want[:, None])[:, 0]
-        zero = torch.zeros(self.facts.stop - self.facts.start, dtype=torch.float32, device=out.device)
+        zero = torch.zeros(len(self.facts), dtype=torch.float32, device=out.device)
         return zero.index_add(0, self.read_row, -picked * self.share)
 
 
@@ -65,18 +65,23 @@ def tune(
 ) -> Tuned:
     """Adam on updates of the edited weights: the mean over facts of the NLL of their targets after the bare prompts.
 
-    It stops when that is below ``ft_stop``, or after ``ft_steps`` steps. Each step takes the whole batch; only the
+    Each step takes the whole batch. It stops when that mean is below ``ft_stop``, or after ``ft_steps`` steps. Only the
     blocks from the first edited one on are run, under weights that stay as they are.
+
+    Breadth-first, with ``ft_minibatch``, a step takes so many facts, and ``ft_steps`` counts epochs: rounds through all
+    facts of the batch, each in an order of its own. A step whose mean is below ``ft_stop`` is left out, and an epoch
+    whose mean is ends it. With ``ft_eos`` the end-of-text token is the last token of every target.
 
     Args:
         model: causal LM in evaluation mode without parameter gradients (see `replay.frozen`).
 
     Source: the FT baseline of ROME and AlphaEdit, whose code predicts every target token from the prompt's last
-        position, where here each follows those before it, and steps once for each part of a batch.
+        position, where here each follows those before it, and steps once for each part of a batch. Breadth-first:
+        Yang et al., Fine-tuning Done Right in Model Editing (LocFT-BF, arXiv 2509.22072), whose code was read: epochs,
+        stop rules, EOS and Adam are as there; orders are drawn otherwise, and Adam moves an fp32 update that is
+        written (and projected) in the end, where theirs moves the weight itself.
     """
-    rows = [encode(tokenizer, request.prompt, request.subject, request.target_new) for request in requests]
-    size = max(1, _TOKENS_PER_PASS // max(len(row.ids) for row in rows))
-    parts = [_part(model, structure, rows[at : at + size], at, layers[0]) for at in range(0, len(rows), size)]
+    rows = [encode(tokenizer, r.prompt, r.subject, r.target_new, ended=config.ft_eos) for r in requests]
     updates = {
         layer: structure.edited[layer].weight.new_zeros(
             structure.edited[layer].weight.shape, dtype=torch.float32, requires_grad=True
@@ -84,27 +89,47 @@ def tune(
         for layer in layers
     }
     adam = torch.optim.Adam(updates.values(), lr=config.ft_lr)
+    nll = torch.zeros(len(rows), dtype=torch.float32, device=structure.device)
+    drawn, steps = torch.Generator().manual_seed(config.seed), 0
+    everything = [] if config.ft_minibatch else _parts(model, structure, rows, range(len(rows)), layers[0])
     with ExitStack() as stack:
         for layer, update in updates.items():
             stack.enter_context(_added(structure.edited[layer].module, update))
-        for step in range(config.ft_steps):
-            adam.zero_grad()
-            found = []
-            for part in parts:
-                nll = part.nll(structure)
-                (nll.sum() / len(rows)).backward()
-                found.append(nll.detach())
-            known = float(torch.cat(found).mean()) < config.ft_stop
+        for epoch in range(config.ft_steps):
+            for chosen in _minibatches(len(rows), config.ft_minibatch, drawn):
+                adam.zero_grad()
+                for part in everything or _parts(model, structure, rows, chosen, layers[0]):
+                    found = part.nll(structure)
+                    (found.sum() / len(chosen)).backward()
+                    nll[part.facts] = found.detach()
+                if not float(nll[chosen].mean()) < config.ft_stop:
+                    adam.step()
+                    steps += 1
+            known = float(nll.mean()) < config.ft_stop
             if progress is not None:
-                progress(config.ft_steps if known else step + 1, config.ft_steps)
+                progress(config.ft_steps if known else epoch + 1, config.ft_steps)
             if known:
                 break
-            adam.step()
-    made = step if known else step + 1
-    return Tuned({layer: update.detach() for layer, update in updates.items()}, torch.cat(found), made)
+    return Tuned({layer: update.detach() for layer, update in updates.items()}, nll, steps)
 
 
-def _part(model: Any, structure: ModelStructure, rows: Sequence[Row], first: int, layer: int) -> _Part:
+def _minibatches(facts: int, size: int, drawn: torch.Generator) -> list[list[int]]:
+    """The facts of an epoch, ``size`` at a time in an order of its own; of size 0 all at once as they are."""
+    if not size:
+        return [list(range(facts))]
+    order = torch.randperm(facts, generator=drawn).tolist()
+    return [order[at : at + size] for at in range(0, facts, size)]
+
+
+def _parts(
+    model: Any, structure: ModelStructure, rows: Sequence[Row], chosen: Sequence[int], layer: int
+) -> list[_Part]:
+    size = max(1, _TOKENS_PER_PASS // max(len(rows[i].ids) for i in chosen))
+    return [_part(model, structure, rows, chosen[at : at + size], layer) for at in range(0, len(chosen), size)]
+
+
+def _part(model: Any, structure: ModelStructure, every: Sequence[Row], facts: Sequence[int], layer: int) -> _Part:
+    rows = [every[i] for i in facts]
     inputs = {**pad_left([row.ids for row in rows], structure.device), "use_cache": False}
     replay = record(model, structure, inputs, layer, len(structure.blocks) - 1)
     width = replay.hidden.shape[1]
@@ -116,7 +141,7 @@ def _part(model: Any, structure: ModelStructure, rows: Sequence[Row], first: int
     device = structure.device
     row, column, want = (torch.tensor(x, device=device) for x in list(zip(*places, strict=True))[:3])
     share = torch.tensor([p[3] for p in places], dtype=torch.float32, device=device)
-    return _Part(slice(first, first + len(rows)), replay, row, column, want, share)
+    return _Part(list(facts), replay, row, column, want, share)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ _BAD = {
     "subspace": ["past", None, 1],
     "refresh_every": [0, -1, 1.0, True],
     "project": ["all", None, True],
+    "revive": [-0.1, 1, _NAN, True],
     "batch_size": [0, -1, 2.5, "100", True],
     "value_steps": [0, 1.5],
     "value_lr": [0, -1, _NAN, _INF],
@@ -34,6 +35,7 @@ _BAD = {
     "value_beta2": [-0.1, 1.0, None],
     "value_stop": [-1, _NAN],
     "value_stop_on": ["kl", None],
+    "value_anchor": [-1, 0.5, True],
     "gradient_lr": [0, -1, _NAN, "1"],
     "gradient_whiten": [1, None],
     "gradient_preheat": [-1, 0.5, True],
@@ -55,6 +57,8 @@ _BAD = {
     "ft_steps": [0, 1.5],
     "ft_lr": [0, -1, _NAN, _INF],
     "ft_stop": [-1, _NAN],
+    "ft_minibatch": [-1, 0.5, True],
+    "ft_eos": [1, None],
     "contexts": [-1, 1.5, True],
     "context_length": [0, None],
     "covariance_text": ["", None, 5],
@@ -124,6 +128,7 @@ _ELSEWHERE = [
     ("rect", "prune_in", "copies", "prune"),
     ("prune", "rect_share", 0.2, "rect"),
     ("rome", "ft_lr", 0.1, "ft"),
+    ("memit", "ft_eos", True, "ft"),
     ("ft", "project", "batch", "alphaedit, memit, rect, prune, rome, ridge"),
 ]
 
@@ -150,6 +155,7 @@ def test_settings_of_another_method_are_refused(method, name, value, users):
 
 _FOR_OTHERS = [
     ("closed_loop", "value_lr", 0.1, "optimised"),
+    ("closed_loop", "value_anchor", 9, "optimised"),
     ("optimised", "loop_step", 0.1, "closed_loop"),
     ("optimised", "loop_arithmetic", "model", "closed_loop"),
 ]

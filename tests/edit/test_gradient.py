@@ -17,7 +17,8 @@ from sphere_edit.records import ReplayError
 from sphere_edit.replay import frozen
 from sphere_edit.structure import find_structure
 from sphere_edit.targets import gradient
-from sphere_edit.targets.gradient import Lifelong, Moments, look_back, preheating_facts
+from sphere_edit.targets.gradient import Lifelong, Moments, look_back
+from sphere_edit.targets.others import other_facts
 from sphere_edit.tokens import encode
 
 pytestmark = pytest.mark.filterwarnings("ignore:the key covariance of")
@@ -359,11 +360,11 @@ def test_gradients_that_are_not_finite_change_nothing(edit, monkeypatch):
 
 def test_statistics_begin_with_other_facts(edit, tokenizer, monkeypatch):
     others = tiny.places(5)
-    monkeypatch.setattr("sphere_edit.targets.gradient.world_facts", lambda seed: others if seed == 1 else [])
+    monkeypatch.setattr("sphere_edit.targets.others.world_facts", lambda seed: others if seed == 1 else [])
     with pytest.raises(ValueError, match="gradient_preheat: expected at most 5, .*, got 6"):
         edit(gradient_preheat=6).prepare()
     editor = edit(gradient_preheat=4, batch_size=3)
-    assert preheating_facts(editor.config) == [others[i] for i in (0, 1, 2, 3)]
+    assert other_facts("gradient_preheat", 4, 0) == [others[i] for i in (0, 1, 2, 3)]
     before = tiny.state(editor.model)
     editor.prepare()
     assert tiny.same(editor.model, before) and editor.batches == 0
@@ -383,15 +384,11 @@ def test_statistics_begin_with_other_facts(edit, tokenizer, monkeypatch):
     assert "preheating facts" not in edit().fingerprints()
 
 
-def test_preheating_facts_are_of_the_world():
-    few, more = (preheating_facts(_settings(gradient_preheat=n)) for n in (10, 40))
+def test_other_facts_are_of_the_world():
+    few, more = (other_facts("gradient_preheat", n, 0) for n in (10, 40))
     assert len({fact.id for fact in more}) == 40 and len({fact.relation for fact in more}) > 3
-    assert (
-        preheating_facts(_settings(gradient_preheat=10))
-        == few
-        != preheating_facts(_settings(gradient_preheat=10, seed=1))
-    )
-    assert preheating_facts(_settings()) == []
+    assert other_facts("gradient_preheat", 10, 0) == few != other_facts("gradient_preheat", 10, 1)
+    assert other_facts("gradient_preheat", 0, 0) == []
 
 
 @pytest.mark.parametrize("setting", [{"gradient_lr": 0.1}, {"gradient_whiten": True}, {"gradient_preheat": 3}], ids=str)

@@ -258,7 +258,10 @@ _METHODS = {
     "rect-batch": {"method": "rect", "covariance_weight": 10.0, "project": "batch"},
     "prune": {"method": "prune", "covariance_weight": 1e-3, "value_clamp": 400.0, "value_lr": 50.0},  # it has to prune
     "rome": {"method": "rome", "layers": (2,)},
+    "revive": {"revive": 0.3},
+    "anchor": {"value_anchor": 4},
     "ft": {"method": "ft", "layers": (3, 4), "ft_steps": 3, "ft_lr": 1e-2},
+    "ft-breadth": {"method": "ft", "layers": (3,), "ft_steps": 2, "ft_lr": 1e-2, "ft_minibatch": 1, "ft_eos": True},
     "gradient": {"method": "ridge", "targets": "gradient", "gradient_lr": 0.3, "ridge": 1.0, "gradient_whiten": True},
     "gradient-history": {"targets": "gradient", "gradient_lr": 0.3, "gradient_preheat": 3},
 }

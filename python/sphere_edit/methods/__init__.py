@@ -1,7 +1,8 @@
 """Editors: how the update of one weight follows from keys and residuals.
 
-A method is a class with `Method`'s functions; SPHERE's projection comes after any of them. To add one, write it in a
-file of its own and name it in `METHODS`; or leave it where it is and name it as ``package.module:Class``.
+A method is a class with `Method`'s functions; SPHERE's projection, and REVIVE's filter, come after any of them. To add
+one, write it in a file of its own and name it in `METHODS`; or leave it where it is and name it as
+``package.module:Class``.
 """
 
 from __future__ import annotations

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sphere_edit.config import EditConfig
-from sphere_edit.data import world_facts
 from sphere_edit.records import over, under
 from sphere_edit.replay import compact_head, last_logits
-from sphere_edit.requests import EditRequest
 from sphere_edit.structure import ModelStructure
 from sphere_edit.targets.passes import alike
 from sphere_edit.tokens import Row, pad_left
@@ -242,23 +240,3 @@ class Lifelong:
                 m, count=count, mean=parts["mean"], squares=parts["squares"], products=parts.get("products")
             )
         self.rollback()
-
-
-def preheating_facts(config: EditConfig) -> list[EditRequest]:
-    """The ``gradient_preheat`` facts whose gradients the statistics begin with: none of them is edited.
-
-    They are world-facts from all over the list, of another seed than its default: the batches to come are not looked
-    at. Edits that are world-facts themselves may be about some of the same subjects, with other targets.
-
-    Raises:
-        ValueError: there are not as many. ImportError: as `sphere_edit.data.world_facts`.
-    """
-    wanted = config.gradient_preheat
-    if not wanted:
-        return []
-    known = world_facts(seed=1 + config.seed)
-    if wanted > len(known):
-        raise ValueError(
-            f"gradient_preheat: expected at most {len(known)}, as many world-facts as there are, got {wanted}"
-        )
-    return [known[i * len(known) // wanted] for i in range(wanted)]
