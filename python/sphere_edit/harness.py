@@ -22,6 +22,7 @@ from typing import Any
 from sphere_edit.config import ConfigError
 from sphere_edit.data.reading import DataError, Fields, Record, read_records
 from sphere_edit.replay import frozen
+from sphere_edit.structure import check_usable
 from sphere_kernels import env
 
 Records = list[dict[str, Any]]
@@ -104,7 +105,8 @@ def general_ability(
         {task: {metric: {"mean", "stderr", "n"}}}; ``stderr`` of the mean is None for one record.
 
     Raises:
-        ConfigError, DataError: what does not fit, or lm-eval is not installed; before anything is computed.
+        ConfigError, DataError, StructureError: what does not fit, or lm-eval is not installed; before anything is
+            computed.
     """
     records = read_tasks(tasks, data, limit, shots, batch_size)
     end, kind = tokenizer.eos_token_id, type(tokenizer).__name__
@@ -112,6 +114,7 @@ def general_ability(
         raise ConfigError(f"tokenizer {kind} has no EOS token; expected one, it ends an answer")
     if tokenizer("a")["input_ids"][-1] == end:
         raise ConfigError(f"tokenizer {kind} ends every text with EOS; expected one that leaves a prompt open")
+    check_usable(model)
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 

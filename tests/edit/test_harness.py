@@ -23,6 +23,7 @@ from sphere_edit.cli import app
 from sphere_edit.config import ConfigError
 from sphere_edit.data.reading import DataError
 from sphere_edit.harness import TASKS, general_ability, read_tasks
+from sphere_edit.structure import StructureError
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed (the extra harness)", allow_module_level=True)
@@ -293,6 +294,12 @@ def test_tokenizers_that_cannot_be_asked(folder):
     tok.eos_token = None
     with pytest.raises(ConfigError, match="has no EOS token"):
         general_ability(None, tok, ("nq",), folder)
+
+
+def test_a_model_that_is_not_in_memory(tokenizer, folder):
+    model = tiny.make_model("llama").to("meta")
+    with pytest.raises(StructureError, match="is on the meta device"):
+        general_ability(model, tokenizer, ("nq",), folder)
 
 
 def test_the_command(folder, tmp_path, tokenizer, monkeypatch):
