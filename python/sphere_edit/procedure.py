@@ -89,6 +89,19 @@ def run(
         ValueError and its kinds: anything that does not fit, before a weight or ``out`` is touched; or later, what
             could not be written. The batches done by then are safe, and `resume` goes on after them.
     """
+    check_options(requests, options)
+    opened = nullcontext(journal) if journal else runs.new_run(options.out, options.overwrite)
+    with opened as journal:
+        work = _Work(model, tokenizer, requests, config, journal, on_event, on_progress)
+        check_run(work.editor, requests, options.perplexity_text)
+        runs.write_config(journal.folder, _record(work.editor, options, len(requests), journal.folder))
+        runs.write_jsonl(journal.folder / runs.REQUESTS, [vars(request) for request in requests])
+        journal.begin(inputs={name: file_sha256(journal.folder / name) for name in (runs.CONFIG, runs.REQUESTS)})
+        return work.go()
+
+
+def check_options(requests: Sequence[EditRequest], options: RunOptions) -> None:
+    """Raise ValueError unless there is something to edit and every count can be."""
     if not requests:
         raise ValueError(f"{options.data_name}: no requests; expected at least one edit")
     for name, least in LEAST.items():
@@ -97,14 +110,13 @@ def run(
             continue
         if value is None or value < least:
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
-    opened = nullcontext(journal) if journal else runs.new_run(options.out, options.overwrite)
-    with opened as journal:
-        work = _Work(model, tokenizer, requests, config, journal, on_event, on_progress)
-        work.check(options.perplexity_text)
-        runs.write_config(journal.folder, _record(work.editor, options, len(requests), journal.folder))
-        runs.write_jsonl(journal.folder / runs.REQUESTS, [vars(request) for request in requests])
-        journal.begin(inputs={name: file_sha256(journal.folder / name) for name in (runs.CONFIG, runs.REQUESTS)})
-        return work.go()
+
+
+def check_run(editor: SphereEditor, requests: Sequence[EditRequest], perplexity_text: str) -> None:
+    """Everything about texts and requests that can be known before a run; raises as `run` does, changes nothing."""
+    if next(token_windows(editor.tokenizer, perplexity_text, 2, 2), None) is None:
+        raise ValueError(f"perplexity_text {perplexity_text!r} has no text; expected at least two tokens")
+    editor.check(requests)
 
 
 def resume(
@@ -226,16 +238,11 @@ class _Work:
         requests, settings = runs.read_requests(journal.folder), EditConfig.from_run(record["settings"])
         settings = settings.replace(guard=guard or runs.guard_of(journal, settings.guard))
         work = cls(model, tokenizer, requests, settings, journal, on_event, on_progress)
-        work.check(record["perplexity_text"])
+        check_run(work.editor, requests, record["perplexity_text"])
         device = str(work.editor.structure.device)
         if device != record["device"]:
             raise RunError(f"{journal.folder} was begun on device {record['device']!r}, the model is on {device!r}")
         return work
-
-    def check(self, perplexity_text: str) -> None:
-        if next(token_windows(self.editor.tokenizer, perplexity_text, 2, 2), None) is None:
-            raise ValueError(f"perplexity_text {perplexity_text!r} has no text; expected at least two tokens")
-        self.editor.check(self.requests)
 
     def go(self) -> EditResult:
         with self.as_recorded():
