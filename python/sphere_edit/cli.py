@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sphere_edit.config import PRESETS, TARGETS, ConfigError, EditConfig
+from sphere_edit.journal import resume_command
 from sphere_edit.methods import METHODS
 from sphere_edit.options import (
     check_same,
@@ -236,6 +237,8 @@ def run_command(
             journal.on_note = note
             if journal.folder != out.resolve():
                 say(f"{out} stays until this run is complete; till then it is in {journal.folder}")
+            for left in runs.beside(out.resolve()):
+                note(f"{left} holds an unfinished run; go on with: {resume_command(left)}; or remove it")
             requests = read()
             loaded, tokenizer = loaded_model()
             with bars() as progress, way_on(journal):

@@ -71,7 +71,8 @@ def way_on(journal: Journal) -> Iterator[None]:
     except BaseException as error:
         command = resume_command(journal.folder)
         if journal.records and command not in str(error):
-            note(f"batches kept safe: {journal.batches}; go on with: {command}")
+            anew = "" if journal.batches else "; or, to change a setting, begin anew with --overwrite"
+            note(f"batches kept safe: {journal.batches}; go on with: {command}{anew}")
         raise
 
 
