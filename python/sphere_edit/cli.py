@@ -159,6 +159,17 @@ def run_command(
     answers: Annotated[
         bool, typer.Option("--answers", help="Also let it answer their prompts by itself: exact, and contains.")
     ] = False,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of general ability, some of boolq, rte, nq, gsm8k; scored before, after and with --curve-every."
+        ),
+    ] = None,
+    harness_data: Annotated[
+        str | None, typer.Option(help="Folder of their files; SPHERE_EDIT_DATA by default.")
+    ] = None,
+    harness_limit: Annotated[int | None, typer.Option(help="The first N records of each task only.", min=1)] = None,
+    harness_ends: Annotated[bool, typer.Option("--harness-ends", help="Score them before and after only.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run at OUT when done.")] = False,
     dry_run: Annotated[
         bool,
@@ -218,6 +229,10 @@ def run_command(
             curve_sample=curve_sample,
             score_sample=score_sample,
             answers=answers,
+            harness=tuple(name.strip() for name in harness.split(",")) if harness else (),
+            harness_data=harness_data,
+            harness_limit=harness_limit,
+            harness_ends=harness_ends,
             save_model=save_model,
             overwrite=overwrite,
             given={"limit": limit, "order": order, "preset": preset_name, "dtype": dtype, "on_conflict": on_conflict},

@@ -126,6 +126,22 @@ def general_ability(
     return {name: _scores(found["results"][name], found["n-samples"][name]["effective"]) for name in tasks}
 
 
+def ability_scores(
+    model: Any, tokenizer: Any, tasks: Sequence[str], data: str | Path | None = None, limit: int | None = None
+) -> dict[str, dict[str, float | int | None]]:
+    """`general_ability`, each score by the names of task and metric: ``{"boolq acc": {"mean", "stderr", "n"}}``."""
+    found = general_ability(model, tokenizer, tasks, data, limit)
+    return {f"{task} {metric}": score for task, scores in found.items() for metric, score in scores.items()}
+
+
+def task_files(tasks: Sequence[str], data: str | Path | None = None) -> dict[str, Path]:
+    """Where the records of the tasks are."""
+    folder = env.edit_data() if data is None else Path(data)
+    if folder is None:
+        raise ConfigError(f"no data folder; name the one that has {TASKS[tasks[0]].file}, or set SPHERE_EDIT_DATA")
+    return {name: folder / TASKS[name].file for name in tasks}
+
+
 def read_tasks(
     tasks: Sequence[str],
     data: str | Path | None = None,
@@ -143,10 +159,7 @@ def read_tasks(
             raise ConfigError(f"{name}: expected a whole number of at least {least}, got {value!r}")
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("the package lm-eval is not installed; pip install 'sphere-kernels[harness]'")
-    folder = env.edit_data() if data is None else Path(data)
-    if folder is None:
-        raise ConfigError(f"no data folder; name the one that has {TASKS[tasks[0]].file}, or set SPHERE_EDIT_DATA")
-    return {name: _read(folder / TASKS[name].file, TASKS[name], shots) for name in tasks}
+    return {name: _read(path, TASKS[name], shots) for name, path in task_files(tasks, data).items()}
 
 
 def _read(path: Path, source: _Source, shots: int | None) -> Records:

@@ -159,6 +159,9 @@ def _looks(edits: int, options: RunOptions, config: EditConfig) -> int:
 
 def _evaluated(requests: Sequence[EditRequest], scored: int, options: RunOptions, config: EditConfig) -> Iterator[str]:
     yield f"{scored} requests before and after" + (", with the model's own answers" if options.answers else "")
+    if options.harness:
+        when = "before and after" if options.harness_ends else "at each of these"
+        yield f"{', '.join(options.harness)} by lm-evaluation-harness {when}"
     if looks := _looks(len(requests), options, config):
         groups = "of those so far, of the first and of the newest"
         yield f"{looks} times on the way: at most {options.curve_sample} {groups}"
@@ -192,7 +195,9 @@ def _times(
         "projecting and measuring come on top"
     )
     evaluated = score * asked + token * (2 + looks) * options.perplexity_tokens
-    yield f"evaluations: about {duration(evaluated)}" + (", without the answers" if options.answers else "")
+    left = [name for name, asked in (("the answers", options.answers), ("the harness", options.harness)) if asked]
+    without = f", without {' and '.join(left)}" if left else ""
+    yield f"evaluations: about {duration(evaluated)}{without}"
     timed = f"{1000 * once:.3g} ms a pass forward and backward, {1000 * score:.3g} ms a scored request"
     yield f"estimated from {count} of the facts, timed here: {timed}"
 

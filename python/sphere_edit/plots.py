@@ -51,6 +51,7 @@ def draw_plots(log: Log, sphere: bool) -> dict[str, Markup | None]:
             "cosines": _cosine_map(log),
             "curve": _curve_plot(log),
             "retention": _retention_plot(log),
+            "ability": _ability_plot(log),
             "perplexity": _perplexity_plot(log),
         }
 
@@ -217,6 +218,14 @@ def _curve_plot(log: Log) -> Markup | None:
     }
     lines = {name.replace("_", " "): _curve(log, name) for name in SCORES}
     return _lines("curve", "Scores over edits", "Requests, %", lines, looks, ylim=(-3, 103))
+
+
+def _ability_plot(log: Log) -> Markup | None:
+    names = list(dict.fromkeys(name for event in log.of_kind("curve") for name in event.get("ability", ())))
+    said = [name.replace("_", " ") for name in names]
+    lines = {own: _curve(log, name, "ability") for name, own in zip(names, said, strict=True)}
+    looks = {own: {"color": colour} for own, colour in zip(said, _SERIES, strict=False)}
+    return _lines("ability", "General ability over edits", "Records, %", lines, looks, ylim=(-3, 103))
 
 
 def _retention_plot(log: Log) -> Markup | None:

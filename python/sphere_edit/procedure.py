@@ -21,6 +21,7 @@ from sphere_edit.deltas import switch, write_deltas
 from sphere_edit.editor import SphereEditor
 from sphere_edit.files import file_sha256
 from sphere_edit.guard import GuardError
+from sphere_edit.harness import ability_scores, read_tasks, task_files
 from sphere_edit.journal import Journal, RunError, resume_command
 from sphere_edit.looks import Look, compare, curve, look, sample
 from sphere_edit.metrics import PERPLEXITY_TOKENS
@@ -51,6 +52,9 @@ class RunOptions:
         curve_sample: how many requests each of their groups has at most; see `looks.curve`.
         score_sample: how many requests are scored before and after, drawn by the run's seed; None is all.
         answers: also let the model answer their prompts by itself, before and after; see `answers`.
+        harness: tasks of general ability, scored before, after and at the evaluations on the way; see `harness`.
+        harness_data, harness_limit: folder of their files, and how many records of each are asked.
+        harness_ends: score them before and after only.
         overwrite: replace an earlier run at ``out`` once this one is complete.
         given: how model and data were read, for those who go on with the run.
     """
@@ -67,6 +71,10 @@ class RunOptions:
     curve_sample: int = 200
     score_sample: int | None = None
     answers: bool = False
+    harness: tuple[str, ...] = ()
+    harness_data: str | None = None
+    harness_limit: int | None = None
+    harness_ends: bool = False
     given: dict[str, Any] = field(default_factory=dict)
 
 
@@ -101,7 +109,7 @@ def run(
 
 
 def check_options(requests: Sequence[EditRequest], options: RunOptions) -> None:
-    """Raise ValueError unless there is something to edit and every count can be."""
+    """Raise ValueError unless there is something to edit, every count can be, and the harness's tasks are there."""
     if not requests:
         raise ValueError(f"{options.data_name}: no requests; expected at least one edit")
     for name, least in LEAST.items():
@@ -110,6 +118,8 @@ def check_options(requests: Sequence[EditRequest], options: RunOptions) -> None:
             continue
         if value is None or value < least:
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
+    if options.harness:
+        read_tasks(options.harness, options.harness_data, options.harness_limit)
 
 
 def check_run(editor: SphereEditor, requests: Sequence[EditRequest], perplexity_text: str) -> None:
@@ -329,11 +339,25 @@ class _Work:
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of what the run rests on."""
         text = text_path(self.record["perplexity_text"])
-        return self.editor.fingerprints() | {"perplexity text": file_sha256(text)}
+        tasks = self.record.get("harness") or ()
+        files = task_files(tasks, self.record["harness_data"]) if tasks else {}
+        asked = {f"task {name}": file_sha256(path) for name, path in files.items()}
+        return self.editor.fingerprints() | {"perplexity text": file_sha256(text)} | asked
 
     def look(self, when: str) -> Look:
         text, tokens = self.record["perplexity_text"], self.record["perplexity_tokens_at_most"]
-        return look(self.editor, self.scored, when, text, tokens, self.progress, self.record.get("answers", False))
+        found = look(self.editor, self.scored, when, text, tokens, self.progress, self.record.get("answers", False))
+        found.events[0] |= self.ability()
+        return found
+
+    def ability(self) -> Event:
+        """General ability of the model as it would be handed over, where the run asks for it."""
+        editor, tasks = self.editor, self.record.get("harness")
+        if not tasks:
+            return {}
+        folder, limit = self.record["harness_data"], self.record["harness_limit"]
+        with editor.finished():
+            return {"ability": ability_scores(editor.model, editor.tokenizer, tasks, folder, limit)}
 
     def restore(self, to: int) -> None:
         """The model and the editor's state as they were after batch ``to``."""
@@ -392,6 +416,7 @@ class _Work:
             return
         text, tokens = self.record["perplexity_text"], self.record["perplexity_tokens_at_most"]
         event = curve(self.editor, self.requests, self.record["curve_sample"], text, tokens)
+        event |= {} if self.record.get("harness_ends") else self.ability()
         self.journal.add("curve", events=[event])
         self.emit(event)
 
@@ -448,6 +473,10 @@ def _record(editor: SphereEditor, options: RunOptions, edits: int, folder: Path)
         "curve_sample": options.curve_sample,
         "score_sample": options.score_sample,
         "answers": options.answers,
+        "harness": list(options.harness),
+        "harness_data": options.harness_data,
+        "harness_limit": options.harness_limit,
+        "harness_ends": options.harness_ends,
         "replaces": None if folder.name == target else target,
         "given": options.given,
         "settings": editor.config.to_dict(),

@@ -259,6 +259,9 @@ def scores_table(events: list[dict[str, Any]]) -> Table:
     for name in found[0]["scores"] if found else ():
         scores = [event["scores"][name] for event in found]
         table.add_row(name.replace("_", " "), *map(_score_text, scores), str(scores[0]["n"]))
+    for name in found[0].get("ability", ()) if found else ():
+        scores = [event["ability"][name] for event in found]
+        table.add_row(name.replace("_", " "), *map(_score_text, scores), str(scores[0]["n"]))
     values = [event["perplexity"] for event in found]
     table.add_row("perplexity", *("-" if value is None else f"{value:.2f}" for value in values), "")
     return table
