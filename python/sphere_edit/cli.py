@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sphere_edit.config import PRESETS, TARGETS, ConfigError
+from sphere_edit.config import PRESETS, TARGETS, ConfigError, EditConfig
+from sphere_edit.journal import resume_command
 from sphere_edit.methods import METHODS
 from sphere_edit.options import (
     check_same,
@@ -22,23 +24,29 @@ from sphere_edit.options import (
     recorded_options,
     settings,
 )
-from sphere_edit.requests import conflicts, duplicates, settle_conflicts
+from sphere_edit.requests import EditRequest, conflicts, duplicates, settle_conflicts
 from sphere_edit.terminal import (
     ability_table,
     bars,
+    complain,
     console,
     data_table,
     energy_table,
     guard_lines,
     learned_table,
     note,
+    noting,
     plain_errors,
+    plan_table,
     requests_table,
     say,
     scores_table,
     spectrum_table,
     way_on,
 )
+
+if TYPE_CHECKING:
+    from sphere_edit.procedure import RunOptions
 
 app = typer.Typer(
     help="Edit facts of a language model, thousands in sequence, and keep the model whole.",
@@ -168,7 +176,22 @@ def run_command(
     ] = False,
     judge: JudgeOption = None,
     judge_model: JudgeModelOption = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of general ability, some of boolq, rte, nq, gsm8k; scored before, after and with --curve-every."
+        ),
+    ] = None,
+    harness_data: Annotated[
+        str | None, typer.Option(help="Folder of their files; SPHERE_EDIT_DATA by default.")
+    ] = None,
+    harness_limit: Annotated[int | None, typer.Option(help="The first N records of each task only.", min=1)] = None,
+    harness_ends: Annotated[bool, typer.Option("--harness-ends", help="Score them before and after only.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run at OUT when done.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check all of it, say what would be done and what it takes, and write nothing."),
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
@@ -181,7 +204,7 @@ def run_command(
 
     Example: sphere-edit run --model smollm2-135m --data world-facts --limit 40 --out runs/demo
     """
-    with plain_errors():
+    with plain_errors(1 if dry_run else 2):
         named = {
             "method": method,
             "targets": targets,
@@ -198,6 +221,8 @@ def run_command(
             "guard": guard,
         }
         if going_on is not None:
+            if dry_run:
+                raise ConfigError(f"--dry-run: expected a new run, got --resume {going_on}")
             given = {name: context.params[name] for name in context.params if _is_given(context, name)}
             _resume(going_on, given, given_settings(config, set_ or [], named), trust_remote_code)
             return
@@ -211,39 +236,82 @@ def run_command(
         from sphere_edit.data import load_requests
         from sphere_edit.procedure import RunOptions, run
 
+        options = RunOptions(
+            model,
+            data,
+            out,
+            perplexity_text=perplexity_text,
+            checkpoint_every=checkpoint_every,
+            curve_every=curve_every,
+            curve_sample=curve_sample,
+            curve_answers=curve_answers,
+            score_sample=score_sample,
+            answers=answers,
+            judge=judge,
+            judge_model=judge_model,
+            harness=tuple(name.strip() for name in harness.split(",")) if harness else (),
+            harness_data=harness_data,
+            harness_limit=harness_limit,
+            harness_ends=harness_ends,
+            save_model=save_model,
+            overwrite=overwrite,
+            given={"limit": limit, "order": order, "preset": preset_name, "dtype": dtype, "on_conflict": on_conflict},
+        )
+
+        def read() -> list[EditRequest]:
+            found = load_requests(options.data_name, limit=limit, order=order, on_note=note)
+            return settle_conflicts(found, chosen.batch_size, on_conflict, note)
+
+        def loaded_model() -> tuple[Any, Any]:
+            return load(model, dtype, device, threads, trust_remote_code)
+
+        if dry_run:
+            _rehearse(options, chosen, read, loaded_model)
+            return
         with runs.new_run(out, overwrite) as journal:
             journal.on_note = note
             if journal.folder != out.resolve():
                 say(f"{out} stays until this run is complete; till then it is in {journal.folder}")
-            requests = load_requests(data, limit=limit, order=order, on_note=note)
-            requests = settle_conflicts(requests, chosen.batch_size, on_conflict, note)
-            loaded, tokenizer = load(model, dtype, device, threads, trust_remote_code)
-            options = RunOptions(
-                model,
-                data,
-                out,
-                perplexity_text=perplexity_text,
-                checkpoint_every=checkpoint_every,
-                curve_every=curve_every,
-                curve_sample=curve_sample,
-                curve_answers=curve_answers,
-                score_sample=score_sample,
-                answers=answers,
-                judge=judge,
-                judge_model=judge_model,
-                save_model=save_model,
-                overwrite=overwrite,
-                given={
-                    "limit": limit,
-                    "order": order,
-                    "preset": preset_name,
-                    "dtype": dtype,
-                    "on_conflict": on_conflict,
-                },
-            )
+            for left in runs.beside(out.resolve()):
+                note(f"{left} holds an unfinished run; go on with: {resume_command(left)}; or remove it")
+            requests = read()
+            loaded, tokenizer = loaded_model()
             with bars() as progress, way_on(journal):
                 run(loaded, tokenizer, requests, chosen, options, on_progress=progress, journal=journal)
         _say_result(out)
+
+
+def _rehearse(
+    options: RunOptions,
+    config: EditConfig,
+    read: Callable[[], list[EditRequest]],
+    load_model: Callable[[], tuple[Any, Any]],
+) -> None:
+    """Check what a run would, and say what it would do; all problems at once, then status 1."""
+    from sphere_edit.editor import SphereEditor
+    from sphere_edit.plan import check_folder, make_plan
+    from sphere_edit.procedure import check_options, check_run
+
+    problems: list[str] = []
+    requests: list[EditRequest] = []
+    with noting(problems):
+        check_folder(options.out, options.overwrite)
+    with noting(problems):
+        requests = read()
+        check_options(requests, options)
+    with noting(problems):
+        editor = SphereEditor(*load_model(), config)
+        editor.check_parts()
+        check_run(editor, requests, options.perplexity_text)
+        if requests:
+            plan = make_plan(editor, requests, options)
+            console.print(plan_table(plan.rows))
+            problems += plan.problems
+    for problem in problems:
+        complain(problem)
+    if problems:
+        raise typer.Exit(1)
+    say("nothing stands in the way; nothing was written")
 
 
 def _resume(folder: Path, given: dict[str, Any], chosen: dict[str, Any], trust_remote_code: bool) -> None:

@@ -66,9 +66,42 @@ def key_covariances(
     Raises:
         ValueError: the text has fewer than two tokens.
     """
+    described = _described(model, tokenizer, structure, layers, config)
+    paths, found = _cached(described, model, config, cache)
+    missing = [layer for layer in layers if found[layer] is None]
+    if missing:
+        moments = _measure(model, tokenizer, structure, missing, config, progress)
+        for layer in missing:
+            moment = moments.sums[layer] / moments.tokens
+            _save(paths[layer], moment, {**described[layer], "tokens": str(moments.tokens)})
+            found[layer] = moment
+        _warn_if_few(moments.tokens, max(len(moment) for moment in moments.sums.values()))
+    return {layer: moment.to(structure.device) for layer, moment in found.items() if moment is not None}
+
+
+def covariances_to_measure(
+    model: Any, tokenizer: Any, structure: ModelStructure, layers: Sequence[int], config: EditConfig, cache: Path
+) -> list[int]:
+    """The layers whose covariance `key_covariances`, with the same arguments, would not find in the cache."""
+    _, found = _cached(_described(model, tokenizer, structure, layers, config), model, config, cache)
+    return [layer for layer, moment in found.items() if moment is None]
+
+
+def _cached(
+    described: dict[int, dict[str, str]], model: Any, config: EditConfig, cache: Path
+) -> tuple[dict[int, Path], dict[int, Tensor | None]]:
+    """By layer the file, and the moment where the file has it."""
+    paths = {layer: _path(cache, own, model, config.covariance_text) for layer, own in described.items()}
+    return paths, {layer: _load(paths[layer], own) for layer, own in described.items()}
+
+
+def _described(
+    model: Any, tokenizer: Any, structure: ModelStructure, layers: Sequence[int], config: EditConfig
+) -> dict[int, dict[str, str]]:
+    """By layer all that determines its covariance."""
     text = file_sha256(text_path(config.covariance_text))
     prints = layer_fingerprints(model, structure, layers)
-    described = {
+    return {
         layer: {
             "format": _FORMAT,
             "weights": prints[layer],
@@ -82,17 +115,6 @@ def key_covariances(
         | ({} if structure.modules == "down" else {"modules": structure.modules})
         for layer in layers
     }
-    paths = {layer: _path(cache, described[layer], model, config.covariance_text) for layer in layers}
-    found = {layer: _load(paths[layer], described[layer]) for layer in layers}
-    missing = [layer for layer in layers if found[layer] is None]
-    if missing:
-        moments = _measure(model, tokenizer, structure, missing, config, progress)
-        for layer in missing:
-            moment = moments.sums[layer] / moments.tokens
-            _save(paths[layer], moment, {**described[layer], "tokens": str(moments.tokens)})
-            found[layer] = moment
-        _warn_if_few(moments.tokens, max(len(moment) for moment in moments.sums.values()))
-    return {layer: moment.to(structure.device) for layer, moment in found.items() if moment is not None}
 
 
 def _measure(

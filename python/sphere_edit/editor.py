@@ -95,7 +95,7 @@ class SphereEditor:
         self.structure.check_layers(config.layers, last=method.trains)
         check_weights_finite(model)
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self._cache = cache if cache is not None else cache_dir() / "covariance"
+        self.covariance_cache = cache if cache is not None else cache_dir() / "covariance"
         self.on_event = on_event or (lambda event: None)
         self._on_progress = on_progress or (lambda what, done, total: None)
         self._original = {layer: weight.clone() for layer, weight in self.weights().items()}
@@ -148,6 +148,14 @@ class SphereEditor:
         if self._engine is None:
             with frozen(self.model):
                 self._prepare()
+
+    def check_parts(self) -> None:
+        """Raise StructureError unless the parts found make the model's own logits; `prepare` calls it."""
+        with frozen(self.model):
+            check_replay(self.model, self.structure, self._probe())
+
+    def _probe(self) -> Sequence[int]:
+        return encode(self.tokenizer, "The capital of France is").ids
 
     def check(self, requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[EditRequest]:
         """Everything about the requests that can be known before editing; raises as `edit` does, changes nothing."""
@@ -312,10 +320,9 @@ class SphereEditor:
 
     def _prepare(self) -> None:
         config, start = self.config, time.perf_counter()
-        ids = encode(self.tokenizer, "The capital of France is").ids
-        check_replay(self.model, self.structure, ids)
+        self.check_parts()
         if config.targets == "optimised" and not method_class(config).trains:
-            self._not_additive = not_additive(self.model, self.structure, config.layers, ids)
+            self._not_additive = not_additive(self.model, self.structure, config.layers, self._probe())
         self._contexts = generate_contexts(
             self.model, self.tokenizer, config.contexts, config.context_length, config.seed
         )
@@ -327,7 +334,7 @@ class SphereEditor:
                 self.structure,
                 config.layers,
                 config,
-                self._cache,
+                self.covariance_cache,
                 lambda done, total: self._on_progress("covariance of keys", done, total),
             )
         engine = Engine(self.weights(), covariances, config, self._original)

@@ -22,6 +22,7 @@ from typing import Any
 from sphere_edit.config import ConfigError
 from sphere_edit.data.reading import DataError, Fields, Record, read_records
 from sphere_edit.replay import frozen
+from sphere_edit.structure import check_usable
 from sphere_kernels import env
 
 Records = list[dict[str, Any]]
@@ -104,7 +105,8 @@ def general_ability(
         {task: {metric: {"mean", "stderr", "n"}}}; ``stderr`` of the mean is None for one record.
 
     Raises:
-        ConfigError, DataError: what does not fit, or lm-eval is not installed; before anything is computed.
+        ConfigError, DataError, StructureError: what does not fit, or lm-eval is not installed; before anything is
+            computed.
     """
     records = read_tasks(tasks, data, limit, shots, batch_size)
     end, kind = tokenizer.eos_token_id, type(tokenizer).__name__
@@ -112,6 +114,7 @@ def general_ability(
         raise ConfigError(f"tokenizer {kind} has no EOS token; expected one, it ends an answer")
     if tokenizer("a")["input_ids"][-1] == end:
         raise ConfigError(f"tokenizer {kind} ends every text with EOS; expected one that leaves a prompt open")
+    check_usable(model)
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -121,6 +124,22 @@ def general_ability(
             lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         found = evaluate(lm, {"tasks": asked}, limit=limit, log_samples=False)
     return {name: _scores(found["results"][name], found["n-samples"][name]["effective"]) for name in tasks}
+
+
+def ability_scores(
+    model: Any, tokenizer: Any, tasks: Sequence[str], data: str | Path | None = None, limit: int | None = None
+) -> dict[str, dict[str, float | int | None]]:
+    """`general_ability`, each score by the names of task and metric: ``{"boolq acc": {"mean", "stderr", "n"}}``."""
+    found = general_ability(model, tokenizer, tasks, data, limit)
+    return {f"{task} {metric}": score for task, scores in found.items() for metric, score in scores.items()}
+
+
+def task_files(tasks: Sequence[str], data: str | Path | None = None) -> dict[str, Path]:
+    """Where the records of the tasks are."""
+    folder = env.edit_data() if data is None else Path(data)
+    if folder is None:
+        raise ConfigError(f"no data folder; name the one that has {TASKS[tasks[0]].file}, or set SPHERE_EDIT_DATA")
+    return {name: folder / TASKS[name].file for name in tasks}
 
 
 def read_tasks(
@@ -140,10 +159,7 @@ def read_tasks(
             raise ConfigError(f"{name}: expected a whole number of at least {least}, got {value!r}")
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("the package lm-eval is not installed; pip install 'sphere-kernels[harness]'")
-    folder = env.edit_data() if data is None else Path(data)
-    if folder is None:
-        raise ConfigError(f"no data folder; name the one that has {TASKS[tasks[0]].file}, or set SPHERE_EDIT_DATA")
-    return {name: _read(folder / TASKS[name].file, TASKS[name], shots) for name in tasks}
+    return {name: _read(path, TASKS[name], shots) for name, path in task_files(tasks, data).items()}
 
 
 def _read(path: Path, source: _Source, shots: int | None) -> Records:

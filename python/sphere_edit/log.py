@@ -57,6 +57,14 @@ class Log:
     def score(self, name: str, when: str) -> dict[str, Any]:
         return self.scores.get(when, {}).get(name) or {"mean": None, "stderr": None, "n": None}
 
+    def ability(self) -> dict[str, dict[str, Any]]:
+        """Scores of general ability by task and metric, then by ``before`` and ``after``."""
+        found: dict[str, dict[str, Any]] = {}
+        for event in self.of_kind("evaluation"):
+            for name, score in event.get("ability", {}).items():
+                found.setdefault(name, {})[event["when"]] = score
+        return found
+
     def learned(self) -> dict[str, Any] | None:
         """How many facts the model had right after their batch, of how many, which not, and what was reached of their
         wanted changes; None for runs that do not say."""

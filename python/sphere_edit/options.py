@@ -182,8 +182,9 @@ def recorded_options(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The options other than settings that a run was begun with, from its ``config.yaml``."""
     own = {name: recorded[name] for name in ("perplexity_text", "device", "save_model", "checkpoint_every")}
     later = {"curve_every": 0, "curve_sample": None, "curve_answers": 0, "score_sample": None, "answers": False}
-    later |= {"judge": None, "judge_model": None}
+    later |= {"judge": None, "judge_model": None, "harness_data": None, "harness_limit": None, "harness_ends": False}
     own |= {name: recorded.get(name, value) for name, value in later.items()}  # which earlier runs do not have
+    own["harness"] = ",".join(recorded.get("harness") or ()) or None
     own |= {"overwrite": recorded["replaces"] is not None, "threads": recorded["environment"]["threads"]}
     own |= {"on_conflict": recorded["given"].get("on_conflict", "refuse")}  # as earlier runs and those from Python
     return own | {name: recorded["given"].get(name) for name in ("limit", "order", "preset", "dtype")}

@@ -52,6 +52,7 @@ def draw_plots(log: Log, sphere: bool) -> dict[str, Markup | None]:
             "curve": _curve_plot(log),
             "answers": _answers_plot(log),
             "retention": _retention_plot(log),
+            "ability": _ability_plot(log),
             "perplexity": _perplexity_plot(log),
         }
 
@@ -228,6 +229,14 @@ def _answers_plot(log: Log) -> Markup | None:
             said = f"{metric.replace('_', ' ')} {kind}"
             lines[said], looks[said] = _curve(log, f"{metric}_{kind}"), {"color": _SERIES[i], "linestyle": dash}
     return _lines("answers", "Answers over edits", "Requests, %", lines, looks, ylim=(-3, 103))
+
+
+def _ability_plot(log: Log) -> Markup | None:
+    names = list(dict.fromkeys(name for event in log.of_kind("curve") for name in event.get("ability", ())))
+    said = [name.replace("_", " ") for name in names]
+    lines = {own: _curve(log, name, "ability") for name, own in zip(names, said, strict=True)}
+    looks = {own: {"color": colour} for own, colour in zip(said, _SERIES, strict=False)}
+    return _lines("ability", "General ability over edits", "Records, %", lines, looks, ylim=(-3, 103))
 
 
 def _retention_plot(log: Log) -> Markup | None:

@@ -21,6 +21,7 @@ from sphere_edit.deltas import switch, write_deltas
 from sphere_edit.editor import SphereEditor
 from sphere_edit.files import file_sha256
 from sphere_edit.guard import GuardError
+from sphere_edit.harness import ability_scores, read_tasks, task_files
 from sphere_edit.journal import Journal, RunError, resume_command
 from sphere_edit.judge import Endpoint
 from sphere_edit.looks import Look, compare, curve, look, sample
@@ -60,6 +61,9 @@ class RunOptions:
         score_sample: how many requests are scored before and after, drawn by the run's seed; None is all.
         answers: also let the model answer their prompts by itself, before and after; see `answers`.
         judge, judge_model: address and model of a judge of these answers, see `judge.Endpoint`.
+        harness: tasks of general ability, scored before, after and at the evaluations on the way; see `harness`.
+        harness_data, harness_limit: folder of their files, and how many records of each are asked.
+        harness_ends: score them before and after only.
         overwrite: replace an earlier run at ``out`` once this one is complete.
         given: how model and data were read, for those who go on with the run.
     """
@@ -79,6 +83,10 @@ class RunOptions:
     answers: bool = False
     judge: str | None = None
     judge_model: str | None = None
+    harness: tuple[str, ...] = ()
+    harness_data: str | None = None
+    harness_limit: int | None = None
+    harness_ends: bool = False
     given: dict[str, Any] = field(default_factory=dict)
 
 
@@ -101,6 +109,19 @@ def run(
         ValueError and its kinds: anything that does not fit, before a weight or ``out`` is touched; or later, what
             could not be written. The batches done by then are safe, and `resume` goes on after them.
     """
+    check_options(requests, options)
+    opened = nullcontext(journal) if journal else runs.new_run(options.out, options.overwrite)
+    with opened as journal:
+        work = _Work(model, tokenizer, requests, config, journal, on_event, on_progress)
+        check_run(work.editor, requests, options.perplexity_text)
+        runs.write_config(journal.folder, _record(work.editor, options, len(requests), journal.folder))
+        runs.write_jsonl(journal.folder / runs.REQUESTS, [request.to_dict() for request in requests])
+        journal.begin(inputs={name: file_sha256(journal.folder / name) for name in (runs.CONFIG, runs.REQUESTS)})
+        return work.go()
+
+
+def check_options(requests: Sequence[EditRequest], options: RunOptions) -> None:
+    """Raise ValueError unless there is something to edit, every count can be, and the harness's tasks are there."""
     if not requests:
         raise ValueError(f"{options.data_name}: no requests; expected at least one edit")
     for name, least in LEAST.items():
@@ -112,14 +133,15 @@ def run(
     if options.curve_answers and not options.curve_every:
         raise ValueError(f"curve_answers {options.curve_answers}: expected curve_every with it, got 0")
     check_judge(options.judge, options.judge_model, options.answers)
-    opened = nullcontext(journal) if journal else runs.new_run(options.out, options.overwrite)
-    with opened as journal:
-        work = _Work(model, tokenizer, requests, config, journal, on_event, on_progress)
-        work.check(options.perplexity_text)
-        runs.write_config(journal.folder, _record(work.editor, options, len(requests), journal.folder))
-        runs.write_jsonl(journal.folder / runs.REQUESTS, [request.to_dict() for request in requests])
-        journal.begin(inputs={name: file_sha256(journal.folder / name) for name in (runs.CONFIG, runs.REQUESTS)})
-        return work.go()
+    if options.harness:
+        read_tasks(options.harness, options.harness_data, options.harness_limit)
+
+
+def check_run(editor: SphereEditor, requests: Sequence[EditRequest], perplexity_text: str) -> None:
+    """Everything about texts and requests that can be known before a run; raises as `run` does, changes nothing."""
+    if next(token_windows(editor.tokenizer, perplexity_text, 2, 2), None) is None:
+        raise ValueError(f"perplexity_text {perplexity_text!r} has no text; expected at least two tokens")
+    editor.check(requests)
 
 
 def resume(
@@ -258,16 +280,11 @@ class _Work:
         requests, settings = runs.read_requests(journal.folder), EditConfig.from_run(record["settings"])
         settings = settings.replace(guard=guard or runs.guard_of(journal, settings.guard))
         work = cls(model, tokenizer, requests, settings, journal, on_event, on_progress)
-        work.check(record["perplexity_text"])
+        check_run(work.editor, requests, record["perplexity_text"])
         device = str(work.editor.structure.device)
         if device != record["device"]:
             raise RunError(f"{journal.folder} was begun on device {record['device']!r}, the model is on {device!r}")
         return work
-
-    def check(self, perplexity_text: str) -> None:
-        if next(token_windows(self.editor.tokenizer, perplexity_text, 2, 2), None) is None:
-            raise ValueError(f"perplexity_text {perplexity_text!r} has no text; expected at least two tokens")
-        self.editor.check(self.requests)
 
     def go(self) -> EditResult:
         with self.as_recorded():
@@ -354,13 +371,27 @@ class _Work:
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of what the run rests on."""
         text = text_path(self.record["perplexity_text"])
-        return self.editor.fingerprints() | {"perplexity text": file_sha256(text)}
+        tasks = self.record.get("harness") or ()
+        files = task_files(tasks, self.record["harness_data"]) if tasks else {}
+        asked = {f"task {name}": file_sha256(path) for name, path in files.items()}
+        return self.editor.fingerprints() | {"perplexity text": file_sha256(text)} | asked
 
     def look(self, when: str) -> Look:
         text, tokens = self.record["perplexity_text"], self.record["perplexity_tokens_at_most"]
         url, answers = self.record.get("judge"), self.record.get("answers", False)
         judge = Endpoint(url, self.record["judge_model"], self.folder / runs.JUDGED) if url else None
-        return look(self.editor, self.scored, when, text, tokens, self.progress, answers, judge)
+        found = look(self.editor, self.scored, when, text, tokens, self.progress, answers, judge)
+        found.events[0] |= self.ability()
+        return found
+
+    def ability(self) -> Event:
+        """General ability of the model as it would be handed over, where the run asks for it."""
+        editor, tasks = self.editor, self.record.get("harness")
+        if not tasks:
+            return {}
+        folder, limit = self.record["harness_data"], self.record["harness_limit"]
+        with editor.finished():
+            return {"ability": ability_scores(editor.model, editor.tokenizer, tasks, folder, limit)}
 
     def restore(self, to: int) -> None:
         """The model and the editor's state as they were after batch ``to``."""
@@ -420,6 +451,7 @@ class _Work:
         text, tokens = self.record["perplexity_text"], self.record["perplexity_tokens_at_most"]
         counts = self.record["curve_sample"], self.record.get("curve_answers", 0)
         event = curve(self.editor, self.requests, counts[0], text, tokens, counts[1])
+        event |= {} if self.record.get("harness_ends") else self.ability()
         self.journal.add("curve", events=[event])
         self.emit(event)
 
@@ -479,6 +511,10 @@ def _record(editor: SphereEditor, options: RunOptions, edits: int, folder: Path)
         "answers": options.answers,
         "judge": options.judge,
         "judge_model": options.judge_model,
+        "harness": list(options.harness),
+        "harness_data": options.harness_data,
+        "harness_limit": options.harness_limit,
+        "harness_ends": options.harness_ends,
         "replaces": None if folder.name == target else target,
         "given": options.given,
         "settings": editor.config.to_dict(),

@@ -129,7 +129,10 @@ def check_new_run(path: Path, overwrite: bool) -> None:
     if overwrite:
         return
     if (path / JOURNAL).exists() and not (path / REPORT).exists():
-        raise RunError(f"{path} holds an unfinished run; go on with: {resume_command(path)}")
+        raise RunError(
+            f"{path} holds an unfinished run; go on with: {resume_command(path)}; or give --overwrite to begin anew, "
+            "which replaces it when done"
+        )
     raise RunError(f"run folder {path} exists; expected a new path, or --overwrite to replace it when done")
 
 

@@ -161,8 +161,9 @@ def check_usable(model: Any) -> None:
         inner = " (its .module)" if hasattr(model, "module") else ""
         raise StructureError(f"{type(model).__name__} has no config; expected the Hugging Face causal LM itself{inner}")
     for name, module in model.named_modules():
-        if getattr(getattr(module, "_hf_hook", None), "offload", False):
-            raise StructureError(f"module {name} is offloaded; expected every weight in memory")
+        if _is_offloaded(module):
+            named = f"module {name}" if name else type(model).__name__
+            raise StructureError(f"{named} is offloaded; expected every weight in memory, on the device that computes")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise StructureError(f"parameter {name} is on the meta device (not loaded, or offloaded); load it first")
@@ -171,6 +172,13 @@ def check_usable(model: Any) -> None:
                 f"parameter {name} was made under torch.inference_mode(), which no gradient can pass; load the model "
                 "outside it"
             )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate's fetches the module's weights for each call, or moves them for the first one."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return any(getattr(one, "offload", False) or type(one).__name__ == "CpuOffload" for one in hooks)
 
 
 def _check_storage(model: Any) -> None:

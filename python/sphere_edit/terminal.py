@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from sphere_edit.guard import told
 from sphere_edit.journal import Journal, resume_command
 from sphere_edit.requests import FIELDS, Conflict, EditRequest
 from sphere_edit.targets.reached import named
+from sphere_edit.units import duration
 
 console = Console()
 errors = Console(stderr=True)
@@ -29,25 +30,33 @@ def say(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+MENDABLE = (ValueError, OSError, SafetensorError, ArithmeticError, ImportError, MemoryError, torch.OutOfMemoryError)
+
+
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """What a user can mend ends in one line and status 2; what only we can mend keeps its traceback."""
+def plain_errors(status: int = 2) -> Iterator[None]:
+    """What a user can mend ends in one line and a status; what only we can mend keeps its traceback."""
     try:
         yield
-    except (
-        ValueError,
-        OSError,
-        SafetensorError,
-        ArithmeticError,
-        ImportError,
-        MemoryError,
-        torch.OutOfMemoryError,
-    ) as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+    except MENDABLE as error:
+        complain(str(error))
+        raise typer.Exit(status) from error
     except KeyboardInterrupt as error:
         errors.print("interrupted; models and finished outputs are as they were", style="red")
         raise typer.Exit(130) from error
+
+
+def complain(text: str) -> None:
+    errors.print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def noting(problems: list[str]) -> Iterator[None]:
+    """What a user can mend joins the problems, and what comes after goes on."""
+    try:
+        yield
+    except MENDABLE as error:
+        problems.append(str(error))
 
 
 def note(text: str) -> None:
@@ -62,7 +71,8 @@ def way_on(journal: Journal) -> Iterator[None]:
     except BaseException as error:
         command = resume_command(journal.folder)
         if journal.records and command not in str(error):
-            note(f"batches kept safe: {journal.batches}; go on with: {command}")
+            anew = "" if journal.batches else "; or, to change a setting, begin anew with --overwrite"
+            note(f"batches kept safe: {journal.batches}; go on with: {command}{anew}")
         raise
 
 
@@ -139,18 +149,11 @@ class Lines:
         if done == first or now <= start:
             return 0.0, ""
         rate = (done - first) / (now - start)
-        return rate, _duration((total - done) / rate)
+        return rate, duration((total - done) / rate)
 
 
 def _plain(text: str) -> None:
     errors.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def energy_table(events: list[dict[str, Any]]) -> Table:
@@ -221,6 +224,16 @@ def data_table(
     return table
 
 
+def plan_table(rows: Mapping[str, Sequence[str]]) -> Table:
+    """What a run will do, from `make_plan`."""
+    table = Table(title="what the run will do", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, lines in rows.items():
+        table.add_row(what, escape("\n".join(lines)))
+    return table
+
+
 def requests_table(requests: Sequence[EditRequest]) -> Table:
     """Requests as they are understood, a column for each."""
     table = Table(title="as understood", show_header=False)
@@ -245,6 +258,9 @@ def scores_table(events: list[dict[str, Any]]) -> Table:
     table.add_column("n", justify="right")
     for name in found[0]["scores"] if found else ():
         scores = [event["scores"][name] for event in found]
+        table.add_row(name.replace("_", " "), *map(_score_text, scores), str(scores[0]["n"]))
+    for name in found[0].get("ability", ()) if found else ():
+        scores = [event["ability"][name] for event in found]
         table.add_row(name.replace("_", " "), *map(_score_text, scores), str(scores[0]["n"]))
     values = [event["perplexity"] for event in found]
     table.add_row("perplexity", *("-" if value is None else f"{value:.2f}" for value in values), "")

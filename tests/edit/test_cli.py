@@ -267,6 +267,29 @@ def test_interrupt_is_status_130(folder, tmp_path, monkeypatch):
     assert f"go on with: sphere-edit run --resume {tmp_path / 'out'}" in result.stderr
 
 
+def test_ways_out_of_a_start_that_failed(folder, tmp_path):
+    """A setting that only the covariance shows to be wrong: going on would meet it again."""
+    out = tmp_path / "out"
+    run = ["run", "-m", folder / "model", "-d", folder / "facts.jsonl", "-o", out, *_QUICK]
+    wrong, way = ("--set", "null_space_threshold=1e-9"), f"go on with: sphere-edit run --resume {out}"
+    failed = _call(*run, *wrong)
+    assert "expected a larger threshold" in _error(failed)
+    said = " ".join(failed.stderr.split())
+    assert f"batches kept safe: 0; {way}; or, to change a setting, begin anew with --overwrite" in said
+    assert f"{out} holds an unfinished run; {way}; or give --overwrite to begin anew" in _error(_call(*run))
+    assert "expected a larger threshold" in _error(_call("run", "--resume", out))
+    _error(_call(*run, *wrong, "--overwrite"))
+    (left,) = tmp_path.glob("out.partial-*")
+    result = _call(*run, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert (
+        f"note: {left} holds an unfinished run; go on with: sphere-edit run --resume {left}; or remove it"
+        in " ".join(result.stderr.split())
+    )
+    assert (out / runs.REPORT).is_file()
+    assert f"(not finished: {left})" in " ".join(_call("run", "--resume", out).stdout.split())
+
+
 def test_dtype_option(folder, tmp_path):
     result = _call("energy", folder / "model", "--dtype", "bfloat16", "--json", tmp_path / "e.json")
     assert result.exit_code == 0, result.output

@@ -6,14 +6,16 @@ import json
 import math
 import statistics
 
+import accelerate
 import pytest
 import tiny
 import torch
 import transformers as hf
 
-from sphere_edit import metrics
+from sphere_edit import metrics, procedure
 from sphere_edit.editor import SphereEditor
 from sphere_edit.metrics import Score, evaluate, perplexity, score_targets
+from sphere_edit.procedure import RunOptions
 from sphere_edit.requests import EditRequest
 from sphere_edit.structure import StructureError, check_weights_finite
 from sphere_edit.tokens import encode
@@ -429,25 +431,35 @@ def _no_memory():
     return model
 
 
-def _offloaded():
+def _on_disk(folder):
+    """As ``device_map`` with a block on the disk leaves it."""
     model = tiny.make_model("llama")
-    model.model.layers[2]._hf_hook = type("Hook", (), {"offload": True})()
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i == 2 else "cpu" for i in range(5)}
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder / "disk", force_hooks=True)
+
+
+def _moved_when_called():
+    model, _ = accelerate.cpu_offload_with_hook(tiny.make_model("llama"), torch.device("cpu"))
     return model
 
 
+_CPU, _MODEL = torch.device("cpu"), "model.layers.2.self_attn.q_proj"
 _UNUSABLE = {
-    "meta": (_no_memory, "model.layers.3.self_attn.q_proj.weight is on the meta device"),
-    "offloaded": (_offloaded, "module model.layers.2 is offloaded"),
-    "data-parallel": (lambda: torch.nn.DataParallel(tiny.make_model("llama")), "DataParallel has no config"),
-    "prompted": (lambda: tiny.Prompted(tiny.make_model("llama"), cut=False), "Prompted reads more or fewer tokens"),
-    "prompted-cut": (lambda: tiny.Prompted(tiny.make_model("llama"), cut=True), "Prompted reads more or fewer tokens"),
+    "meta": (lambda _: _no_memory(), "model.layers.3.self_attn.q_proj.weight is on the meta device"),
+    "on-disk": (_on_disk, f"module {_MODEL} is offloaded; expected every weight in memory"),
+    "offloaded": (lambda _: accelerate.cpu_offload(tiny.make_model("llama"), _CPU), "embed_tokens is offloaded"),
+    "moved-when-called": (lambda _: _moved_when_called(), "LlamaForCausalLM is offloaded"),
+    "data-parallel": (lambda _: torch.nn.DataParallel(tiny.make_model("llama")), "DataParallel has no config"),
+    "prompted": (lambda _: tiny.Prompted(tiny.make_model("llama"), cut=False), "Prompted reads more or fewer"),
+    "prompted-cut": (lambda _: tiny.Prompted(tiny.make_model("llama"), cut=True), "Prompted reads more or fewer"),
 }
 
 
 @pytest.mark.parametrize("name", _UNUSABLE)
 def test_models_that_cannot_be_measured_or_edited(name, tokenizer, config, tmp_path):
     make, message = _UNUSABLE[name]
-    model = make()
+    model, run = make(tmp_path), tmp_path / "run"
     with pytest.raises(StructureError, match=message):
         evaluate(model, tokenizer, tiny.facts(2))
     with pytest.raises(StructureError, match=message):
@@ -457,6 +469,9 @@ def test_models_that_cannot_be_measured_or_edited(name, tokenizer, config, tmp_p
     if not name.startswith("prompted"):
         with pytest.raises(StructureError, match=message):
             check_weights_finite(model)
+        with pytest.raises(StructureError, match=message):
+            procedure.run(model, tokenizer, tiny.facts(2), config, RunOptions("tiny", "facts", run))
+        assert not run.exists()
 
 
 def test_a_block_used_twice_is_measured_as_it_runs(tokenizer):

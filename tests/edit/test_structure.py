@@ -228,13 +228,6 @@ def test_refused(make, message):
         find_structure(make())
 
 
-def test_offloaded_module_is_refused():
-    model = tiny.make_model("llama")
-    model.model.layers[2]._hf_hook = type("Hook", (), {"offload": True})()
-    with pytest.raises(StructureError, match="module model.layers.2 is offloaded"):
-        find_structure(model)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_must_be_finite(value):
     model = tiny.make_model("gpt2")
