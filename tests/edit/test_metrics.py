@@ -332,10 +332,11 @@ def test_neighbours_with_answers_of_their_own(tokenizer):
     assert found
 
 
-def test_zsre_has_accuracy_only(tokenizer):
+def test_zsre_has_accuracy_and_token_accuracy_only(tokenizer):
     scores = evaluate(tiny.make_model("gpt2"), tokenizer, _zsre()).scores
     counts = {name: score.n for name, score in scores.items() if score.n}
-    assert counts == {"efficacy_accuracy": 3, "generalization_accuracy": 3, "specificity_accuracy": 2}
+    scored = (("efficacy", 3), ("generalization", 3), ("specificity", 2))
+    assert counts == {f"{name}_{kind}": n for kind in ("accuracy", "token_accuracy") for name, n in scored}
 
 
 def test_a_subset_is_the_evaluation_of_its_requests(tokenizer):

@@ -13,7 +13,7 @@ READ = ("id", "prompt", "target", "subject", "rephrase", "locality")
 
 def recognises(fields: dict[str, Any]) -> bool:
     """Whether a record is of this schema."""
-    return "prompt" in fields and "target" in fields
+    return "prompt" in fields and "target" in fields and "target_new" not in fields
 
 
 def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
