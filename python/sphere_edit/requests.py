@@ -190,14 +190,24 @@ class Conflict(NamedTuple):
 
 def conflicts(requests: Sequence[EditRequest], batch_size: int) -> list[Conflict]:
     """The contradictions within the batches: each later request with the first that it contradicts."""
-    found = []
-    for number, batch in enumerate(batches(requests, batch_size)):
-        seen: dict[str, EditRequest] = {}
-        for request in batch:
-            other = seen.setdefault(_asked(request), request)
-            if other.target_new != request.target_new:
-                found.append(Conflict(number, other, request))
-    return found
+    return _walk(requests, batch_size, skip=False)[1]
+
+
+def _walk(requests: Sequence[EditRequest], batch_size: int, skip: bool) -> tuple[list[EditRequest], list[Conflict]]:
+    """The requests batch by batch, and contradictions; with ``skip`` the later request of each is in no batch."""
+    kept: list[EditRequest] = []
+    found: list[Conflict] = []
+    seen: dict[str, EditRequest] = {}
+    for request in requests:
+        if len(kept) % batch_size == 0:
+            seen = {}
+        other = seen.setdefault(_asked(request), request)
+        contradicts = other.target_new != request.target_new
+        if contradicts:
+            found.append(Conflict(len(kept) // batch_size, other, request))
+        if not (contradicts and skip):
+            kept.append(request)
+    return kept, found
 
 
 def duplicates(requests: Sequence[EditRequest]) -> list[tuple[EditRequest, EditRequest]]:
@@ -235,17 +245,7 @@ def settle_conflicts(
     if on_conflict == "refuse":
         check_batches(requests, batch_size)
         return list(requests)
-    kept: list[EditRequest] = []
-    found: list[Conflict] = []
-    seen: dict[str, EditRequest] = {}
-    for request in requests:
-        if len(kept) % batch_size == 0:
-            seen = {}
-        other = seen.setdefault(_asked(request), request)
-        if other.target_new == request.target_new:
-            kept.append(request)
-        else:
-            found.append(Conflict(len(kept) // batch_size, other, request))
+    kept, found = _walk(requests, batch_size, skip=True)
     if found:
         told = listed(f"{conflict.later.id!r} (batch {conflict.batch}: {conflict})" for conflict in found)
         on_note(f"{len(found)} of {len(requests)} requests contradict an earlier one of their batch; left out: {told}")
