@@ -55,7 +55,7 @@ class ModelStructure:
     head: nn.Module
     hidden_size: int
     heads: int
-    scale: float = 1.0  # Cohere, Granite and Falcon-H1 scale their logits
+    scale: float = 1.0  # Cohere, Granite, HyperCLOVA X and Falcon-H1 scale their logits
     softcap: float | None = None  # Gemma 2 squashes them: softcap * tanh(logits / softcap)
 
     @property
@@ -124,15 +124,22 @@ def find_structure(model: Any, modules: str = "down") -> ModelStructure:
     path, blocks = _find_blocks(model)
     down = tuple(_find_down(f"{path}.{i}", block, i, hidden) for i, block in enumerate(blocks))
     norm = _find_final_norm(model, path, hidden)
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    scale *= getattr(config, "lm_head_multiplier", None) or 1
     softcap = getattr(config, "final_logit_softcapping", None)
     heads = int(getattr(config, "num_attention_heads", None) or 1)
     edited = down
     if modules != "down":
         edited = tuple(_find_feeding(block, found, modules) for block, found in zip(blocks, down, strict=True))
     _check_own(blocks, edited)
-    return ModelStructure(tuple(blocks), down, edited, modules, norm, head, hidden, heads, float(scale), softcap)
+    return ModelStructure(tuple(blocks), down, edited, modules, norm, head, hidden, heads, _scale(config), softcap)
+
+
+def _scale(config: Any) -> float:
+    """What a model multiplies the outputs of its head by, as its settings say."""
+    scaling = getattr(config, "logits_scaling", None) or 1
+    scale = getattr(config, "logit_scale", None) or 1 / scaling
+    if config.model_type == "hyperclovax":  # multiplies by what all others divide by
+        scale = scaling
+    return float(scale * (getattr(config, "lm_head_multiplier", None) or 1))
 
 
 def check_weights_finite(model: Any) -> None:
