@@ -99,7 +99,7 @@ class ModelStructure:
 def find_structure(model: Any, modules: str = "down") -> ModelStructure:
     """Find blocks, MLP down-projections, final norm and head of a Hugging Face causal LM.
 
-    The blocks are the longest ``ModuleList`` of equal modules beside the input embeddings, so that a tower for images
+    The blocks are the longest ``ModuleList`` of like modules beside the input embeddings, so that a tower for images
     does not count. In each, the MLP down-projection is the linear map onto the hidden size with the widest input that
     another linear map of the block feeds (its up-projection has the same width, or twice that where gate and up are
     fused). Maps inside modules that take a mask or a cache are not the MLP's: attention, convolutions, recurrences.
@@ -202,13 +202,18 @@ def _find_blocks(model: Any) -> tuple[str, list[nn.Module]]:
     lists = [
         (name, list(module))
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1
+        if isinstance(module, nn.ModuleList) and len(module) and _alike(module)
     ]
     lists = [(name, blocks) for name, blocks in lists if _linears(blocks[0])]
     if not lists:
-        raise StructureError(f"{type(model).__name__} has no list of equal decoder blocks; seen: {_summary(model)}")
+        raise StructureError(f"{type(model).__name__} has no list of decoder blocks; seen: {_summary(model)}")
     beside = _embeddings_path(model)
     return max(lists, key=lambda item: (_shared(item[0], beside), len(item[1])))
+
+
+def _alike(modules: nn.ModuleList) -> bool:
+    """Whether modules are of one kind, or all mix tokens, where attention and recurrence have blocks of their own."""
+    return len({type(module) for module in modules}) == 1 or all(_mixes_tokens(module) for module in modules)
 
 
 def _embeddings_path(model: Any) -> str:
@@ -240,9 +245,7 @@ def _find_down(path: str, block: nn.Module, layer: int, hidden: int) -> LinearMa
     linears = _linears(block)
     mixers = tuple(f"{name}." for name, module in block.named_modules() if name and _mixes_tokens(module))
     stacked = [
-        name
-        for name, parameter in block.named_parameters()
-        if parameter.ndim > 2 and not (name.startswith(mixers) and _is_kernel(block, name))
+        name for name, parameter in block.named_parameters() if parameter.ndim > 2 and not name.startswith(mixers)
     ]
     if stacked:
         raise StructureError(
