@@ -72,15 +72,14 @@ _MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_gro
 _OWN: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
-    "minicpm3": {"num_key_value_heads": 4},
-    "youtu": {"num_key_value_heads": 4},
     "mamba2": {"head_dim": 16},
     "reformer": {"is_decoder": True},
     "gemma4_text": {"hidden_size_per_layer_input": 0, "layer_types": ["full_attention"] * 5},
     "bamba": {"attn_layer_indices": [2], **_MAMBA, "mamba_expand": 2},
     "falcon_h1": _MAMBA,
     "gpt_neo": {"attention_types": [[["global"], 5]]},
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_state": 16, "shared_intermediate_size": 80},
+    "granitemoehybrid": {"num_local_experts": 0, "shared_intermediate_size": 80, "mamba_n_heads": 4}
+    | {"layer_types": ["full_attention"] * 5},
 }
 
 
@@ -91,6 +90,8 @@ def small(family: str, kind: type | None = None) -> Any:
     known = set(default.to_dict()) | set(getattr(kind, "attribute_map", {}))
     given = {name for name in known & _SMALL.keys() if _is_set(default, name) or name in _DERIVED}
     settings = {name: _SMALL[name] for name in given | {"bos_token_id", "eos_token_id", "pad_token_id"}}
+    if "kv_lora_rank" in known:  # every head has keys of its own
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     if getattr(default, "text_config", None) is not None:
         settings["text_config"] = small(family, type(default.text_config))
         return kind(**settings)

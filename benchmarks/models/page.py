@@ -43,9 +43,12 @@ def edited() -> str:
         if row["outcome"] == "edited":
             name, form = row["family"], FORMS.get(row["family"])
             evidence = [f"random: {row['learned']} of 2 facts, {_yes(agrees(row))}"]
-            evidence += [f"twin of a trained tiny {form.original.capitalize()}"] * bool(form)
-            evidence += ["twin of SmolLM2"] * (name in twins)
-            evidence += [f"real: {_REAL[name]}"] * (name in _REAL)
+            if form:
+                evidence.append(f"twin of a trained tiny {form.original.capitalize()}")
+            if name in twins:
+                evidence.append("twin of SmolLM2")
+            if name in _REAL:
+                evidence.append(f"real: {_REAL[name]}")
             body.append([f"`{name}`", f"`{row['map']}`", "; ".join(evidence)])
     return table(["model type", "edited map", "evidence"], body)
 
