@@ -1,7 +1,9 @@
-"""The tables of the README and of docs/gpu.md, and the plots, from the stored rows: ``python -m benchmarks``."""
+"""The tables of the README and the pages under docs, and the plots, from the stored rows: ``python -m benchmarks``."""
 
 from benchmarks import gpu_page, plots, tables
+from benchmarks.models import page as models
 
 tables.main(check=False)
 gpu_page.main()
+models.write()
 plots.main()

@@ -197,9 +197,15 @@ def record_after_prefix(
 
 @torch.no_grad()
 def check_replay(model: Any, structure: ModelStructure, ids: Sequence[int]) -> None:
-    """Raise unless the blocks, final norm and head, run one after the other, give the model's own logits."""
+    """Raise unless the blocks, final norm and head, run one after the other, give the model's own logits, and a row
+    behind padding gives what it gives alone."""
     inputs: dict[str, Any] = {**pad_left([ids], structure.device), "use_cache": False}
     replay = record(model, structure, inputs, 0, len(structure.blocks) - 1)
+    if len(replay.calls) < len(structure.blocks):
+        raise StructureError(
+            f"{type(model).__name__} runs {len(replay.calls)} of its {len(structure.blocks)} blocks on text alone "
+            "(cross-attention?); expected a model of text"
+        )
     own = model(**inputs).logits.float()
     if own.shape[:2] != inputs["input_ids"].shape:
         _refuse_columns(model)
@@ -214,6 +220,13 @@ def check_replay(model: Any, structure: ModelStructure, ids: Sequence[int]) -> N
         raise StructureError(
             f"{type(model).__name__}: its blocks, final norm and head do not make its logits (relative difference "
             f"{difference:.2g}); something between them was not recognised"
+        )
+    padded = model(**pad_left([[ids[0], *ids], ids], structure.device), use_cache=False).logits[-1, 1:].float()
+    difference = float((padded - own[0]).abs().max() / own.abs().max().clamp_min(1e-12))
+    if not difference <= max(1e-3, 8 * torch.finfo(structure.dtype).eps):
+        raise StructureError(
+            f"{type(model).__name__}: padding on the left changes its logits (relative difference {difference:.2g}); "
+            "expected a model that takes position_ids, or counts positions by the attention mask"
         )
 
 

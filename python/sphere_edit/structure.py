@@ -55,7 +55,7 @@ class ModelStructure:
     head: nn.Module
     hidden_size: int
     heads: int
-    scale: float = 1.0  # Cohere, Granite and Falcon-H1 scale their logits
+    scale: float = 1.0  # Cohere, Granite, HyperCLOVA X and Falcon-H1 scale their logits
     softcap: float | None = None  # Gemma 2 squashes them: softcap * tanh(logits / softcap)
 
     @property
@@ -99,7 +99,7 @@ class ModelStructure:
 def find_structure(model: Any, modules: str = "down") -> ModelStructure:
     """Find blocks, MLP down-projections, final norm and head of a Hugging Face causal LM.
 
-    The blocks are the longest ``ModuleList`` of equal modules beside the input embeddings, so that a tower for images
+    The blocks are the longest ``ModuleList`` of like modules beside the input embeddings, so that a tower for images
     does not count. In each, the MLP down-projection is the linear map onto the hidden size with the widest input that
     another linear map of the block feeds (its up-projection has the same width, or twice that where gate and up are
     fused). Maps inside modules that take a mask or a cache are not the MLP's: attention, convolutions, recurrences.
@@ -124,15 +124,22 @@ def find_structure(model: Any, modules: str = "down") -> ModelStructure:
     path, blocks = _find_blocks(model)
     down = tuple(_find_down(f"{path}.{i}", block, i, hidden) for i, block in enumerate(blocks))
     norm = _find_final_norm(model, path, hidden)
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    scale *= getattr(config, "lm_head_multiplier", None) or 1
     softcap = getattr(config, "final_logit_softcapping", None)
     heads = int(getattr(config, "num_attention_heads", None) or 1)
     edited = down
     if modules != "down":
         edited = tuple(_find_feeding(block, found, modules) for block, found in zip(blocks, down, strict=True))
     _check_own(blocks, edited)
-    return ModelStructure(tuple(blocks), down, edited, modules, norm, head, hidden, heads, float(scale), softcap)
+    return ModelStructure(tuple(blocks), down, edited, modules, norm, head, hidden, heads, _scale(config), softcap)
+
+
+def _scale(config: Any) -> float:
+    """What a model multiplies the outputs of its head by, as its settings say."""
+    scaling = getattr(config, "logits_scaling", None) or 1
+    scale = getattr(config, "logit_scale", None) or 1 / scaling
+    if config.model_type == "hyperclovax":  # multiplies by what all others divide by
+        scale = scaling
+    return float(scale * (getattr(config, "lm_head_multiplier", None) or 1))
 
 
 def check_weights_finite(model: Any) -> None:
@@ -203,13 +210,18 @@ def _find_blocks(model: Any) -> tuple[str, list[nn.Module]]:
     lists = [
         (name, list(module))
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1
+        if isinstance(module, nn.ModuleList) and len(module) and _alike(module)
     ]
     lists = [(name, blocks) for name, blocks in lists if _linears(blocks[0])]
     if not lists:
-        raise StructureError(f"{type(model).__name__} has no list of equal decoder blocks; seen: {_summary(model)}")
+        raise StructureError(f"{type(model).__name__} has no list of decoder blocks; seen: {_summary(model)}")
     beside = _embeddings_path(model)
     return max(lists, key=lambda item: (_shared(item[0], beside), len(item[1])))
+
+
+def _alike(modules: nn.ModuleList) -> bool:
+    """Whether modules are of one kind, or all mix tokens, where attention and recurrence have blocks of their own."""
+    return len({type(module) for module in modules}) == 1 or all(_mixes_tokens(module) for module in modules)
 
 
 def _embeddings_path(model: Any) -> str:
@@ -241,9 +253,7 @@ def _find_down(path: str, block: nn.Module, layer: int, hidden: int) -> LinearMa
     linears = _linears(block)
     mixers = tuple(f"{name}." for name, module in block.named_modules() if name and _mixes_tokens(module))
     stacked = [
-        name
-        for name, parameter in block.named_parameters()
-        if parameter.ndim > 2 and not (name.startswith(mixers) and _is_kernel(block, name))
+        name for name, parameter in block.named_parameters() if parameter.ndim > 2 and not name.startswith(mixers)
     ]
     if stacked:
         raise StructureError(

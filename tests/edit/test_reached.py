@@ -10,7 +10,6 @@ import plain
 import pytest
 import tiny
 import torch
-import transformers as hf
 
 from sphere_edit import editor as module
 from sphere_edit.editor import SphereEditor
@@ -38,16 +37,6 @@ def _settings(config, targets: str, **changes):
 
 def _batch(result):
     return [event for event in result.events if event["event"] == "batch"][-1]
-
-
-def _first_choice(model, tokenizer, requests) -> list[bool]:
-    """Whether the target, one token, is the likeliest after each prompt."""
-    found = []
-    for request in requests:
-        prompt = tokenizer(request.text)["input_ids"]
-        (target,) = tokenizer(f"{request.text} {request.target_new}")["input_ids"][len(prompt) :]
-        found.append(int(model(torch.tensor([prompt])).logits[0, -1].argmax()) == target)
-    return found
 
 
 def _halve(_, __, out):
@@ -154,65 +143,6 @@ def test_the_old_assumption_is_noticed_where_it_is_false(name, trained, tokenize
     told = _batch(editor.edit(tiny.towns(24)[9:11]))
     assert told["reached"] < ENOUGH
     assert [note for note in notes if note.startswith(f"batch 1: reached {told['reached']:.2f} of the wanted change")]
-
-
-# Granite is a Llama whose sublayers are multiplied. With these multipliers in the weights the two are one function.
-_MULTIPLIER = 0.22
-
-
-def _granite_of(llama):
-    own = llama.config
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
-    settings = {name: getattr(own, name) for name in names}
-    settings |= {"attention_multiplier": own.head_dim**-0.5, "residual_multiplier": _MULTIPLIER}
-    granite = hf.GraniteForCausalLM(hf.GraniteConfig(**settings, embedding_multiplier=1.0, logits_scaling=1.0)).eval()
-    weights = {
-        name: value / _MULTIPLIER if name.endswith(("o_proj.weight", "down_proj.weight")) else value
-        for name, value in llama.state_dict().items()
-    }
-    granite.load_state_dict(weights)
-    return granite
-
-
-def _twins(trained, tokenizer, config, tmp_path, asked):
-    """(logits of the asked prompts, right or wrong) of a Llama and of its Granite twin after the edits."""
-    llama, found = trained("llama"), []
-    for model in (llama, _granite_of(llama)):
-        editor = SphereEditor(model, tokenizer, config, cache=tmp_path / type(model).__name__)
-        assert not any(_first_choice(model, tokenizer, asked))
-        editor.edit(asked)
-        with torch.no_grad():
-            logits = torch.stack([model(tokenizer(r.text, return_tensors="pt").input_ids).logits[0, -1] for r in asked])
-        found.append((logits, _first_choice(model, tokenizer, asked)))
-    return found
-
-
-def test_the_twins_are_one_function(trained, tokenizer):
-    llama, ids = trained("llama"), torch.tensor([_IDS])
-    with torch.no_grad():
-        torch.testing.assert_close(_granite_of(llama)(ids).logits, llama(ids).logits, atol=2e-3, rtol=2e-3)
-
-
-def test_a_closed_loop_edits_a_twin_as_it_edits_its_original(trained, tokenizer, config, tmp_path):
-    """With null space and SPHERE: nothing in the loop depends on where a multiplier stands."""
-    settings = config.replace(targets="closed_loop").replace(contexts=0, batch_size=10, ridge=1e-3)
-    settings = settings.replace(loop_arithmetic="model")  # in bfloat16 a multiplier is another rounding
-    (one, right), (other, also) = _twins(trained, tokenizer, settings, tmp_path, tiny.towns(20))
-    torch.testing.assert_close(other, one, atol=0.02, rtol=0.02)
-    assert also == right and sum(right) >= 18
-
-
-@pytest.mark.parametrize("same_place", [True, False])
-def test_optimised_values_edit_a_twin_as_well(same_place, trained, tokenizer, config, tmp_path, monkeypatch):
-    """Where both have values at their maps' outputs the steps are the same; a Llama's own way is as accurate."""
-    if same_place:
-        monkeypatch.setattr(module, "not_additive", lambda *_: _LAYERS)
-    settings = _settings(config, "optimised", batch_size=10)
-    (one, right), (other, also) = _twins(trained, tokenizer, settings, tmp_path, tiny.towns(20))
-    if same_place:
-        torch.testing.assert_close(other, one, atol=0.1, rtol=0.05)
-    assert sum(right) >= 18 and abs(sum(also) - sum(right)) <= 1
 
 
 @contextmanager

@@ -203,7 +203,7 @@ def _no_up_projection():
         (_int8, r"model.layers.1.mlp.down_proj.weight is quantised \(torch.int8\)"),
         (_float8, r"model.layers.1.mlp.down_proj.weight is quantised \(torch.float8_e4m3fn\)"),
         (_meta, "model.layers.3.mlp.up_proj.weight is on the meta device"),
-        (_no_blocks, "no list of equal decoder blocks"),
+        (_no_blocks, "no list of decoder blocks"),
         (_no_head, "no output embeddings"),
         (_no_norm, "no final norm of size 32"),
         (_no_up_projection, r"model.layers.0 \(LlamaDecoderLayer\).*linear maps seen: self_attn.q_proj 32→32"),
@@ -228,6 +228,56 @@ def test_refused(make, message):
         find_structure(make())
 
 
+<<<<<<< HEAD
+=======
+def test_positions_by_columns_are_refused():
+    """Rows of a batch are padded on the left; there a shorter row would be at other positions than alone."""
+    sizes = {"d_model": 32, "decoder_layers": 5, "decoder_attention_heads": 4, "decoder_ffn_dim": 80}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        settings = hf.BlenderbotConfig(vocab_size=tiny.VOCABULARY, max_position_embeddings=64, init_std=0.2, **sizes)
+        model = hf.BlenderbotForCausalLM(settings).eval()
+    structure = find_structure(model)
+    with pytest.raises(StructureError, match="BlenderbotForCausalLM: padding on the left changes its logits"):
+        check_replay(model, structure, [9, 10, 11, 12])
+
+
+def test_blocks_that_text_alone_does_not_reach_are_refused():
+    sizes = tiny.FAMILIES["llama"][1] | {"cross_attention_layers": [3]}
+    sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    model = hf.MllamaForCausalLM(hf.MllamaConfig(text_config=sizes).text_config).eval()
+    with pytest.raises(StructureError, match="MllamaForCausalLM runs 4 of its 5 blocks on text alone"):
+        check_replay(model, find_structure(model), [9, 10, 11, 12])
+
+
+def test_blocks_of_two_kinds_are_found():
+    """Attention and recurrence in blocks of their own."""
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
+    kinds = ["linear_attention", "linear_attention", "full_attention", "linear_attention", "linear_attention"]
+    settings = tiny.FAMILIES["llama"][1] | heads | {"linear_value_head_dim": 8, "layer_types": kinds}
+    model = hf.OlmoHybridForCausalLM(hf.OlmoHybridConfig(**settings)).eval()
+    structure = find_structure(model)
+    assert [d.name for d in structure.down] == [_DOWN.format(i) for i in range(5)]
+    check_replay(model, structure, [9, 10, 11, 12])
+
+
+@pytest.mark.parametrize(
+    "name", sorted(tiny.FAMILIES | tiny.UNUSUAL | tiny.NOT_ADDITIVE | tiny.HYBRID | tiny.WITH_IMAGES)
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_make_the_logits_padded_or_not(name, dtype):
+    model = tiny.make_model(name, dtype=dtype)
+    check_replay(model, find_structure(model), [9, 10, 11, 12])
+
+
+def test_offloaded_module_is_refused():
+    model = tiny.make_model("llama")
+    model.model.layers[2]._hf_hook = type("Hook", (), {"offload": True})()
+    with pytest.raises(StructureError, match="module model.layers.2 is offloaded"):
+        find_structure(model)
+
+
+>>>>>>> wt-twins
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_must_be_finite(value):
     model = tiny.make_model("gpt2")

@@ -92,6 +92,7 @@ UNUSUAL: dict[str, tuple[type, dict[str, Any], str]] = {
         "transformer.blocks.{}.ffn.down_proj",
     ),
     "olmo": (hf.OlmoConfig, _LLAMA, "model.layers.{}.mlp.down_proj"),
+    "arcee": (hf.ArceeConfig, _LLAMA, "model.layers.{}.mlp.down_proj"),
     "nanochat": (hf.NanoChatConfig, _LLAMA, "model.layers.{}.mlp.fc2"),
     "falcon-alibi": (hf.FalconConfig, _LLAMA | {"alibi": True}, "transformer.h.{}.mlp.dense_4h_to_h"),
     "mistral-sliding": (hf.MistralConfig, _LLAMA | {"sliding_window": 4}, "model.layers.{}.mlp.down_proj"),

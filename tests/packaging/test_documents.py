@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/gpu.md", "docs/evaluation.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/gpu.md", "docs/evaluation.md", "docs/models.md"]
 SUFFIXES = (".py", ".md", ".toml", ".txt", ".cff", ".cpp", ".h", ".cu", ".yaml", ".json", ".html")
 # Written by the commands a document shows, so not there beforehand.
 OUTPUT = ("runs/", ".venv")

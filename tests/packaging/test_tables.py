@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import tables
+from benchmarks.models import page as models
 from benchmarks.study import directions
 from sphere_edit import study_results
 
@@ -28,6 +29,17 @@ def test_the_page_of_studies_has_their_tables_and_plots():
     assert set(re.findall(r"\]\(results/([a-z0-9_-]+)\.svg\)", page)) == drawn
     for path in results.glob("*.md"):
         assert study_results.tables(json.loads(path.with_suffix(".json").read_text())) == path.read_text()
+
+
+def test_the_page_of_models_is_the_stored_rows():
+    page = models.PAGE.read_text()
+    assert models.render(page) == page
+    assert set(re.findall("<!-- table ([a-z-]+) -->", page)) == set(models.TABLES)
+
+
+def test_every_model_type_that_was_edited_is_as_it_was_said():
+    rows = [row for row in models.stored("models") if row["outcome"] == "edited"]
+    assert len(rows) > 60 and all(models.agrees(row) for row in rows)
 
 
 def test_whose_the_principal_directions_are():

@@ -1,0 +1,84 @@
+"""SmolLM2-135M in the forms of other families: the same real edits on each, against those on SmolLM2 itself."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.models.forms import FORMS
+from benchmarks.models.twins import blocks_of, twin
+from sphere_edit import SphereEditor, load_model, load_requests, preset
+
+MODEL, DATA, EDITS = "smollm2-135m", "counterfact_all.jsonl.gz", 10
+# In bfloat16 a multiplier is another rounding. Few tokens, for each twin collects its keys anew.
+CHANGES = {"loop_arithmetic": "model", "covariance_tokens": 4000, "batch_size": EDITS}
+_TOLD = ("learned", "nll", "rounds")
+FAMILIES = tuple(name for name, form in FORMS.items() if form.original == "llama")
+
+
+@cache
+def _original() -> tuple[Any, Any, list[Any]]:
+    model, tokenizer = load_model(MODEL)
+    data = Path(os.environ["SPHERE_EDIT_DATA"]) / DATA
+    return model, tokenizer, load_requests(data, limit=EDITS, order="mcf_index", on_note=lambda note: None)
+
+
+def edit(family: str) -> dict[str, Any]:
+    """The row of one family: SmolLM2's twin before the edits and after them, and what its batch says.
+
+    Differences are the largest of any logit; ``moved`` is how far the edits moved one of SmolLM2 itself.
+    """
+    original, *_ = _original()
+    model = twin(original, family)
+    at_first, before = _reference()["before"], _logits(model)
+    told, after = _edit(model, family)
+    return {
+        "family": family,
+        "pattern": FORMS[family].pattern,
+        "difference_before": _difference(before, at_first),
+        "difference_after": _difference(after, _reference()["after"]),
+        "moved": _difference(_reference()["after"], at_first),
+        "edits": EDITS,
+        **{name: told[name] for name in _TOLD},
+        **{f"{name}_of_original": _reference()["told"][name] for name in _TOLD},
+    }
+
+
+@cache
+def _reference() -> dict[str, Any]:
+    """SmolLM2 itself: its logits before and after the edits, and its batch; it is as it was afterwards."""
+    original, *_ = _original()
+    before = _logits(original)
+    told, after = _edit(original, "llama")
+    return {"before": before, "told": told, "after": after}
+
+
+def _edit(model: Any, family: str) -> tuple[dict[str, Any], Tensor]:
+    """(batch event, logits after the edits); the edits are taken back."""
+    _, tokenizer, requests = _original()
+    config = preset(MODEL).replace(**CHANGES)
+    config = config.replace(layers=blocks_of(family, config.layers))
+    with tempfile.TemporaryDirectory() as folder:
+        editor = SphereEditor(model, tokenizer, config, cache=Path(folder), on_note=lambda note: None)
+        events = editor.edit(requests).events
+    after = _logits(model)
+    editor.revert()
+    return next(event for event in events if event["event"] == "batch"), after
+
+
+@torch.no_grad()
+def _logits(model: Any) -> Tensor:
+    """At the end of each edited fact's prompt and of a paraphrase, ``[prompts, vocabulary]``."""
+    _, tokenizer, requests = _original()
+    prompts = [prompt for r in requests for prompt in (r.text, *r.paraphrases[:1])]
+    return torch.stack([model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1] for prompt in prompts])
+
+
+def _difference(one: Tensor, two: Tensor) -> float:
+    return float((one - two).abs().max())
