@@ -228,8 +228,6 @@ def test_refused(make, message):
         find_structure(make())
 
 
-<<<<<<< HEAD
-=======
 def test_positions_by_columns_are_refused():
     """Rows of a batch are padded on the left; there a shorter row would be at other positions than alone."""
     sizes = {"d_model": 32, "decoder_layers": 5, "decoder_attention_heads": 4, "decoder_ffn_dim": 80}
@@ -270,14 +268,6 @@ def test_blocks_make_the_logits_padded_or_not(name, dtype):
     check_replay(model, find_structure(model), [9, 10, 11, 12])
 
 
-def test_offloaded_module_is_refused():
-    model = tiny.make_model("llama")
-    model.model.layers[2]._hf_hook = type("Hook", (), {"offload": True})()
-    with pytest.raises(StructureError, match="module model.layers.2 is offloaded"):
-        find_structure(model)
-
-
->>>>>>> wt-twins
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_must_be_finite(value):
     model = tiny.make_model("gpt2")
