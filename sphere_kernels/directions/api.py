@@ -50,8 +50,8 @@ def principal_directions(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range; a weight that is empty, not finite or has a zero
-            matrix; a ``start`` that is not finite; a ``start`` or ``tolerance`` with ``"eigh"`` or ``"svd"``; a ``rank``
-            or ``tolerance`` with ``"tracked"``; an ``impl`` that cannot run.
+            matrix; a ``start`` that is not finite; a ``start`` or ``tolerance`` with ``"eigh"`` or ``"svd"``; a
+            ``rank`` or ``tolerance`` with ``"tracked"``; an ``impl`` that cannot run.
 
     Numerics:
         Never forms a d x d matrix where n < d, nor n x n where d < n. Numerical rank: eigenvalues above ``max(n, d)
