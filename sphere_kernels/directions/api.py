@@ -34,11 +34,11 @@ def principal_directions(
         rank: takes the place of ``energy_ratio``, 0 to ``min(n, d)``; also bounded by the numerical rank.
         method: ``"eigh"`` of the smaller Gram matrix, ``"svd"`` of the unit rows (resolves small eigenvalues),
             ``"subspace"`` iteration (for few directions; falls to ``"eigh"`` where these are too large a share or too
-            slow to converge), ``"tracked"`` from a ``start`` by one product with the Gram
-            matrix (holds more than ``energy_ratio``, measured; the rank may be a few more than the least one; falls to
-            ``"eigh"`` without a start, where more than 0.4 of ``min(n, d)`` columns are needed or the share falls
-            short), or ``"auto"``: ``"subspace"`` from a ``start`` (and for a ``rank``) of at most 1/32 of ``min(n, d)``
-            columns, else ``"eigh"``. The result says which it was.
+            slow to converge), ``"tracked"`` from a ``start`` by a product or two with the Gram matrix (holds more than
+            ``energy_ratio``, measured, by a few directions more than the least number; falls to ``"eigh"`` without a
+            start, where more than 0.4 of ``min(n, d)`` are needed, and where two products do not reach the share or
+            settle), or ``"auto"``: ``"subspace"`` from a ``start`` (and for a ``rank``) of at most 1/32 of ``min(n,
+            d)`` columns, else ``"eigh"``. The result says which it was.
         start: directions of a nearby weight, or their basis ``[..., d, k]`` with the leading dimensions of ``weight``,
             to begin from. It may be wrong: that costs time, not accuracy.
         tolerance: of the iteration, 0 to 1; None for ``eps^0.75``, near rounding. The eigenvectors of the Gram matrix G

@@ -107,7 +107,7 @@ def leading_directions(
     side = SmallSide.of(weight, products)
     first = None if start is None else side.from_features(normalize(start, dim=-2).to(side.gram.dtype))
     if method == "tracked" and first is not None:
-        near = by_tracking(side, tracked.widened(first, first.shape[-1]), energy_ratio)
+        near = by_tracking(side, tracked.widened(normalize(first, dim=-2), first.shape[-1]), energy_ratio)
         if near is not None:
             return near.directions()
     if method == "subspace" or (method == "auto" and subspace.pays(side.gram.shape[-1], start, rank)):
@@ -123,7 +123,7 @@ def by_tracking(side: SmallSide, start: Tensor, energy_ratio: float) -> Leading 
     found = tracked.track(side, start, energy_ratio)
     if found is None:
         return None
-    return Leading(side, start, found.values, found.rank, side.total, "tracked", found.mix, found.block)
+    return Leading(side, found.vectors, found.values, found.rank, side.total, "tracked", found.mix, found.block)
 
 
 def by_eigh(side: SmallSide, energy_ratio: float, rank: int | None, track: bool = False) -> Leading:

@@ -56,7 +56,7 @@ class HypersphereState:
             is the weight as given here.
         directions: ``"exact"``, by eigendecomposition; or ``"tracked"`` from those before, by matrix products, see
             ``method="tracked"`` of `principal_directions`: they hold ``energy_ratio``, measured each time, and their
-            number may exceed the exact one by a few. An eigendecomposition starts them, steps in where the share falls
+            number may exceed the exact one by a few. An eigendecomposition starts them, steps in where tracking falls
             short, and checks their number every `tracker.EXACT_EVERY` renewals. The ``"pretrained"`` ones are exact.
         impl: implementation, see `sphere_kernels.dispatch.select`.
 
@@ -152,7 +152,7 @@ class HypersphereState:
     @property
     def renewal(self) -> str | None:
         """How the tracked directions in use came about: ``"tracked"``, or by an eigendecomposition, at the ``"start"``,
-        where the share fell ``"short"``, or as a ``"check"``; None where they are exact."""
+        where tracking fell ``"short"``, or as a ``"check"``; None where they are exact."""
         if self._tracker is None:
             return None
         self._directions()
@@ -184,6 +184,9 @@ class HypersphereState:
         if not self.alpha:
             return right
         known, products = self._directions(), self._products
+        if self._tracker and isinstance(known, Leading):
+            along = products.matmul(known.within(products.matmul(right, known.side.rows.mT)), known.side.rows)
+            return torch.sub(right, along, alpha=self.alpha)
         out = right.clone(memory_format=torch.contiguous_format)
         if isinstance(known, Leading):
             # U is not formed: b rows pass through W more cheaply than r directions would.

@@ -26,8 +26,8 @@ class Tracker:
         like: the weight ``[..., n, d]``.
 
     Attributes:
-        renewal: what gave the directions last: ``"tracked"``, or an eigendecomposition, at the ``"start"``, where the
-            share fell ``"short"``, or as a ``"check"``.
+        renewal: what gave the directions last: ``"tracked"``, or an eigendecomposition, at the ``"start"``, where
+            tracking fell ``"short"`` of the share or did not settle, or as a ``"check"``.
     """
 
     def __init__(self, like: Tensor) -> None:
