@@ -44,8 +44,12 @@ class Layer:
 class Engine:
     """Ours: a weight, changed in place, and its solver."""
 
-    def __init__(self, weight: Tensor, solver: RecursiveLeastSquares, refresh_every: int) -> None:
-        self.state = HypersphereState(weight, energy_ratio=RATIO, alpha=ALPHA, refresh_every=refresh_every)
+    def __init__(
+        self, weight: Tensor, solver: RecursiveLeastSquares, refresh_every: int, directions: str = "exact"
+    ) -> None:
+        self.state = HypersphereState(
+            weight, energy_ratio=RATIO, alpha=ALPHA, refresh_every=refresh_every, directions=directions
+        )
         self.weight, self.solver = weight, solver
 
     def batch(self, keys: Tensor, left: Tensor, again: Tensor | None = None) -> float:

@@ -1,11 +1,12 @@
 """Principal directions that hold half of the energy, against the published way and plain better ones.
 
-The limit beside them is ``eigh`` of a Gram matrix that stands ready.
+The limit beside them is ``eigh`` of a Gram matrix that stands ready. Renewed after a batch of edits, where the Gram
+matrix stands ready too, they are tracked, against LAPACK's ``eigh`` of the same.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -14,11 +15,15 @@ from torch import Tensor
 from benchmarks.baselines import directions as plain
 from benchmarks.baselines.energy import unit_rows
 from benchmarks.cases import Case, Shape, Way, measure, ours, plan
+from benchmarks.layer import EDITS, Layer
 from sphere_kernels import principal_directions
+from sphere_kernels.streaming import HypersphereState
 
 RATIO = 0.5
 SHAPES = [(576, 1536), (1024, 3584)]
 LARGE = [(2048, 7168), (1600, 6400)]  # the second is GPT-2 XL's
+HUGE = (4096, 14336)  # Llama-3-8B's
+WIDEST = 1.03  # times the least number of directions
 PUBLISHED = {*SHAPES, (2048, 7168)}  # half a minute for each of the large ones
 
 
@@ -79,9 +84,60 @@ DIRECTIONS = Case(
     flops=lambda shape: shape[0] ** 2 * shape[1],
     bytes=lambda shape: 4 * shape[0] * shape[1],
 )
-CASES = {DIRECTIONS.name: DIRECTIONS}
+
+
+def edited(shape: Shape, how: str) -> tuple[HypersphereState]:
+    """A state that knows the directions of the weight before its last batch, and not yet those after it."""
+    layer = Layer(*shape)
+    state = HypersphereState(layer.weight, energy_ratio=RATIO, directions=how)
+    right = torch.randn(EDITS, shape[1], generator=torch.Generator().manual_seed(1)) * 0.13 / shape[1] ** 0.5
+    state.update_(layer.left(0), right)
+    return (state,)
+
+
+def renewed(state: HypersphereState) -> HypersphereState:
+    assert (state.rank > 0).all()  # asked for, they are renewed
+    return state
+
+
+def renewals(shape: Shape) -> list[Way]:
+    slow = shape == HUGE
+    made = partial(Way, run=renewed, tolerance=1e-5, memory=not slow)
+    return [
+        made("tracked", "ours", prepare=partial(edited, how="tracked")),
+        made("eigh", "plain", prepare=partial(edited, how="exact"), once=slow),
+    ]
+
+
+def renewal_error(state: HypersphereState, shape: Shape) -> float:
+    """How far the basis is from orthonormal; it must hold the ratio, as measured in fp64, and not be much too wide."""
+    basis, unit = state.directions.basis.double(), unit_rows(state.master.double())
+    values = torch.linalg.eigvalsh(unit @ unit.T).flip(0)
+    assert state.renewal in (None, "tracked"), state.renewal
+    assert (unit @ basis).square().sum() > RATIO * values.sum()
+    assert basis.shape[1] <= WIDEST * plain.rank(values, RATIO)
+    return float((basis.T @ basis - torch.eye(basis.shape[1])).abs().max())
+
+
+RENEWAL = Case(
+    module=__name__,
+    name="directions renewed",
+    arguments=lambda shape: (shape,),
+    ways=renewals,
+    error=renewal_error,
+    flops=lambda shape: 0.6 * shape[0] ** 3,  # one product with about 0.3 n directions
+    bytes=lambda shape: 4 * shape[0] ** 2,
+    tiny=(64, 128),
+)
+CASES = {c.name: c for c in (DIRECTIONS, RENEWAL)}
+RENEWED = plan(RENEWAL, [*SHAPES, LARGE[0]], 3) + plan(RENEWAL, [HUGE], 1)
 
 
 @pytest.mark.parametrize("row", plan(DIRECTIONS, SHAPES, 2) + plan(DIRECTIONS, LARGE, 1))
 def test_directions(benchmark, row, machine):
     measure(benchmark, DIRECTIONS, row, machine)
+
+
+@pytest.mark.parametrize("row", RENEWED)
+def test_renewed_directions(benchmark, row, machine):
+    measure(benchmark, RENEWAL, row, machine)

@@ -2,7 +2,7 @@
 
 The layer is in the middle of a long run: our solver keeps the whole inverse, its dearest form.
 The directions are those of the current weight, anew with every batch, or with every tenth (the published way knows the
-first only). The time is of a batch; over ten batches the mean.
+first only); by an eigendecomposition, or tracked in every batch. The time is of a batch; over ten batches the mean.
 """
 
 from __future__ import annotations
@@ -103,6 +103,15 @@ def ours(shape: Shape, batches: int, twice: bool = False) -> tuple[Engine, Batch
     return Engine(setting(shape).layer.weight.clone(), deepcopy(solver(shape)), batches), stream[:batches]
 
 
+def tracked(shape: Shape) -> tuple[Engine, Batches]:
+    """Ours, in the middle of a run: the batch before has brought the weight to where it is."""
+    layer, before = setting(shape).layer, HISTORY - 1
+    left, right = layer.left(before), solver(shape).solve(setting(shape).past[before])
+    engine = Engine(layer.weight - left @ right, deepcopy(solver(shape)), 1, "tracked")
+    engine.state.update_(left, right)
+    return engine, setting(shape).batches[:1]
+
+
 def published(shape: Shape) -> tuple[streaming.Published, Batches]:
     projector, history = dense(shape)
     solves = streaming.AlphaEdit(projector, history.clone(), RIDGE)
@@ -116,16 +125,18 @@ def streamed(shape: Shape, batches: int, basis: bool) -> tuple[streaming.Streame
     return way, setting(shape).batches[:batches]
 
 
-def ways(shape: Shape, batches: int) -> list[Way]:
+def ways(shape: Shape, batches: int, tracks: bool = False) -> list[Way]:
     slow = shape == SHAPES[-1]  # most of a minute
     made = partial(Way, run=edit, tolerance=1e-4, batches=batches)
+    exact_ours = made("ours", "backend" if tracks else "ours", prepare=partial(ours, batches=batches))
     found = [
-        made("ours", "ours", prepare=partial(ours, batches=batches)),
+        *([made("tracked", "ours", prepare=tracked, tolerance=1e-2)] if tracks else []),
+        exact_ours,
         made("plain streaming", "plain", prepare=partial(streamed, batches=batches, basis=True)),
         made("plain streaming without U", "plain", prepare=partial(streamed, batches=batches, basis=False)),
         Way("published", "published", edit, tolerance=1e-2, memory=not slow, once=slow, prepare=published),
     ]
-    if batches == 1:
+    if batches == 1 and not tracks:
         found.append(made("second keys", "backend", prepare=partial(ours, batches=batches, twice=True)))
     return found
 
@@ -138,12 +149,12 @@ def error(outcome: Outcome, shape: Shape) -> float:
     return max(off, abs(outcome.energy / wanted.energy - 1))
 
 
-def edits_of(name: str, batches: int) -> Case:
+def edits_of(name: str, batches: int, tracks: bool = False) -> Case:
     return Case(
         module=__name__,
         name=name,
         arguments=lambda shape: (shape,),
-        ways=partial(ways, batches=batches),
+        ways=partial(ways, batches=batches, tracks=tracks),
         error=error,
         flops=lambda shape: 2 * EDITS * (3 * shape[0] * shape[1] + shape[0] ** 2 + 2 * shape[1] ** 2),
         bytes=lambda shape: 4 * (3 * shape[0] * shape[1] + 2 * shape[0] ** 2 + 2 * shape[1] ** 2),
@@ -153,11 +164,12 @@ def edits_of(name: str, batches: int) -> Case:
 
 ALWAYS = edits_of("streaming, refreshed every batch", 1)
 TENTH = edits_of("streaming, refreshed every 10 batches", SELDOM)
-CASES = {c.name: c for c in (ALWAYS, TENTH)}
+TRACKED = edits_of("streaming, tracked in every batch", 1, tracks=True)
+CASES = {c.name: c for c in (ALWAYS, TENTH, TRACKED)}
 ROWS = [
     pytest.param(case, *row.values, id=f"{name}-{row.id}")
     for shape in SHAPES
-    for name, case in (("always", ALWAYS), ("tenth", TENTH))
+    for name, case in (("always", ALWAYS), ("tenth", TENTH), ("tracked", TRACKED))
     for row in plan(case, [shape], 5)
 ]
 

@@ -130,6 +130,7 @@ def run_command(
     alpha: Annotated[float | None, typer.Option(help="How much of an update within them is suppressed.")] = None,
     subspace: Annotated[str | None, typer.Option(help="current or pretrained principal directions.")] = None,
     refresh_every: Annotated[int | None, typer.Option(help="Batches between two refreshes of them.")] = None,
+    directions: Annotated[str | None, typer.Option(help="exact, or tracked from batch to batch.")] = None,
     covariance_text: Annotated[str | None, typer.Option(help="Text of the key covariance: builtin, or a file.")] = None,
     seed: Annotated[
         int | None,
@@ -216,6 +217,7 @@ def run_command(
             "alpha": alpha,
             "subspace": subspace,
             "refresh_every": refresh_every,
+            "directions": directions,
             "covariance_text": covariance_text,
             "seed": seed,
             "guard": guard,

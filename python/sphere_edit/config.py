@@ -33,6 +33,8 @@ class EditConfig:
         alpha: α, how much of the update inside the principal directions is suppressed; 0 none, 1 all.
         subspace: principal directions of the ``current`` weight (published code) or of the ``pretrained`` one (paper).
         refresh_every: batches between two computations of the current directions.
+        directions: ``exact``, by eigendecomposition, or ``tracked`` from those before by matrix products, which hold
+            ``energy_ratio`` too, see `sphere_kernels.streaming.HypersphereState`; the ``pretrained`` ones are exact.
         project: when updates are projected and written: ``layer`` by layer, so that the layers above are solved for
             the weights that are used; or, as SPHERE's code does for MEMIT and RECT and EasyEdit's for AlphaEdit, after
             all layers of the ``batch``: each is solved for over the whole updates of those below (RECT's uncut), and
@@ -108,6 +110,7 @@ class EditConfig:
     alpha: float = 0.5
     subspace: str = "current"
     refresh_every: int = 1
+    directions: str = "exact"
     project: str = "layer"
     revive: float = 0.0
     batch_size: int = 100
@@ -258,6 +261,7 @@ def _check_unused(name: str, why: str, value: Any) -> None:
 
 _CHOICES = {
     "subspace": ("current", "pretrained"),
+    "directions": ("exact", "tracked"),
     "value_stop_on": ("loss", "nll", "argmax"),
     "prune_in": ("weights", "copies"),
     "project": ("layer", "batch", "solve"),

@@ -66,6 +66,7 @@ class Engine:
                 _alpha(config) if config.sphere and not self.method.projects else 0.0,
                 config.refresh_every,
                 config.subspace,
+                directions=config.directions,
             )
             for layer, weight in weights.items()
         }
@@ -206,6 +207,8 @@ class Engine:
         event: Event = {"update_norm": _norm(update), **suppressed}
         if state.alpha:
             event |= {"rank": int(state.rank), "energy_ratio": float(state.held_ratio)}
+        if state.renewal:
+            event |= {"directions": state.renewal, "energy_bound": float(state.held_bound)}
         clock.lap("project")
         return update, event
 

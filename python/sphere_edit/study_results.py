@@ -22,7 +22,7 @@ from sphere_edit.study import Study, finished, slug
 
 _GROUPS = ("scores", "first", "last")
 _ANSWERS = (*ANSWER_SCORES, *FOLLOWING_ANSWER_SCORES)
-_SPHERE = ("sphere", "energy_ratio", "alpha", "subspace", "refresh_every")
+_SPHERE = ("sphere", "energy_ratio", "alpha", "subspace", "refresh_every", "directions")
 _PANELS = {  # title: where in a curve's event
     "Efficacy, accuracy, %": ("scores", "efficacy_accuracy"),
     "Generalization, accuracy, %": ("scores", "generalization_accuracy"),

@@ -34,10 +34,13 @@ def principal_directions(
         rank: takes the place of ``energy_ratio``, 0 to ``min(n, d)``; also bounded by the numerical rank.
         method: ``"eigh"`` of the smaller Gram matrix, ``"svd"`` of the unit rows (resolves small eigenvalues),
             ``"subspace"`` iteration (for few directions; falls to ``"eigh"`` where these are too large a share or too
-            slow to converge, and the result says so), or ``"auto"``: ``"subspace"`` from a ``start`` (and for a
-            ``rank``) of at most 1/32 of ``min(n, d)`` columns, else ``"eigh"``.
+            slow to converge), ``"tracked"`` from a ``start`` by a product or two with the Gram matrix (holds more than
+            ``energy_ratio``, measured, by a few directions more than the least number; falls to ``"eigh"`` without a
+            start, where more than 0.4 of ``min(n, d)`` are needed, and where two products do not reach the share or
+            settle), or ``"auto"``: ``"subspace"`` from a ``start`` (and for a ``rank``) of at most 1/32 of ``min(n,
+            d)`` columns, else ``"eigh"``. The result says which it was.
         start: directions of a nearby weight, or their basis ``[..., d, k]`` with the leading dimensions of ``weight``,
-            to begin the iteration from. It may be wrong: that costs time, not accuracy.
+            to begin from. It may be wrong: that costs time, not accuracy.
         tolerance: of the iteration, 0 to 1; None for ``eps^0.75``, near rounding. The eigenvectors of the Gram matrix G
             found are the exact leading ones of a matrix within ``tolerance |G|`` of it, and so is the rank its own.
         impl: implementation, see `sphere_kernels.dispatch.select`.
@@ -47,19 +50,22 @@ def principal_directions(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or range; a weight that is empty, not finite or has a zero
-            matrix; a ``start`` that is not finite; a ``start`` or ``tolerance`` with ``"eigh"`` or ``"svd"``; an
-            ``impl`` that cannot run.
+            matrix; a ``start`` that is not finite; a ``start`` or ``tolerance`` with ``"eigh"`` or ``"svd"``; a
+            ``rank`` or ``tolerance`` with ``"tracked"``; an ``impl`` that cannot run.
 
     Numerics:
         Never forms a d x d matrix where n < d, nor n x n where d < n. Numerical rank: eigenvalues above ``max(n, d)
         eps`` times the largest; for ``"svd"``, singular values above it. The columns are orthonormal to rounding.
         The iteration's certificate is the residual and a Cholesky factorisation that shows nothing larger was missed;
         its cumulative shares never exceed the true ones, so its rank is never too small, and where the true share
-        passes ``energy_ratio`` by less than the error, it may be too large. Not differentiable: it runs under
+        passes ``energy_ratio`` by less than the error, it may be too large. Tracked directions come from Rayleigh and
+        Ritz in the span of ``U_hat^T U_hat start`` and a few random columns: the share is theirs, not an estimate, and
+        by Ky Fan no larger than that of as many exact ones. Not differentiable: it runs under
         ``no_grad``. Compare bases by their projector: single vectors of a dense spectrum are ill-conditioned.
 
     Source:
-        SPHERE, arXiv 2510.01172; ``U = U_hat^T V L^-1/2`` for ``U_hat U_hat^T = V L V^T``.
+        SPHERE, arXiv 2510.01172; ``U = U_hat^T V L^-1/2`` for ``U_hat U_hat^T = V L V^T``. Tracked: one step of the
+        block power method; the share by the Nyström approximation.
     """
     basis = check_directions(weight, energy_ratio, rank, method, start, tolerance, impl)
     run = dispatch.implementation("principal_directions", impl, weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,16 +19,18 @@ class SmallSide:
     """Matrices ``[..., n, d]`` and the smaller Gram matrix of their unit rows ``scale * rows``.
 
     Attributes:
-        gram: ``[..., m, m]``, ``m = min(n, d)``, with the non-zero eigenvalues of C.
+        gram: ``[..., m, m]``, ``m = min(n, d)``, with the non-zero eigenvalues of C; if ``pending``, that of the rows.
         rows: ``[..., n, d]``, in the dtype of computation.
         scale: ``[..., n, 1]``; with it the rows have length 1 / sqrt(n).
         products: what multiplies.
+        pending: ``gram`` still lacks ``scale`` on both sides; `whole` puts it there.
     """
 
     gram: Tensor
     rows: Tensor
     scale: Tensor
     products: Products
+    pending: bool = False
 
     @classmethod
     def of(cls, weight: Tensor, products: Products) -> SmallSide:
@@ -38,14 +40,15 @@ class SmallSide:
             rows = weight.to(compute_dtype(weight))
             side = cls.from_gram(products.gram(rows), rows, products)
             if side is not None:
-                return side
+                side.gram.mul_(side.scale).mul_(side.scale.mT)
+                return replace(side, pending=False)
         rows = unit_rows(weight)
         gram = products.gram(rows if n <= d else rows.mT).div_(n)
         return cls(gram, rows, rows.new_full((n, 1), n**-0.5), products)
 
     @classmethod
     def from_gram(cls, gram: Tensor, rows: Tensor, products: Products) -> SmallSide | None:
-        """From the Gram matrix ``[..., n, n]`` of rows of ordinary length, ``n <= d``, which is overwritten.
+        """From the Gram matrix ``[..., n, n]`` of rows of ordinary length, ``n <= d``, which stays as it is: pending.
 
         The norms stand on its diagonal, and the unit rows are never formed. None if not all rows are of such a length.
         """
@@ -55,7 +58,25 @@ class SmallSide:
             return None
         scale = square.clamp(min=0).sqrt_().add_(EPSILON).mul_(rows.shape[-2] ** 0.5).reciprocal_()
         scale = scale.masked_fill_(square < 0, 0).to(rows.dtype).unsqueeze(-1)  # a zero row, but for rounding
-        return cls(gram.mul_(scale).mul_(scale.mT), rows, scale, products)
+        return cls(gram, rows, scale, products, pending=True)
+
+    def whole(self) -> SmallSide:
+        """The same with nothing pending."""
+        if not self.pending:
+            return self
+        return replace(self, gram=self.gram.mul(self.scale).mul_(self.scale.mT), pending=False)
+
+    def times(self, vectors: Tensor) -> Tensor:
+        """``G vectors`` for ``[..., m, k]``, whether or not something is pending."""
+        if not self.pending:
+            return self.products.matmul(self.gram, vectors)
+        return self.products.matmul(self.gram, vectors * self.scale).mul_(self.scale)
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of all eigenvalues of C, fp64 ``[...]``."""
+        diagonal = self.gram.diagonal(dim1=-2, dim2=-1).double()
+        return (diagonal * self.scale.double().squeeze(-1).square() if self.pending else diagonal).sum(-1)
 
     @property
     def wide(self) -> bool:

@@ -11,7 +11,7 @@ from sphere_kernels import checks
 from sphere_kernels.directions.types import PrincipalDirections
 from sphere_kernels.rows import EPSILON, compute_dtype
 
-METHODS = ("auto", "eigh", "svd", "subspace")
+METHODS = ("auto", "eigh", "svd", "subspace", "tracked")
 
 
 def check_directions(
@@ -29,7 +29,10 @@ def check_directions(
         checks.number("tolerance", tolerance, low=0, high=1)
     for name, value in (("start", start), ("tolerance", tolerance)):
         if value is not None and method in ("eigh", "svd"):
-            raise ValueError(f"{name} must be None for method={method!r}, which is exact; auto and subspace take one")
+            raise ValueError(f"{name} must be None for method={method!r}, which is exact; expected another method")
+    for name, value in (("rank", rank), ("tolerance", tolerance)):
+        if value is not None and method == "tracked":
+            raise ValueError(f"{name} must be None for method='tracked', which keeps to energy_ratio, got {value}")
     checks.impl(impl)
     return None if start is None else _check_start(weight, start)
 

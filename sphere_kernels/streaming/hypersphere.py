@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from sphere_kernels.energy import orthogonal_energy
 from sphere_kernels.gram import gram_update_energy_
 from sphere_kernels.products import products_for
 from sphere_kernels.rows import compute_dtype, row_chunks
+from sphere_kernels.streaming.tracker import Tracker
 from sphere_kernels.streaming.validation import (
+    Expected,
     check_factors,
     check_finite,
     check_loaded,
@@ -29,6 +32,7 @@ DRIFT = {torch.float32: 1e-5, torch.float64: 1e-13}  # of a cosine; past it ever
 SHRUNK = 0.1  # a row shorter than this share of what it was when M was computed has too much of that one's rounding
 SPREAD = 100.0  # of the eigenvalues: up to there W^T coefficients are orthonormal to 1e-4 in fp32
 _BASIS = ("basis", "eigenvalues", "rank", "energy_ratio")
+_TRACKED = ("energy_bound", "residual")
 
 
 class HypersphereState:
@@ -36,7 +40,8 @@ class HypersphereState:
 
     For ``W' = W + R X`` the unnormalised Gram matrix ``M = W W^T`` is updated, not recomputed, and everything else
     follows from it: norms from its diagonal, the energy in the pass that writes it, the directions from the
-    eigenproblem of its normalised form. A batch costs O(n d b + n^2 b), and a refresh O(n^3), never O(d^2).
+    eigenproblem of its normalised form. A batch costs O(n d b + n^2 b), and a refresh O(n^3), or O(n^2 r) where r
+    directions are tracked, never O(d^2).
 
     Args:
         weight: ``[..., n, d]``, one neuron per row: a matrix or a batch of layers; float64, float32, bfloat16 or
@@ -49,6 +54,10 @@ class HypersphereState:
             0, m, 2m, ….
         subspace: directions of the ``"current"`` weight (published code) or of the ``"pretrained"`` one (paper), which
             is the weight as given here.
+        directions: ``"exact"``, by eigendecomposition; or ``"tracked"`` from those before, by matrix products, see
+            ``method="tracked"`` of `principal_directions`: they hold ``energy_ratio``, measured each time, and their
+            number may exceed the exact one by a few. An eigendecomposition starts them, steps in where tracking falls
+            short, and checks their number every `tracker.EXACT_EVERY` renewals. The ``"pretrained"`` ones are exact.
         impl: implementation, see `sphere_kernels.dispatch.select`.
 
     Attributes:
@@ -65,7 +74,8 @@ class HypersphereState:
     Numerics:
         Energies as `gram_update_energy_` states. Every `CHECK_EVERY` updates `check` looks for drift; an update that
         nearly cancels a row has everything recomputed. Memory: M; the basis ``[d, r]`` where it outlives its weight
-        (``refresh_every > 1`` or ``"pretrained"``); in a call about four matrices ``[n, n]`` where directions are
+        (``refresh_every > 1`` or ``"pretrained"``); of tracked directions a block ``[min(n, d), k]``, k a few more than
+        r; in a call about four matrices ``[n, n]`` where directions are
         computed, a few factors, and 20 MB of packed panels where native. Results depend on the number of threads only
         through torch's ``eigh`` and ``qr``. An interrupt within `update_` leaves the state between two updates: load a
         copy of an earlier `state_dict`, or call `recompute`.
@@ -83,9 +93,10 @@ class HypersphereState:
         refresh_every: int = 1,
         subspace: str = "current",
         *,
+        directions: str = "exact",
         impl: str = "auto",
     ) -> None:
-        check_state(weight, s, energy_ratio, alpha, refresh_every, subspace, impl)
+        check_state(weight, s, energy_ratio, alpha, refresh_every, subspace, directions, impl)
         self.weight = weight.detach()
         self.s, self.energy_ratio, self.alpha = float(s), float(energy_ratio), float(alpha)
         self.refresh_every, self.subspace, self._impl = int(refresh_every), subspace, impl
@@ -96,6 +107,8 @@ class HypersphereState:
         # weight's; and how many updates that had had.
         self._known: Leading | PrincipalDirections | None = None
         self._known_at = 0
+        follows = alpha and directions == "tracked" and subspace == "current"
+        self._tracker = Tracker(self.master) if follows else None
         self.recompute()
         check_reach(self.norms, self.weight, self.master.dtype)
         if alpha and subspace == "pretrained":
@@ -131,6 +144,21 @@ class HypersphereState:
         return self._directions().energy_ratio
 
     @property
+    def held_bound(self) -> Tensor:
+        """Share of the trace of C that no other directions of the same rank exceed, fp64 ``[...]``; that held itself
+        where an eigendecomposition gave them, and with ``alpha = 0``."""
+        return self._directions().energy_bound if self.alpha else self.held_ratio
+
+    @property
+    def renewal(self) -> str | None:
+        """How the tracked directions in use came about: ``"tracked"``, or by an eigendecomposition, at the ``"start"``,
+        where tracking fell ``"short"``, or as a ``"check"``; None where they are exact."""
+        if self._tracker is None:
+            return None
+        self._directions()
+        return self._tracker.renewal
+
+    @property
     def directions(self) -> PrincipalDirections:
         """The directions that `project` keeps out of at present; raises ValueError with ``alpha = 0``."""
         if not self.alpha:
@@ -156,12 +184,14 @@ class HypersphereState:
         if not self.alpha:
             return right
         known, products = self._directions(), self._products
+        if self._tracker and isinstance(known, Leading):
+            along = products.matmul(known.within(products.matmul(right, known.side.rows.mT)), known.side.rows)
+            return torch.sub(right, along, alpha=self.alpha)
         out = right.clone(memory_format=torch.contiguous_format)
         if isinstance(known, Leading):
-            # U = W^T C is not formed: b rows pass through W more cheaply than r directions would.
-            rows, coefficients = known.side.rows, known.coefficients()
-            inside = products.matmul(products.matmul(right, rows.mT), coefficients)
-            products.add_(out, products.matmul(inside, coefficients.mT).mul_(-self.alpha), rows)
+            # U is not formed: b rows pass through W more cheaply than r directions would.
+            rows = known.side.rows
+            products.add_(out, known.within(products.matmul(right, rows.mT)).mul_(-self.alpha), rows)
         else:
             products.add_(out, products.matmul(right, known.basis).mul_(-self.alpha), known.basis.mT)
         return out
@@ -207,10 +237,12 @@ class HypersphereState:
             longest = torch.linalg.vector_norm(right, dim=(-2, -1), dtype=torch.float64)
             step = torch.linalg.vector_norm(left, dim=-1, dtype=torch.float64) * longest.unsqueeze(-1)
         check_reach(self.norms + step, self.weight, self.master.dtype)
-        if self.alpha and self._outlive:
+        if self.alpha and (self._outlive or self._tracker):
             self._directions()  # they serve later updates too, whether or not this one was projected
-        else:
+        if not self._outlive:
             self._known = None
+        if self._tracker:
+            self._tracker.move()
         products = self._products
         if left is None:
             self.master += right
@@ -262,6 +294,8 @@ class HypersphereState:
         """Gram matrix and energies anew from ``master``; directions in use that an earlier weight had stay."""
         if not self._needs_basis(self.updates):
             self._known = None
+            if self._tracker:
+                self._tracker.forget()
         self.gram = self._products.gram(self.master)
         self._lengths = self.norms
         *leading, n, _ = self.master.shape
@@ -280,10 +314,12 @@ class HypersphereState:
             "lengths": self._lengths,
             "updates": torch.tensor(self.updates),
         }
+        held = None
         if self._needs_basis(self.updates):
             assert isinstance(self._known, PrincipalDirections)
-            state |= {name: getattr(self._known, name) for name in _BASIS}
-        return state
+            held = self._known
+            state |= {name: getattr(held, name) for name in _BASIS}
+        return state | (self._tracker.state_dict(held) if self._tracker else {})
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -294,7 +330,7 @@ class HypersphereState:
         """
         *leading, n, d = self.master.shape
         wide = self.master.dtype
-        expected: dict[str, tuple[torch.dtype, list[int | None]]] = {
+        expected: Expected = {
             "master": (wide, [*leading, n, d]),
             "gram": (wide, [*leading, n, n]),
             "neuron_energy": (torch.float64, [*leading, n]),
@@ -302,11 +338,14 @@ class HypersphereState:
             "updates": (torch.int64, []),
         }
         check_loaded({k: v for k, v in state.items() if k == "updates"}, {"updates": expected["updates"]})
-        updates = int(state["updates"])
+        updates, held = int(state["updates"]), None
         if self._needs_basis(updates):
             check_loaded({k: v for k, v in state.items() if k == "rank"}, {"rank": (torch.int64, [*leading])})
-            expected |= {"basis": (wide, [*leading, d, int(state["rank"].amax())]), "rank": (torch.int64, [*leading])}
+            held = int(state["rank"].amax())
+            expected |= {"basis": (wide, [*leading, d, held]), "rank": (torch.int64, [*leading])}
             expected |= {"eigenvalues": (wide, [*leading, min(n, d)]), "energy_ratio": (torch.float64, [*leading])}
+        if self._tracker:
+            expected |= self._tracker.expected(state, held)
         check_loaded(state, expected)
         device = self.master.device
         self.master.copy_(state["master"])
@@ -317,9 +356,12 @@ class HypersphereState:
         self._lengths = state["lengths"].to(device, copy=True)
         self.updates = self._known_at = updates
         self._known = None
+        if self._tracker:
+            self._tracker.load_state_dict(state)
         if self._needs_basis(updates):
-            held = {name: state[name].to(device, copy=True) for name in _BASIS}
-            self._known = PrincipalDirections(**held, method="eigh")
+            found = {name: state[name].to(device, copy=True) for name in (*_BASIS, *_TRACKED) if name in state}
+            method = "tracked" if "residual" in found else "eigh"
+            self._known = PrincipalDirections(**{"energy_bound": found["energy_ratio"], **found}, method=method)
 
     @property
     def _outlive(self) -> bool:
@@ -336,9 +378,10 @@ class HypersphereState:
         if self._known is None or due:
             side = None
             if self.master.shape[-2] <= self.master.shape[-1]:
-                side = SmallSide.from_gram(self.gram.clone(), self.master, self._products)
+                side = SmallSide.from_gram(self.gram, self.master, self._products)
             side = side or SmallSide.of(self.master, self._products)
-            leading = by_eigh(side, self.energy_ratio, None)
+            renew = self._tracker.renew if self._tracker else partial(by_eigh, rank=None)
+            leading = renew(side, self.energy_ratio)
             combined = side.wide and not self._outlive and leading.spread() <= SPREAD
             self._known = leading if combined else leading.directions()
             self._known_at = self.updates

@@ -11,11 +11,20 @@ from torch import Tensor
 from sphere_kernels import checks
 
 SUBSPACES = ("current", "pretrained")
+DIRECTIONS = ("exact", "tracked")
 FORMS = ("auto", "dual", "full")
+Expected = dict[str, tuple[torch.dtype, list[int | None]]]  # of a state to load: dtypes and shapes, None any size
 
 
 def check_state(
-    weight: Any, s: Any, energy_ratio: Any, alpha: Any, refresh_every: Any, subspace: Any, impl: Any
+    weight: Any,
+    s: Any,
+    energy_ratio: Any,
+    alpha: Any,
+    refresh_every: Any,
+    subspace: Any,
+    directions: Any,
+    impl: Any,
 ) -> None:
     """Check the arguments of `HypersphereState`."""
     checks.matrix("weight", weight)
@@ -25,6 +34,7 @@ def check_state(
     checks.number("alpha", alpha, low=0, high=1)
     checks.integer("refresh_every", refresh_every, low=1)
     checks.choice("subspace", subspace, SUBSPACES)
+    checks.choice("directions", directions, DIRECTIONS)
     checks.impl(impl)
     if weight.numel() == 0:
         raise ValueError(f"weight must not be empty, got shape {list(weight.shape)}")
@@ -102,8 +112,8 @@ def check_keys(keys: Any, d: int, device: torch.device) -> None:
         raise FloatingPointError("keys hold NaN or infinity")
 
 
-def check_loaded(found: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.dtype, list[int | None]]]) -> None:
-    """Check the names, dtypes and shapes (None: any size) of a state to load, and that its counts are none below 0."""
+def check_loaded(found: Mapping[str, Tensor], expected: Expected) -> None:
+    """Check the names, dtypes and shapes of a state to load, and that its counts are none below 0."""
     if set(found) != set(expected):
         raise ValueError(f"state must hold {sorted(expected)}, got {sorted(found)}")
     for name, (dtype, shape) in expected.items():

@@ -158,6 +158,7 @@ _MISTAKES = {
     "layers-setting": (lambda base, out: ("--set", "layers=3"), "layers: expected a list of block numbers"),
     "alpha": (lambda base, out: ("--alpha", "1.5"), "alpha: expected a number from 0 to 1, got 1.5"),
     "subspace": (lambda base, out: ("--subspace", "past"), "subspace: expected one of current, pretrained"),
+    "directions": (lambda base, out: ("--directions", "near"), "directions: expected one of exact, tracked"),
     "preset": (lambda base, out: ("--preset", "llama9"), "preset 'llama9' is not known"),
     "model": (lambda base, out: ("-m", base / "nothing"), "nothing' cannot be loaded"),
     "dtype": (lambda base, out: ("--dtype", "int8"), "dtype: expected auto, float32"),

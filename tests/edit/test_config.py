@@ -23,6 +23,7 @@ _BAD = {
     "alpha": [-1e-9, 1.0001, _NAN, _INF, True],
     "subspace": ["past", None, 1],
     "refresh_every": [0, -1, 1.0, True],
+    "directions": ["near", None, True],
     "project": ["all", None, True],
     "revive": [-0.1, 1, _NAN, True],
     "batch_size": [0, -1, 2.5, "100", True],

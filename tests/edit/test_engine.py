@@ -16,6 +16,10 @@ _SETTINGS = {
     "default": {},
     "stale": {"refresh_every": 3},
     "pretrained": {"subspace": "pretrained"},
+    "tracked": {"directions": "tracked", "energy_ratio": 0.1},
+    "tracked-stale-bf16": {
+        **{"directions": "tracked", "energy_ratio": 0.1, "refresh_every": 3, "dtype": torch.bfloat16},
+    },
     "no-sphere": {"sphere": False},
     "ridge": {"null_space": False},
     "memit": {"method": "memit", "covariance_weight": 10.0},
@@ -41,6 +45,7 @@ _SETTINGS = {
     "bf16": {"dtype": torch.bfloat16},
     "fp64": {"dtype": torch.float64, "refresh_every": 2},
     "loop": {"targets": "closed_loop", "contexts": 0},
+    "loop-tracked": {"targets": "closed_loop", "contexts": 0, "directions": "tracked", "energy_ratio": 0.1},
     "loop-contexts": {"targets": "closed_loop", "refresh_every": 2, "loop_kl": 0.1},
     "loop-bf16": {"targets": "closed_loop", "contexts": 0, "dtype": torch.bfloat16, "project": "solve"},
     "loop-memit-history": {
@@ -90,6 +95,19 @@ def test_records_lead_to_the_same_bits(changes, make):
     assert _same(mixed, edited) and tiny.same(mixed.model, tiny.state(edited.model))
     edited.rewind(records[:4])
     assert _same(edited, half) and tiny.same(edited.model, tiny.state(half.model))
+
+
+def test_events_say_how_tracked_directions_came_about(make):
+    found = {}
+    for how in ("exact", "tracked"):
+        records = make(directions=how, energy_ratio=0.1).edit(_facts()).records
+        found[how] = [event for record in records for event in record.events if event["event"] == "energy"]
+    assert not any("directions" in event or "energy_bound" in event for event in found["exact"])
+    came = [event["directions"] for event in found["tracked"]]
+    assert came[:3] == ["start"] * 3 and set(came[3:]) <= {"tracked", "short"}
+    assert came.count("tracked") >= 12
+    for event in found["tracked"]:
+        assert 0.1 < event["energy_ratio"] <= event["energy_bound"] <= 1 and event["rank"] >= 1
 
 
 def test_records_can_be_handed_over(make):

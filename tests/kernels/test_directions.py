@@ -212,7 +212,7 @@ def test_rank_rule_is_pure():
         ({"rank": 4}, ValueError, "rank must be between 0 and 3, got 4"),
         ({"rank": -1}, ValueError, "rank must be between 0 and 3, got -1"),
         ({"rank": 1.0}, TypeError, "rank must be an integer, got float"),
-        ({"method": "lanczos"}, ValueError, "method must be one of auto, eigh, svd, subspace, got 'lanczos'"),
+        ({"method": "lanczos"}, ValueError, "method must be one of auto, eigh, svd, subspace, tracked, got 'lanczos'"),
         ({"weight": torch.zeros(3, 5)}, ValueError, "weight must have a non-zero row, got a zero matrix"),
         ({"weight": torch.stack([torch.ones(3, 5), torch.zeros(3, 5)])}, ValueError, r"matrices \[\[1\]\]"),
         ({"weight": torch.full((3, 5), 1e-30)}, ValueError, "weight must have a non-zero row, got a zero matrix"),
