@@ -31,7 +31,8 @@ def score(evaluation: dict[str, Any], name: str) -> str:
 
 
 def label(row: dict[str, Any]) -> str:
-    return "AlphaEdit + SPHERE" if row["settings"]["sphere"] else "AlphaEdit alone"
+    targets = ", optimised targets" if row["settings"].get("targets") == "optimised" else ""  # 0.1 had no others
+    return ("AlphaEdit + SPHERE" if row["settings"]["sphere"] else "AlphaEdit alone") + targets
 
 
 def scores(stored: dict[str, Any]) -> str:
