@@ -46,8 +46,8 @@ def evaluate_answers(
 ) -> tuple[Evaluation, dict[str, str]]:
     """`ANSWER_SCORES`: efficacy (the prompt) and generalization (paraphrases) want ``target_new``; specificity
     (neighbourhood) ``target_true``, or ``neighborhood_answers`` where a request has them. `FOLLOWING_ANSWER_SCORES`
-    where requests ask for portability and multi-hop questions; of the latter, one in several wordings, one right answer
-    will do, as in MQuAKE.
+    where requests ask for portability and multi-hop questions. A multi-hop question has several wordings: one right
+    answer to any of them will do, as in MQuAKE.
 
     Args:
         model: causal LM; evaluated in evaluation mode, left as it was.

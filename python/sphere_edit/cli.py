@@ -251,7 +251,7 @@ def run_command(
             answers=answers,
             judge=judge,
             judge_model=judge_model,
-            harness=tuple(name.strip() for name in harness.split(",")) if harness else (),
+            harness=() if harness is None else tuple(name.strip() for name in harness.split(",")),
             harness_data=harness_data,
             harness_limit=harness_limit,
             harness_ends=harness_ends,

@@ -354,7 +354,7 @@ class SphereEditor:
         }
         self._fingerprints |= {f"covariance.{layer}": tensor_sha256(value) for layer, value in covariances.items()}
         if preheating:
-            self._fingerprints["preheating facts"] = _sha256(json.dumps([vars(fact) for fact in preheating]))
+            self._fingerprints["preheating facts"] = _sha256(json.dumps([fact.to_dict() for fact in preheating]))
         if self._anchors:
             self._fingerprints["anchors"] = _sha256(json.dumps(self._anchors))
         source = getattr(sys.modules[method_class(config).__module__], "__file__", None)

@@ -71,17 +71,17 @@ class Endpoint:
     def ask(self, prompt: str) -> str:
         """The reply to a prompt, greedy."""
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
-        request = urllib.request.Request(
-            f"{self.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
         try:
+            request = urllib.request.Request(
+                f"{self.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
             with _DIRECT.open(request, timeout=self._seconds) as response:
                 data = response.read()
         except TimeoutError as error:
             raise JudgeError(f"judge {self.url}: no reply within {self._seconds:g} seconds") from error
         except urllib.error.HTTPError as error:
             raise JudgeError(f"judge {self.url}: {error.code} {error.reason} for model {self.model!r}") from error
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, ValueError) as error:  # the last of an address that cannot be
             reason = getattr(error, "reason", error)
             raise JudgeError(f"judge {self.url}: cannot be reached ({reason})") from error
         try:

@@ -112,11 +112,16 @@ def _edits(requests: Sequence[EditRequest], config: EditConfig) -> str:
 
 def _method(config: EditConfig) -> str:
     sphere = f"SPHERE: α {config.alpha:g} within the directions of η {config.energy_ratio:g}, {config.subspace} weight"
-    return f"{config.method}; {sphere if config.sphere else 'without SPHERE'}"
+    if config.directions == "tracked":
+        sphere += ", tracked"
+    revive = f"; REVIVE of {config.revive:g}" if config.revive else ""
+    return f"{config.method}; {sphere if config.sphere else 'without SPHERE'}{revive}"
 
 
 def _targets(config: EditConfig) -> str:
     if method_class(config).trains:
+        if config.ft_minibatch:
+            return f"none: at most {config.ft_steps} epochs a batch, {config.ft_minibatch} facts a training step"
         return f"none: at most {config.ft_steps} training steps a batch"
     return {
         "closed_loop": f"closed_loop: up to {config.loop_rounds} rounds; arithmetic: {config.loop_arithmetic}",
@@ -149,6 +154,8 @@ def _first(editor: SphereEditor, to_measure: Sequence[int], tokens: int) -> Iter
         yield "covariances of keys are in the cache"
     if config.gradient_preheat:
         yield f"gradients of {config.gradient_preheat} other facts"
+    if config.value_anchor:
+        yield f"values of {config.value_anchor} other facts"
 
 
 def _looks(edits: int, options: RunOptions, config: EditConfig) -> int:
@@ -159,12 +166,13 @@ def _looks(edits: int, options: RunOptions, config: EditConfig) -> int:
 
 def _evaluated(requests: Sequence[EditRequest], scored: int, options: RunOptions, config: EditConfig) -> Iterator[str]:
     yield f"{scored} requests before and after" + (", with the model's own answers" if options.answers else "")
-    if options.harness:
-        when = "before and after" if options.harness_ends else "at each of these"
-        yield f"{', '.join(options.harness)} by lm-evaluation-harness {when}"
     if looks := _looks(len(requests), options, config):
         groups = "of those so far, of the first and of the newest"
-        yield f"{looks} times on the way: at most {options.curve_sample} {groups}"
+        own = f", with the model's own answers to {options.curve_answers}" if options.curve_answers else ""
+        yield f"{looks} times on the way: at most {options.curve_sample} {groups}{own}"
+    if options.harness:
+        when = "each time" if looks and not options.harness_ends else "before and after"
+        yield f"{', '.join(options.harness)} by lm-evaluation-harness {when}"
 
 
 def _times(
@@ -189,13 +197,16 @@ def _times(
     if tokens:
         yield f"covariance: about {duration(token * tokens)}"
     least, most = _passes(config)
+    if config.value_anchor:
+        yield f"values of other facts: at most {duration(config.value_steps * once * config.value_anchor)}"
     between = " to ".join(duration(n * once * len(requests)) for n in sorted({least, most}))
     yield (
         f"edits: about {between}, {least if least == most else f'{least} to {most}'} passes a fact; solving, "
         "projecting and measuring come on top"
     )
     evaluated = score * asked + token * (2 + looks) * options.perplexity_tokens
-    left = [name for name, asked in (("the answers", options.answers), ("the harness", options.harness)) if asked]
+    skipped = {"the answers": options.answers or options.curve_answers, "the harness": options.harness}
+    left = [name for name, asked in skipped.items() if asked]
     without = f", without {' and '.join(left)}" if left else ""
     yield f"evaluations: about {duration(evaluated)}{without}"
     timed = f"{1000 * once:.3g} ms a pass forward and backward, {1000 * score:.3g} ms a scored request"

@@ -33,13 +33,8 @@ from sphere_edit.text import text_path, token_windows
 
 _RESULT = (runs.DELTAS, runs.REPORT, runs.MODEL)  # what holds for the last batch only
 
-LEAST = {
-    "checkpoint_every": 1,
-    "curve_every": 0,
-    "curve_sample": 1,
-    "curve_answers": 0,
-    "score_sample": 1,
-}  # `RunOptions`
+# Of `RunOptions`.
+LEAST = {"checkpoint_every": 1, "curve_every": 0, "curve_sample": 1, "curve_answers": 0, "score_sample": 1}
 
 OnEvent = Callable[[Event], None]
 OnProgress = Callable[[str, int, int], None]
@@ -135,6 +130,10 @@ def check_options(requests: Sequence[EditRequest], options: RunOptions) -> None:
     check_judge(options.judge, options.judge_model, options.answers)
     if options.harness:
         read_tasks(options.harness, options.harness_data, options.harness_limit)
+        return
+    for name in ("harness_data", "harness_limit", "harness_ends"):
+        if value := getattr(options, name):
+            raise ValueError(f"{name} {value}: expected harness with it, the tasks to score")
 
 
 def check_run(editor: SphereEditor, requests: Sequence[EditRequest], perplexity_text: str) -> None:

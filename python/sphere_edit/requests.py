@@ -71,7 +71,7 @@ class EditRequest:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value.strip()):
                 raise RequestError(f"{self._name}: {name} must be non-empty text or absent, got {value!r}")
-        for name in _LISTS:
+        for name in LISTS:
             value, kind = getattr(self, name), "answers" if name.endswith("_answers") else "prompts"
             if not isinstance(value, (list, tuple)) or not all(isinstance(p, str) and p.strip() for p in value):
                 raise RequestError(f"{self._name}: {name} must be a list of non-empty {kind}, got {value!r}")
@@ -154,7 +154,7 @@ def _written(prompt: str) -> str:
 
 
 _FOLLOWS = ("portability", "portability_answers", "multi_hop", "multi_hop_answers", "multi_hop_true")
-_LISTS = (
+LISTS = (
     *("paraphrases", "neighborhood", "generation", "neighborhood_answers"),
     *("portability", "multi_hop", "multi_hop_answers"),
 )

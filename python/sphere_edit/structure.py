@@ -284,10 +284,6 @@ def _mixes_tokens(module: nn.Module) -> bool:
     return any("mask" in name or "past" in name or "cache" in name for name in parameters)
 
 
-def _is_kernel(block: nn.Module, name: str) -> bool:
-    return isinstance(block.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
-
-
 def _find_feeding(block: nn.Module, down: LinearMap, kind: str) -> LinearMap:
     """The map of kind ``up``, ``gate`` or ``fused`` that feeds the down-projection of a block."""
     name_in_block = next(name for name, module, *_ in _linears(block) if module is down.module)

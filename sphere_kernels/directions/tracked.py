@@ -14,9 +14,8 @@ GUARDS = 8  # and 1/32 of the rank: columns past it, for a rank that grows
 LARGEST_SHARE = 0.4  # of the matrix: past it the products cost as much as the eigenproblem
 LEAST_PIVOT = 0.05  # of B at unit diagonal: below it rounding, up to eps / pivot, would skew the directions
 STEPS = 2  # products at most
-SETTLED = (
-    0.02  # of |G v - t v|^2 / |t v|^2 in the mean: up to there a rank was measured to be within 3 % of the exact one
-)
+# Of |G v - t v|^2 / |t v|^2 in the mean: up to there a rank was measured to be within 3 % of the exact one.
+SETTLED = 0.02
 MARGIN = 64  # times eps: what the share has to pass the ratio by, so that rounding does not take it back
 
 

@@ -155,6 +155,7 @@ def test_akew_takes_the_text_for_the_target(tmp_path: Path) -> None:
         portability=("Ada Berg builds ferries in",),
         portability_answers=(("Bergen",),),
     )
+    assert read(tmp_path, {**AKEW, "questions": None, "new_answer": None})[1] == [request]
     several = {**MQUAKE, "requested_rewrite": [AKEW["requested_rewrite"], AKEW["requested_rewrite"]]}
     schema, (first, last), _ = read(tmp_path, several)
     assert (schema, first.id, last.id) == ("AKEW", "12.1", "12.2")

@@ -380,6 +380,8 @@ def test_a_run_may_score_at_its_ends_only_and_keeps_its_records(tokenizer, tmp_p
         procedure.resume(tiny.make_model("llama", seed=3), tokenizer, tmp_path / "run")
     with pytest.raises(ConfigError, match="task 'mmlu' is not known"):
         _run(tmp_path, tmp_path / "other", tokenizer, harness=("mmlu",))
+    with pytest.raises(ValueError, match="harness_limit 3: expected harness with it"):
+        _run(tmp_path, tmp_path / "other", tokenizer, harness=(), harness_data=None, harness_limit=3)
     assert not (tmp_path / "other").exists()
 
 

@@ -115,6 +115,8 @@ def test_an_endpoint_that_is_not_there():
         Endpoint(url, "small").check()
     with pytest.raises(JudgeError, match="judge 'localhost:8000': expected an address such as http://"):
         Endpoint("localhost:8000", "small")
+    with pytest.raises(JudgeError, match=r"judge http://\[::1/v1: cannot be reached \(Invalid IPv6 URL\)"):
+        Endpoint("http://[::1/v1", "small").check()
 
 
 def test_judged_scores(monkeypatch):

@@ -49,7 +49,7 @@ def _traces(folder):
 
 def test_a_dry_run_says_what_the_run_does_and_leaves_no_trace(files):
     before = _traces(files)
-    result = _run(files, "--dry-run", "--curve-every", 1)
+    result = _run(files, "--dry-run", "--curve-every", 1, "--curve-answers", 2)
     assert result.exit_code == 0, result.output
     assert _traces(files) == before
     said = _said(result)
@@ -60,6 +60,8 @@ def test_a_dry_run_says_what_the_run_does_and_leaves_no_trace(files):
         "covariance of keys of layers 1, 2, 3: 768 tokens of builtin",
         "3 requests before and after",
         "2 times on the way",
+        "with the model's own answers to 2",
+        "without the answers",
         "2 to 9 passes a fact",
         "nothing stands in the way",
     ):

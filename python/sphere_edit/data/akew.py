@@ -38,7 +38,7 @@ def records(where: str, fields: dict[str, Any]) -> Iterator[Record]:
     for number, rewrite in enumerate(rewrites, start=1):
         name, of = record.identifier("case_id"), f", rewrite {number}"
         parts = [part for part in rewrite.objects("unsfact_triplets_GPT") if part.some_text("target")]
-        last = follows(record) if "questions" in fields and number == len(rewrites) else {}
+        last = follows(record) if fields.get("questions") and number == len(rewrites) else {}
         yield Record(
             where + of if several else where,
             {

@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from sphere_edit.data.reading import DataError, Fields
-from sphere_edit.requests import FIELDS, EditRequest
+from sphere_edit.requests import FIELDS, LISTS, EditRequest
 
 NAME = "plain"
 READ = FIELDS
-LISTS = (
-    *("paraphrases", "neighborhood", "neighborhood_answers", "generation"),
-    *("portability", "multi_hop", "multi_hop_answers"),
-)
 
 
 def recognises(fields: dict[str, Any]) -> bool:

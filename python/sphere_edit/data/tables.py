@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sphere_edit.data import jsonl
 from sphere_edit.data.reading import BOM, DataError, Record, opened, utf8
+from sphere_edit.requests import LISTS
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_LISTS = (*jsonl.LISTS, "portability_answers", "ground_truth", "rephrase_prompt")
+_LISTS = (*LISTS, "portability_answers", "ground_truth", "rephrase_prompt")
 _OBJECTS = ("locality", "portability")
 
 
@@ -78,7 +78,7 @@ def _header(where: str, row: list[str]) -> list[str]:
 
 def _value(where: str, name: str, cell: str) -> Any:
     if not (name in _OBJECTS or (name in _LISTS and cell.lstrip().startswith("["))):
-        return [cell] if name in jsonl.LISTS else cell
+        return [cell] if name in LISTS else cell
     try:
         return json.loads(cell)
     except (ValueError, RecursionError) as error:

@@ -47,8 +47,9 @@ def anchored(values: Values, own: Mapping[int, Tensor], anchors: Mapping[int, fl
         The values, and ``[facts]`` bool: whose were given up, at one of the maps at least.
 
     Source: Liu et al., Norm Anchors Make Model Edits Last (NAS, arXiv 2602.02543), whose code was read: the MLP's
-        output is what is scaled, and the rest of the block's output is left as it is. There the anchor comes of 1,000
-        facts of CounterFact, here of world-facts, and values of several maps (see `places.AtMaps`) are not foreseen.
+        output is what is scaled, and the rest of the block's output is left as it is. There the anchor comes from
+        1,000 facts of CounterFact, here from world-facts; that code does not have values of several maps (see
+        `places.AtMaps`).
     """
     wanted, given_up = {}, torch.zeros(len(values.target), dtype=torch.bool, device=values.target.device)
     for layer, said in solved_outputs(values, own).items():
