@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere_edit import runs
-from sphere_edit.config import OPEN, ConfigError, EditConfig, foreign, preset
+from sphere_edit.config import DEFAULTS, OPEN, ConfigError, EditConfig, as_recorded, foreign, preset
 from sphere_edit.data import load_requests
 from sphere_edit.journal import InUse, RunError, locked
 from sphere_edit.methods import method_class
@@ -144,7 +144,7 @@ class Study:
         settings |= {name: record["settings"].get(name) for name, value in OPEN.items() if settings[name] == value}
         expected = {"model": options.model_name, "data": options.data_name, **options.given, "threads": self.threads}
         expected |= {name: getattr(options, name) for name in ("perplexity_text", "answers", *LEAST)} | settings
-        found = {**record, **recorded_options(record), **record["settings"]}
+        found = {**record, **recorded_options(record), **DEFAULTS, **as_recorded(record["settings"])}
         for name, value in expected.items():
             if found.get(name) != value:
                 raise RunError(

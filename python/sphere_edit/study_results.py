@@ -12,6 +12,7 @@ from typing import Any
 
 from sphere_edit import runs
 from sphere_edit.answers import ANSWER_SCORES, FOLLOWING_ANSWER_SCORES
+from sphere_edit.config import DEFAULTS, as_recorded
 from sphere_edit.files import replacing
 from sphere_edit.journal import RunError
 from sphere_edit.log import Log, mean_of
@@ -142,8 +143,9 @@ def _without_sphere(found: Mapping[str, Any], name: str) -> str | None:
     """For a finished run with SPHERE the finished one whose settings are the same but for that."""
 
     def plain(run: str) -> dict[str, Any]:
-        settings = {k: v for k, v in found[run]["settings"].items() if k not in _SPHERE}
-        return settings | {"project": settings.get("project", "layer").replace("solve", "layer")}
+        settings = {**DEFAULTS, **as_recorded(found[run]["settings"])}
+        plain = {"project": settings["project"].replace("solve", "layer")}
+        return {k: v for k, v in (settings | plain).items() if k not in _SPHERE}
 
     if not found[name]["settings"]["sphere"] or not found[name]["finished"]:
         return None

@@ -337,6 +337,19 @@ def _change(path, **fields):
     return Study.read(path)
 
 
+def test_a_run_from_before_a_setting_was_there_is_the_study_s(write, tmp_path):
+    """It had the default; so had its base."""
+    one = Study.read(write(runs={"AlphaEdit": {"sphere": False}, "AlphaEdit + SPHERE": {}}))
+    go(one, tmp_path / "runs", say=lambda text: None)
+    whole = collect(one, tmp_path / "runs")["runs"]["AlphaEdit + SPHERE"]["less_base"]
+    config = tmp_path / "runs" / "alphaedit" / runs.CONFIG
+    record = yaml.safe_load(config.read_text())
+    for name in ("directions", "revive"):
+        del record["settings"][name]
+    config.write_text(yaml.safe_dump(record))
+    assert collect(one, tmp_path / "runs")["runs"]["AlphaEdit + SPHERE"]["less_base"] == whole
+
+
 def test_runs_of_another_study_are_refused(write, tmp_path):
     """What was made with other settings or data is neither gone on with nor shown as this study's."""
     path = write(runs={"AlphaEdit": {}})
