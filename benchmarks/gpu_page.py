@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
@@ -26,7 +25,7 @@ from benchmarks.gpu_model import (
     small,
     total,
 )
-from benchmarks.kernel_tables import table
+from benchmarks.kernel_tables import filled, table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/gpu.md"
 RESULTS = Path(__file__).parent / "results"
@@ -177,12 +176,8 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def render(page: str) -> str:
-    """``page`` with every ``<!-- table NAME -->`` … ``<!-- end -->`` filled anew."""
-
-    def fill(match: re.Match[str]) -> str:
-        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
-
-    return re.sub(r"<!-- table ([a-z0-9-]+) -->.*?<!-- end -->", fill, page, flags=re.S)
+    """``page`` with its tables written anew."""
+    return filled(page, lambda name: TABLES[name]())
 
 
 def main() -> None:

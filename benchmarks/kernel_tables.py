@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.rows import Comparison, Shape, Timing, comparisons
@@ -25,6 +27,15 @@ REST = ["plain, MB", "ours, MB", "our error"]
 def table(head: list[str], rows: list[list[str]]) -> str:
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
+
+
+def filled(page: str, write: Callable[[str], str], kind: str = "table") -> str:
+    """``page`` with every ``<!-- kind NAME -->`` … ``<!-- end -->`` holding what ``write(NAME)`` gives."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- {kind} {match[1]} -->\n{write(match[1])}\n<!-- end -->"
+
+    return re.sub(rf"<!-- {kind} ([a-z0-9_-]+) -->.*?<!-- end -->", fill, page, flags=re.S)
 
 
 def energy(stored: Stored) -> str:

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import kernel_tables, streaming_tables
-from benchmarks.kernel_tables import table
+from benchmarks.kernel_tables import filled, table
 from sphere_edit.metrics import SCORES
 
 ROOT = Path(__file__).parent.parent
@@ -165,13 +164,13 @@ def measured() -> list[str]:
 
 
 def render(readme: str) -> str:
-    """``readme`` with every ``<!-- table NAME -->`` … ``<!-- end -->`` filled anew."""
+    """``readme`` with its tables written anew."""
 
-    def fill(match: re.Match[str]) -> str:
-        file, write = TABLES[match[1]]
-        return f"<!-- table {match[1]} -->\n{write(load(file))}\n<!-- end -->"
+    def write(name: str) -> str:
+        file, made = TABLES[name]
+        return made(load(file))
 
-    return re.sub(r"<!-- table ([a-z0-9-]+) -->.*?<!-- end -->", fill, readme, flags=re.S)
+    return filled(readme, write)
 
 
 def training(stored: dict[str, Any]) -> str:
@@ -201,18 +200,15 @@ _OF_STUDIES = {"training": training, "scale-directions": directions, "counterfac
 
 
 def render_studies(page: str) -> str:
-    """``page`` with every ``<!-- results NAME -->`` … ``<!-- end -->`` filled with the tables of that study or file."""
+    """``page`` with the results of its studies and files written anew."""
 
-    def fill(match: re.Match[str]) -> str:
-        path = STUDIES.parent / "results" / match[1]
-        write = _OF_STUDIES.get(match[1])
-        if write:
-            text = write(json.loads(path.with_suffix(".json").read_text())) + "\n"
-        else:
-            text = path.with_suffix(".md").read_text()
-        return f"<!-- results {match[1]} -->\n{text}<!-- end -->"
+    def write(name: str) -> str:
+        path, made = STUDIES.parent / "results" / name, _OF_STUDIES.get(name)
+        if made:
+            return made(json.loads(path.with_suffix(".json").read_text()))
+        return path.with_suffix(".md").read_text().removesuffix("\n")
 
-    return re.sub(r"<!-- results ([a-z0-9_-]+) -->.*?<!-- end -->", fill, page, flags=re.S)
+    return filled(page, write, "results")
 
 
 def main(check: bool) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.collect import RESULTS
-from benchmarks.kernel_tables import table
+from benchmarks.kernel_tables import filled, table
 from benchmarks.models.forms import FORMS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/models.md"
@@ -119,12 +119,8 @@ TABLES = {f"models-{f.__name__.replace('_', '-')}": f for f in (counts, edited, 
 
 
 def render(page: str) -> str:
-    """``page`` with every ``<!-- table NAME -->`` … ``<!-- end -->`` filled anew."""
-
-    def fill(match: re.Match[str]) -> str:
-        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
-
-    return re.sub(r"<!-- table ([a-z0-9-]+) -->.*?<!-- end -->", fill, page, flags=re.S)
+    """``page`` with its tables written anew."""
+    return filled(page, lambda name: TABLES[name]())
 
 
 def write() -> None:
