@@ -435,8 +435,8 @@ def evaluate_command(
         from sphere_edit.answers import evaluate_answers
         from sphere_edit.data import load_requests
         from sphere_edit.generation import fit_tfidf, generate_texts, read_references, reference_texts, score_texts
+        from sphere_edit.judge import check_judge
         from sphere_edit.metrics import evaluate, finite, perplexity
-        from sphere_edit.procedure import check_judge
         from sphere_edit.structure import check_weights_finite
         from sphere_edit.text import text_lines
 

@@ -108,6 +108,23 @@ class Endpoint:
         self._known[verdict["model"], verdict["prompt"]] = verdict["right"]
 
 
+def check_judge(url: str | None, model: str | None, answers: bool) -> Endpoint | None:
+    """The judge, which replies; None where none is asked for.
+
+    Raises:
+        ValueError: it has no model, there are no answers to judge, or it does not reply as it should.
+    """
+    if url is None and model is None:
+        return None
+    if url is None or model is None:
+        raise ValueError(f"judge: expected its address and the name of its model, got {url!r} and {model!r}")
+    if not answers:
+        raise ValueError(f"judge {url}: expected answers with it, for these are judged")
+    judge = Endpoint(url, model)
+    judge.check()
+    return judge
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
     """The verdicts of a file; a last line that a kill has torn is cut off."""
     if not path.exists():

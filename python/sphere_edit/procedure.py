@@ -23,7 +23,7 @@ from sphere_edit.files import file_sha256
 from sphere_edit.guard import GuardError
 from sphere_edit.harness import ability_scores, read_tasks, task_files
 from sphere_edit.journal import Journal, RunError, resume_command
-from sphere_edit.judge import Endpoint
+from sphere_edit.judge import Endpoint, check_judge
 from sphere_edit.looks import Look, compare, curve, look, sample
 from sphere_edit.metrics import PERPLEXITY_TOKENS
 from sphere_edit.records import EditResult, Event, ReplayError
@@ -210,23 +210,6 @@ def rollback(
             work.write_events(before)
             work.write_deltas()
         return aside
-
-
-def check_judge(url: str | None, model: str | None, answers: bool) -> Endpoint | None:
-    """The judge, which replies; None where none is asked for.
-
-    Raises:
-        ValueError: it has no model, there are no answers to judge, or it does not reply as it should.
-    """
-    if url is None and model is None:
-        return None
-    if url is None or model is None:
-        raise ValueError(f"judge: expected its address and the name of its model, got {url!r} and {model!r}")
-    if not answers:
-        raise ValueError(f"judge {url}: expected answers with it, for these are judged")
-    judge = Endpoint(url, model)
-    judge.check()
-    return judge
 
 
 def check_batch(journal: Journal, number: int) -> None:
