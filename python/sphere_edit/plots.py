@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -23,6 +23,7 @@ from sphere_edit.records import Event
 
 _INK, _MUTED, _LINE = "#010101", "#010102", "#010103"
 _SERIES = ["#010111", "#010112", "#010113", "#010114", "#010115", "#010116"]
+_ALL_METRICS = [(metric.replace("_", " "), metric, "scores") for metric in (*METRICS, *FOLLOWING)]
 _CSS = {_INK: "currentColor", _MUTED: "var(--muted)", _LINE: "var(--line)"}
 _CSS |= {colour: f"var(--s{i})" for i, colour in enumerate(_SERIES)}
 _STYLE: dict[str, Any] = {
@@ -213,21 +214,26 @@ def _curve(log: Log, name: str, of: str = "scores") -> list[tuple[int, float]]:
     return [(edits, 100 * mean) for edits, mean in found if mean is not None]
 
 
+def _two_kinds(
+    log: Log, parts: Iterable[tuple[str, str, str]], solid: str, dashed: str
+) -> tuple[dict[str, list[tuple[int, float]]], dict[str, dict[str, Any]]]:
+    """Two lines of one colour for each part: what it is called, its metric, and its group in a curve's event."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    looks: dict[str, dict[str, Any]] = {}
+    for (said, metric, of), colour in zip(parts, _SERIES, strict=False):
+        for kind, dash in ((solid, "-"), (dashed, "--")):
+            lines[f"{said} {kind}"] = _curve(log, f"{metric}_{kind}", of)
+            looks[f"{said} {kind}"] = {"color": colour, "linestyle": dash}
+    return lines, looks
+
+
 def _curve_plot(log: Log) -> Markup | None:
-    looks = {
-        name.replace("_", " "): {"color": _SERIES[i // 2], "linestyle": ("-", "--")[i % 2]}
-        for i, name in enumerate((*SCORES, *FOLLOWING_SCORES))
-    }
-    lines = {name.replace("_", " "): _curve(log, name) for name in (*SCORES, *FOLLOWING_SCORES)}
+    lines, looks = _two_kinds(log, _ALL_METRICS, "success", "accuracy")
     return _lines("curve", "Scores over edits", "Requests, %", lines, looks, ylim=(-3, 103))
 
 
 def _answers_plot(log: Log) -> Markup | None:
-    lines, looks = {}, {}
-    for i, metric in enumerate((*METRICS, *FOLLOWING)):
-        for kind, dash in (("contains", "-"), ("exact", "--")):
-            said = f"{metric.replace('_', ' ')} {kind}"
-            lines[said], looks[said] = _curve(log, f"{metric}_{kind}"), {"color": _SERIES[i], "linestyle": dash}
+    lines, looks = _two_kinds(log, _ALL_METRICS, "contains", "exact")
     return _lines("answers", "Answers over edits", "Requests, %", lines, looks, ylim=(-3, 103))
 
 
@@ -240,13 +246,9 @@ def _ability_plot(log: Log) -> Markup | None:
 
 
 def _retention_plot(log: Log) -> Markup | None:
-    parts = {"first": "first", "scores": "all so far", "last": "newest"}
-    lines, looks = {}, {}
-    for i, (of, said) in enumerate(parts.items()):
-        for kind, dash in (("success", "-"), ("accuracy", "--")):
-            lines[f"{said}, {kind}"] = _curve(log, f"efficacy_{kind}", of)
-            looks[f"{said}, {kind}"] = {"color": _SERIES[i], "linestyle": dash}
-    if not any(lines[f"{parts[of]}, {kind}"] for of in ("first", "last") for kind in ("success", "accuracy")):
+    parts = {"first": "first,", "scores": "all so far,", "last": "newest,"}
+    lines, looks = _two_kinds(log, ((said, "efficacy", of) for of, said in parts.items()), "success", "accuracy")
+    if not any(lines[f"{parts[of]} {kind}"] for of in ("first", "last") for kind in ("success", "accuracy")):
         return None
     return _lines("retention", "Efficacy over edits", "Efficacy, %", lines, looks, ylim=(-3, 103))
 

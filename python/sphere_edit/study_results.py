@@ -144,8 +144,8 @@ def _without_sphere(found: Mapping[str, Any], name: str) -> str | None:
 
     def plain(run: str) -> dict[str, Any]:
         settings = {**DEFAULTS, **as_recorded(found[run]["settings"])}
-        plain = {"project": settings["project"].replace("solve", "layer")}
-        return {k: v for k, v in (settings | plain).items() if k not in _SPHERE}
+        settings["project"] = settings["project"].replace("solve", "layer")
+        return {k: v for k, v in settings.items() if k not in _SPHERE}
 
     if not found[name]["settings"]["sphere"] or not found[name]["finished"]:
         return None

@@ -256,12 +256,10 @@ def scores_table(events: list[dict[str, Any]]) -> Table:
     for event in found:
         table.add_column(event["when"], justify="right")
     table.add_column("n", justify="right")
-    for name in found[0]["scores"] if found else ():
-        scores = [event["scores"][name] for event in found]
-        table.add_row(name.replace("_", " "), *map(_score_text, scores), str(scores[0]["n"]))
-    for name in found[0].get("ability", ()) if found else ():
-        scores = [event["ability"][name] for event in found]
-        table.add_row(name.replace("_", " "), *map(_score_text, scores), str(scores[0]["n"]))
+    for group in ("scores", "ability"):
+        for name in found[0].get(group, ()) if found else ():
+            scores = [event[group][name] for event in found]
+            table.add_row(name.replace("_", " "), *map(_score_text, scores), str(scores[0]["n"]))
     values = [event["perplexity"] for event in found]
     table.add_row("perplexity", *("-" if value is None else f"{value:.2f}" for value in values), "")
     return table
