@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sphere_edit import runs
+from sphere_edit.runs import run_folder
 
 RESULTS = Path(__file__).parent / "results"
 _OF_BATCH = ("size", "loss", "nll", "steps", "learned", "reached", "flops", "seconds")
@@ -17,7 +17,7 @@ _OF_BATCH = ("size", "loss", "nll", "steps", "learned", "reached", "flops", "sec
 
 def row(run: Path) -> dict[str, Any]:
     """What a table needs of one run."""
-    config, events = runs.read_config(run), runs.read_events(run)
+    config, events = run_folder.read_config(run), run_folder.read_events(run)
     energies: dict[int, list[dict[str, Any]]] = {}
     for event in events:
         if event["event"] == "energy":

@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.collect import store
-from sphere_edit import SphereEditor, load_model, load_requests, preset
-from sphere_edit.config import EditConfig
-from sphere_edit.covariance import key_covariances
-from sphere_edit.keys import LayerPass
+from sphere_edit.config import EditConfig, preset
+from sphere_edit.data import load_requests
+from sphere_edit.editing.editor import SphereEditor
 from sphere_edit.methods import make_method
-from sphere_edit.models import cache_dir
-from sphere_edit.replay import frozen
-from sphere_edit.runs import environment
+from sphere_edit.methods.covariance import key_covariances
+from sphere_edit.model.inference import frozen
+from sphere_edit.model.loading import cache_dir, load_model
+from sphere_edit.runs.run_folder import environment
+from sphere_edit.targets.keys import LayerPass
 
 TOKENS, OTHER_TOKENS, FACTS = (1_000, 3_000, 10_000, 30_000, 100_000), 30_000, 100
 METHODS = ("alphaedit", "memit")

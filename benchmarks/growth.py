@@ -21,7 +21,7 @@ from benchmarks.baselines import streaming
 from benchmarks.collect import RESULTS, machine, store
 from benchmarks.layer import ALPHA, EDITS, RATIO, RIDGE, Engine, Layer
 from benchmarks.memory import status
-from sphere_edit.runs import environment
+from sphere_edit.runs.run_folder import environment
 from sphere_kernels.streaming import RecursiveLeastSquares
 
 BATCHES, THREADS = 200, 2

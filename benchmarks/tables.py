@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import kernel_tables, streaming_tables
 from benchmarks.kernel_tables import filled, table
-from sphere_edit.metrics import SCORES
+from sphere_edit.evaluation.metrics import SCORES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from benchmarks.baselines.evaluation import answer_one_by_one, evaluate_one_by_one
-from sphere_edit.answers import ANSWER_TOKENS, write_answers
 from sphere_edit.data import load_requests
-from sphere_edit.metrics import evaluate, questions, score_targets
-from sphere_edit.models import load_model
-from sphere_edit.replay import frozen
+from sphere_edit.evaluation.answers import ANSWER_TOKENS, write_answers
+from sphere_edit.evaluation.metrics import evaluate, questions, score_targets
+from sphere_edit.model.inference import frozen
+from sphere_edit.model.loading import load_model
 
 FACTS, EVERY = 8, 4
 

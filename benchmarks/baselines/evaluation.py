@@ -1,8 +1,8 @@
 """Edits scored the published way: one forward pass for every prompt and target; and answers, one prompt at a time.
 
 Written from the description of CounterFact's and zsRE's scores in ROME and MEMIT (mean log-probability of a target's
-tokens, and which of them are the argmax): the same scores as `sphere_edit.metrics.evaluate`, so that only the way of
-computing differs.
+tokens, and which of them are the argmax): the same scores as `sphere_edit.evaluation.metrics.evaluate`, so that only
+the way of computing differs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sphere_edit.requests import EditRequest
+from sphere_edit.data.requests import EditRequest
 
 Pairs = dict[tuple[str, str], tuple[float, float]]
 

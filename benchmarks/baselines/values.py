@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sphere_edit.config import EditConfig
-from sphere_edit.contexts import in_context
-from sphere_edit.requests import EditRequest
-from sphere_edit.structure import ModelStructure
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.model.structure import ModelStructure
+from sphere_edit.model.tokens import encode
+from sphere_edit.targets.contexts import in_context
 from sphere_edit.targets.optimised import Values
-from sphere_edit.tokens import encode
 
 
 def optimise_one_by_one(

@@ -22,9 +22,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sphere_edit.config import EditConfig
-from sphere_edit.editor import SphereEditor
-from sphere_edit.requests import EditRequest
-from sphere_edit.structure import StructureError, find_structure
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.editing.editor import SphereEditor
+from sphere_edit.model.structure import StructureError, find_structure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/edit"))
 import plain  # noqa: E402  (of the tests: whole forward passes)

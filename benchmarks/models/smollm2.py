@@ -13,7 +13,10 @@ from torch import Tensor
 
 from benchmarks.models.forms import FORMS
 from benchmarks.models.twins import blocks_of, twin
-from sphere_edit import SphereEditor, load_model, load_requests, preset
+from sphere_edit.config import preset
+from sphere_edit.data import load_requests
+from sphere_edit.editing.editor import SphereEditor
+from sphere_edit.model.loading import load_model
 
 MODEL, DATA, EDITS = "smollm2-135m", "counterfact_all.jsonl.gz", 10
 # In bfloat16 a multiplier is another rounding. Few tokens, for each twin collects its keys anew.

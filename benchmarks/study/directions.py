@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_edit import runs
-from sphere_edit.deltas import switch
-from sphere_edit.options import load
-from sphere_edit.structure import find_structure
-from sphere_edit.study import Study, expanded, finished, slug
+from sphere_edit.data import load
+from sphere_edit.experiments.study import Study, expanded, finished, slug
+from sphere_edit.model.structure import find_structure
+from sphere_edit.runs import run_folder
+from sphere_edit.runs.deltas import switch
 from sphere_kernels import principal_directions
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,7 +35,7 @@ def main() -> None:
     for name in study.runs:
         run = Path("runs/study") / study.name / slug(name)
         if finished(run):
-            settings = runs.read_config(run)["settings"]
+            settings = run_folder.read_config(run)["settings"]
             layers, ratio = settings["layers"], settings["energy_ratio"]
             before = {layer: structure.down[layer].weight.double() for layer in layers}
             switch(run, structure, "after")

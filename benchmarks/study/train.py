@@ -22,10 +22,12 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from sphere_edit import EditRequest, evaluate, load_requests
+from sphere_edit.data import load_requests
+from sphere_edit.data.requests import EditRequest
 from sphere_edit.data.world_facts import RELATIONS
+from sphere_edit.evaluation.metrics import evaluate
 from sphere_edit.files import new_folder
-from sphere_edit.text import text_path
+from sphere_edit.model.text import text_path
 
 REQUESTS, EDITED, KEPT = 20_000, 4_000, 500
 VOCABULARY, WIDTH, ROWS = 4096, 64, 16

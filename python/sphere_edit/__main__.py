@@ -1,3 +1,3 @@
-from sphere_edit.cli import main
+from sphere_edit.cli.app import main
 
 main()

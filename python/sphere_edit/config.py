@@ -22,7 +22,7 @@ class EditConfig:
             have theirs: five of them from an eighth of the depth on, for ROME and FT one, for
             gradient targets the five before the last.
         modules: which map of each block's MLP: ``down``, ``up``, ``gate`` or ``fused`` (gate and up in one); see
-            `sphere_edit.structure.find_structure`.
+            `sphere_edit.model.structure.find_structure`.
         method: the editor: ``alphaedit``, ``memit``, ``rect``, ``prune``, ``rome``, ``ridge`` or ``ft``, or a class of
             one's own, ``package.module:Class``; see `sphere_edit.methods`. Settings that some methods have no use for
             may not be given to these.
@@ -86,18 +86,19 @@ class EditConfig:
             restrained, then projected out of that weight's directions. Figures by batch are of the loop's weights.
         ft_steps, ft_lr, ft_stop: FT's Adam on the edited weights, and the mean NLL at which it stops.
         ft_minibatch: facts of one step of Adam; ``ft_steps`` then counts epochs through the batch, which should be the
-            whole set (LocFT-BF's breadth-first order, see `sphere_edit.tuning.tune`). 0: each step takes the batch.
+            whole set (LocFT-BF's breadth-first order, see `sphere_edit.methods.fine_tuning`). 0: each step takes the
+            batch.
         ft_eos: FT's targets end in the end-of-text token.
         contexts, context_length: generated prefixes per fact besides the bare prompt, and their length in tokens.
         covariance_text: ``builtin`` or the path of a text file (``.txt``, ``.gz``).
         covariance_tokens: how many tokens of it are read at most.
         energy_s: s of the hyperspherical energy that is reported.
         guard: what becomes of a batch that stands out from the run's earlier ones, by its layers' energies, the length
-            of its updates or the share of facts learned (see `sphere_edit.guard`). ``warn`` keeps it and says so;
-            ``skip`` undoes it, leaves its facts out and goes on; ``stop`` undoes it and ends with a `GuardError`;
+            of its updates or the share of facts learned (see `sphere_edit.editing.guard`). ``warn`` keeps it and says
+            so; ``skip`` undoes it, leaves its facts out and goes on; ``stop`` undoes it and ends with a `GuardError`;
             ``off`` does not look.
         measure_every: batches between two of which movement, spectrum and bound are measured; 0 none. See
-            `sphere_edit.measures`.
+            `sphere_edit.evaluation.weights`.
         seed: of everything drawn.
     """
 

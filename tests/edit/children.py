@@ -18,11 +18,11 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 import transformers.models.llama.tokenization_llama  # noqa: F401
 
-import sphere_edit.cli
+import sphere_edit.cli.app
 import sphere_edit.data
-import sphere_edit.editor
-import sphere_edit.models
-import sphere_edit.procedure
+import sphere_edit.editing.editor
+import sphere_edit.experiments.run
+import sphere_edit.model.loading
 
 
 def _command(arguments: list[str], log: str, drawing: bool) -> None:
@@ -30,7 +30,7 @@ def _command(arguments: list[str], log: str, drawing: bool) -> None:
     os.dup2(1, 2)
     torch.set_num_threads(1)
     if drawing:
-        optimise = sphere_edit.editor.optimise_values
+        optimise = sphere_edit.editing.editor.optimise_values
 
         def drawn(*args):
             """As if the optimisation drew something: the random state matters then."""
@@ -38,9 +38,9 @@ def _command(arguments: list[str], log: str, drawing: bool) -> None:
             values.target.add_(1e-2 * torch.randn_like(values.target))
             return values
 
-        sphere_edit.editor.optimise_values = drawn
+        sphere_edit.editing.editor.optimise_values = drawn
     sys.argv = ["sphere-edit", *arguments]
-    sphere_edit.cli.app(arguments)
+    sphere_edit.cli.app.app(arguments)
 
 
 def start(log: Path, *arguments: object, drawing: bool = False) -> multiprocessing.Process:

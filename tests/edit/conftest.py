@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit.editor import SphereEditor
+from sphere_edit.editing.editor import SphereEditor
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit import editor as module
-from sphere_edit.replay import frozen
+from sphere_edit.editing import editor as module
+from sphere_edit.model.inference import frozen
 from sphere_edit.targets.anchor import anchored, mean_length, solved_outputs
 from sphere_edit.targets.optimised import Values, optimise_values
 

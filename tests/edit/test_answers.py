@@ -9,11 +9,11 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from sphere_edit import answers
-from sphere_edit.answers import evaluate_answers, normalised, write_answers
-from sphere_edit.cli import app
-from sphere_edit.requests import EditRequest
-from sphere_edit.tokens import encode
+from sphere_edit.cli.app import app
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.evaluation import answers
+from sphere_edit.evaluation.answers import evaluate_answers, normalised, write_answers
+from sphere_edit.model.tokens import encode
 
 PROMPTS = ["The capital of France is", "Rain", "He said that the river", "One day in winter she", "Rain in"]
 

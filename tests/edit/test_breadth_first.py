@@ -7,10 +7,10 @@ import tiny
 import torch
 
 from sphere_edit.config import PRESETS, auto_layers, preset
-from sphere_edit.replay import frozen
-from sphere_edit.structure import find_structure
-from sphere_edit.tokens import encode
-from sphere_edit.tuning import tune
+from sphere_edit.methods.fine_tuning import tune
+from sphere_edit.model.inference import frozen
+from sphere_edit.model.structure import find_structure
+from sphere_edit.model.tokens import encode
 
 
 def ended_nll(model, tokenizer, fact):

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from sphere_edit import runs
-from sphere_edit.cli import app
-from sphere_edit.options import settings
-from sphere_edit.terminal import sparkline
+from sphere_edit.cli.app import app
+from sphere_edit.cli.options import settings
+from sphere_edit.cli.terminal import sparkline
+from sphere_edit.runs import run_folder
 
 _QUICK = [
     *("--set", "layers=[1,2,3]", "--batch-size", "2", "--set", "loop_rounds=3", "--set", "contexts=1"),
@@ -75,13 +75,13 @@ def test_help(command):
 
 def test_later_settings_win(folder):
     """Preset, file, ``--set``, named options, in this order."""
-    settings = runs.read_config(folder / "run")["settings"]
+    settings = run_folder.read_config(folder / "run")["settings"]
     assert settings["alpha"] == 0.7  # from the file
     assert settings["seed"] == 4  # the option, not the file
     assert settings["loop_rounds"] == 3 and settings["layers"] == [1, 2, 3]
     assert settings["null_space"] is False and settings["sphere"] is True
     assert settings["ridge"] == 10.0  # the preset
-    assert runs.read_config(folder / "run")["edits"] == 3
+    assert run_folder.read_config(folder / "run")["edits"] == 3
 
 
 def test_run_leaves_the_given_model_alone(folder):
@@ -95,7 +95,7 @@ def test_evaluate(folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert "efficacy accuracy" in result.stdout
     got = json.loads((tmp_path / "e.json").read_text())
-    after = [e for e in runs.read_events(folder / "run") if e["event"] == "evaluation"][-1]
+    after = [e for e in run_folder.read_events(folder / "run") if e["event"] == "evaluation"][-1]
     assert got["scores"] == after["scores"]
     assert got["perplexity"] == pytest.approx(after["perplexity"], rel=1e-5)
 
@@ -105,7 +105,7 @@ def test_energy(folder, tmp_path):
     assert result.exit_code == 0, result.output
     got = json.loads((tmp_path / "e.json").read_text())
     assert [row["layer"] for row in got["layers"]] == [0, 1, 2, 3, 4]
-    first = next(e for e in runs.read_events(folder / "run") if e["event"] == "energy" and e["layer"] == 2)
+    first = next(e for e in run_folder.read_events(folder / "run") if e["event"] == "energy" and e["layer"] == 2)
     row = got["layers"][2]
     assert row["energy"] == pytest.approx(first["energy"], rel=1e-6) and (row["n"], row["d"]) == (32, 80)
     assert sum(row["eigenvalues"]) == pytest.approx(1, abs=1e-4)
@@ -204,7 +204,7 @@ def test_contradictions_are_left_out_and_named_or_refused(folder, tmp_path):
     result = _call(*args)
     assert result.exit_code == 0, result.output
     assert re.search(r"note: 1 of 5 requests contradict .*left out: 'other'", " ".join(result.stderr.split()))
-    kept = runs.read_requests(tmp_path / "run")
+    kept = run_folder.read_requests(tmp_path / "run")
     assert [r.id for r in kept] == [r.id for r in tiny.facts(4)]
     again = ["run", "--resume", tmp_path / "run", "-d", data]
     assert _call(*again).exit_code == 0
@@ -260,9 +260,9 @@ def test_model_with_nan(folder, tmp_path, tokenizer):
 
 
 def test_interrupt_is_status_130(folder, tmp_path, monkeypatch):
-    from sphere_edit import looks
+    from sphere_edit.experiments import snapshots
 
-    monkeypatch.setattr(looks, "perplexity", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(snapshots, "perplexity", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     result = _call("run", "-m", folder / "model", "-d", folder / "facts.jsonl", "-o", tmp_path / "out", *_QUICK)
     assert result.exit_code == 130 and "interrupted" in result.stderr and "Traceback" not in result.output
     assert f"go on with: sphere-edit run --resume {tmp_path / 'out'}" in result.stderr
@@ -287,7 +287,7 @@ def test_ways_out_of_a_start_that_failed(folder, tmp_path):
         f"note: {left} holds an unfinished run; go on with: sphere-edit run --resume {left}; or remove it"
         in " ".join(result.stderr.split())
     )
-    assert (out / runs.REPORT).is_file()
+    assert (out / run_folder.REPORT).is_file()
     assert f"(not finished: {left})" in " ".join(_call("run", "--resume", out).stdout.split())
 
 

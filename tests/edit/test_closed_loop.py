@@ -8,12 +8,12 @@ import tiny
 import torch
 from dense_loop import DenseLoop
 
-from sphere_edit import editor as module
-from sphere_edit.engine import Engine
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.editing import editor as module
+from sphere_edit.editing.engine import Engine
+from sphere_edit.evaluation.metrics import score_targets
 from sphere_edit.methods.history import WithHistory
-from sphere_edit.metrics import score_targets
-from sphere_edit.replay import frozen
-from sphere_edit.requests import EditRequest
+from sphere_edit.model.inference import frozen
 from sphere_edit.targets.passes import Passes
 from sphere_kernels.streaming import HypersphereState
 

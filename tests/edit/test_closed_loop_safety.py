@@ -9,13 +9,14 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit import procedure
 from sphere_edit.config import ConfigError, EditConfig
-from sphere_edit.deltas import switch, write_deltas
-from sphere_edit.editor import SphereEditor
-from sphere_edit.engine import Engine
-from sphere_edit.procedure import RunOptions, resume
-from sphere_edit.structure import StructureError, find_structure
+from sphere_edit.editing.editor import SphereEditor
+from sphere_edit.editing.engine import Engine
+from sphere_edit.experiments import run as experiment
+from sphere_edit.experiments.run import resume
+from sphere_edit.model.structure import StructureError, find_structure
+from sphere_edit.runs.deltas import switch, write_deltas
+from sphere_edit.runs.spec import RunOptions
 from sphere_edit.targets.passes import Passes
 from sphere_kernels.streaming import HypersphereState
 
@@ -146,14 +147,14 @@ def test_interleaved_editors_do_not_meet(family, dtype, changes, make):
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_run_that_is_stopped_goes_on_to_the_same_bits(stop, tokenizer, tmp_path, monkeypatch):
     """Contexts are drawn in every round; checkpoints and replayed batches are gone on from alike."""
-    monkeypatch.setattr(procedure, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
+    monkeypatch.setattr(experiment, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
     settings = LOOP.replace(contexts=2, refresh_every=2, loop_kl=0.1)
     facts, text = tiny.places(8), tmp_path / "text.txt"
     text.write_text("Nobody saw the river in the night. " * 12)
 
     def run(out, interrupt=None):
         options = RunOptions("tiny", "facts", out, perplexity_text=str(text), perplexity_tokens=100, checkpoint_every=2)
-        procedure.run(tiny.make_model("llama"), tokenizer, facts, settings, options, interrupt)
+        experiment.run(tiny.make_model("llama"), tokenizer, facts, settings, options, interrupt)
 
     def interrupt(event):
         if event["event"] == "batch" and event["batch"] == stop:

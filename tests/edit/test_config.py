@@ -9,9 +9,10 @@ import re
 import pytest
 import yaml
 
+from sphere_edit.cli.options import check_same, settings
 from sphere_edit.config import PRESETS, ConfigError, EditConfig, auto_layers, foreign, preset
 from sphere_edit.methods import METHODS
-from sphere_edit.options import check_same, read_yaml, settings
+from sphere_edit.settings import read_yaml
 
 _NAN, _INF = float("nan"), float("inf")
 _BAD = {

@@ -9,10 +9,10 @@ import tiny
 import torch
 from safetensors import safe_open
 
-from sphere_edit import covariance as module
 from sphere_edit.config import EditConfig
-from sphere_edit.covariance import key_covariances, layer_fingerprints
-from sphere_edit.structure import find_structure
+from sphere_edit.methods import covariance as module
+from sphere_edit.methods.covariance import key_covariances, layer_fingerprints
+from sphere_edit.model.structure import find_structure
 
 _TEXT = "Anna went home. The river flows past the old mill, and nobody saw it.\n\nIt rained — for days.\n" * 20
 _TOKENS = 600

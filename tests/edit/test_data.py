@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sphere_edit.data import DataError, load_requests, world_facts
 from sphere_edit.data.geonames import load_world
-from sphere_edit.requests import EditRequest, RequestError, check_batches
+from sphere_edit.data.requests import EditRequest, RequestError, check_batches
 
 
 def counterfact_record(case_id: int = 0, **changes: object) -> dict:

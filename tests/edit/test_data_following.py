@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sphere_edit.cli import app
+from sphere_edit.cli.app import app
 from sphere_edit.data import DataError, load, load_requests
-from sphere_edit.requests import EditRequest, RequestError
+from sphere_edit.data.requests import EditRequest, RequestError
 
 PLAIN = {"prompt": "{} is in", "subject": "Rome", "target_new": "Japan"}
 

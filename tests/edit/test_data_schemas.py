@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sphere_edit.data import DataError, load, load_requests
-from sphere_edit.requests import EditRequest
+from sphere_edit.data.requests import EditRequest
 
 PLAIN = {"prompt": "{} is in", "subject": "Rome", "target_new": "Japan"}
 EASYEDIT = {

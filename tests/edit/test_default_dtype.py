@@ -9,10 +9,10 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit.editor import SphereEditor
-from sphere_edit.energies import layer_energies
-from sphere_edit.generation import generate_texts
-from sphere_edit.metrics import evaluate, perplexity
+from sphere_edit.editing.editor import SphereEditor
+from sphere_edit.evaluation.energies import layer_energies
+from sphere_edit.evaluation.metrics import evaluate, perplexity
+from sphere_edit.evaluation.texts import generate_texts
 
 pytestmark = pytest.mark.filterwarnings("ignore:the key covariance of")
 

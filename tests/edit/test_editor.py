@@ -7,11 +7,11 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit import editor as module
 from sphere_edit.config import EditConfig
-from sphere_edit.editor import SphereEditor
-from sphere_edit.engine import Engine
-from sphere_edit.replay import frozen
+from sphere_edit.editing import editor as module
+from sphere_edit.editing.editor import SphereEditor
+from sphere_edit.editing.engine import Engine
+from sphere_edit.model.inference import frozen
 from sphere_edit.targets.optimised import optimise_values
 from sphere_kernels.streaming import HypersphereState
 

@@ -6,11 +6,11 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit import editor as module
 from sphere_edit.config import ConfigError, EditConfig
-from sphere_edit.editor import SphereEditor
-from sphere_edit.requests import EditRequest, RequestError
-from sphere_edit.structure import StructureError
+from sphere_edit.data.requests import EditRequest, RequestError
+from sphere_edit.editing import editor as module
+from sphere_edit.editing.editor import SphereEditor
+from sphere_edit.model.structure import StructureError
 from sphere_kernels.streaming import HypersphereState
 
 families = pytest.mark.parametrize("family", ["llama", "gpt2"])

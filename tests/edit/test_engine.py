@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit.keys import LayerPass
-from sphere_edit.records import ReplayError
-from sphere_edit.replay import frozen
+from sphere_edit.editing.records import ReplayError
+from sphere_edit.model.inference import frozen
+from sphere_edit.targets.keys import LayerPass
 
 _SETTINGS = {
     "default": {},

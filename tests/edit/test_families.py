@@ -14,9 +14,9 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit.editor import SphereEditor
+from sphere_edit.editing.editor import SphereEditor
+from sphere_edit.evaluation.metrics import METRICS, evaluate, score_targets
 from sphere_edit.methods import METHODS
-from sphere_edit.metrics import METRICS, evaluate, score_targets
 from sphere_edit.targets import optimised, passes
 
 pytestmark = pytest.mark.filterwarnings("ignore:the key covariance of")

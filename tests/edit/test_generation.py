@@ -11,12 +11,11 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from sphere_edit import contexts, generation
-from sphere_edit.cli import app
-from sphere_edit.contexts import generate_contexts
+from sphere_edit.cli.app import app
 from sphere_edit.data import DataError, load_requests
-from sphere_edit.generation import (
-    complete,
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.evaluation import texts
+from sphere_edit.evaluation.texts import (
     fit_tfidf,
     generate_texts,
     n_gram_entropy,
@@ -24,7 +23,9 @@ from sphere_edit.generation import (
     reference_texts,
     score_texts,
 )
-from sphere_edit.requests import EditRequest
+from sphere_edit.model.generation import complete
+from sphere_edit.targets import contexts
+from sphere_edit.targets.contexts import generate_contexts
 
 
 def _request(subject, new, true, relation="r", **more):
@@ -164,7 +165,7 @@ def test_each_token_is_one_of_the_five_likeliest_and_none_ends_the_text(tokenize
             rows.append(ids.tolist())
             return "text"
 
-    monkeypatch.setattr(generation, "_ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(texts, "_ROWS_PER_BATCH", 2)
     requests = [_request(s, "Peru", None) for s in ("Oka", "The mouth of the river Tarn", "The city of Rome")]
     generate_texts(model, Keeping(), requests, length=30)
     for ids, request in zip(rows, requests, strict=True):
@@ -251,9 +252,9 @@ def test_positions_are_needed_of_each_batch(tokenizer, monkeypatch):
     lengths = [len(tokenizer(r.text)["input_ids"]) for r in (short, long)]
     length = lengths[1] + 3
     model = tiny.make_model("llama", max_position_embeddings=length)
-    monkeypatch.setattr(generation, "_ROWS_PER_BATCH", 1)
+    monkeypatch.setattr(texts, "_ROWS_PER_BATCH", 1)
     assert len(generate_texts(model, tokenizer, [short, long], length=length)) == 2
-    monkeypatch.setattr(generation, "_ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(texts, "_ROWS_PER_BATCH", 2)
     needed = lengths[1] + length - lengths[0]
     with pytest.raises(ValueError, match=f"{long.subject[:20]}.* takes {needed} tokens .* has {length} positions"):
         generate_texts(model, tokenizer, [short, long], length=length)
@@ -315,6 +316,6 @@ def test_options_of_what_is_not_asked_for(folder, option):
 def test_a_source_without_words_is_refused_before_the_model_is_loaded(folder, option, text, tmp_path, monkeypatch):
     path = tmp_path / "wordless"
     path.write_text(text + "\n")
-    monkeypatch.setattr("sphere_edit.cli.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("sphere_edit.cli.app.load_by_name", lambda *_: pytest.fail("the model was loaded"))
     result, _ = _evaluate(folder, "--generate", 2, option, path)
     assert result.exit_code == 2 and "wordless: expected text with words" in " ".join(result.stderr.split())

@@ -11,10 +11,12 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from sphere_edit import procedure, runs
-from sphere_edit.cli import app
-from sphere_edit.guard import BOUND, FIRST, LEAST, Guard, GuardError
-from sphere_edit.procedure import RunOptions, resume, rollback
+from sphere_edit.cli.app import app
+from sphere_edit.editing.guard import BOUND, FIRST, LEAST, Guard, GuardError
+from sphere_edit.experiments import run as experiment
+from sphere_edit.experiments.run import resume, rollback
+from sphere_edit.runs import run_folder
+from sphere_edit.runs.spec import RunOptions
 from sphere_kernels import LowRankUpdate
 
 _ONE = {"batch_size": 1}
@@ -301,7 +303,7 @@ def test_state_and_replay_decide_as_without(targets, make, monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(procedure, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
+    monkeypatch.setattr(experiment, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
 
 
 _COUNT = 9
@@ -310,7 +312,7 @@ _RUN = tiny.CONFIG.replace(value_clamp=0.1, contexts=0, value_steps=3, **_ONE)
 
 def _broken_solve(monkeypatch, number):
     """Batch ``number`` of any editor is sabotaged."""
-    from sphere_edit.engine import Engine
+    from sphere_edit.editing.engine import Engine
 
     solve = Engine.solve
 
@@ -324,7 +326,7 @@ def _broken_solve(monkeypatch, number):
 def _run(out, tokenizer, guard):
     model = tiny.make_model("llama")
     options = RunOptions("tiny", "facts", out, perplexity_tokens=100, checkpoint_every=2, curve_every=7)
-    procedure.run(model, tokenizer, tiny.places(_COUNT), _RUN.replace(guard=guard), options)
+    experiment.run(model, tokenizer, tiny.places(_COUNT), _RUN.replace(guard=guard), options)
     return model
 
 
@@ -346,7 +348,7 @@ def test_a_stopped_run_goes_on_with_another_guard(then, tmp_path, tokenizer, qui
     resume(resumed, tokenizer, run, guard=then)
     assert tiny.same(resumed, tiny.state(model))
     assert _bits(run) == _bits(whole)
-    events = runs.read_events(run)
+    events = run_folder.read_events(run)
     (change,) = [event for event in events if event["event"] == "setting"]
     assert (change["name"], change["value"], change["batch"]) == ("guard", then, 6)
     assert [e["facts"] for e in _guard_events(events)][: 1 if then == "warn" else None] == [
@@ -377,7 +379,9 @@ def test_an_unknown_guard_is_refused_on_resume(tmp_path, tokenizer, quick, monke
 def test_the_command_stops_goes_on_and_reports(tmp_path, tokenizer, monkeypatch):
     tiny.make_model("llama").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    runs.write_jsonl(tmp_path / "facts.jsonl", [{k: v for k, v in vars(r).items() if v} for r in tiny.places(_COUNT)])
+    run_folder.write_jsonl(
+        tmp_path / "facts.jsonl", [{k: v for k, v in vars(r).items() if v} for r in tiny.places(_COUNT)]
+    )
     (tmp_path / "text.txt").write_text("Nobody saw the river in the night. " * 12)
     _broken_solve(monkeypatch, 7)
     settings = tmp_path / "settings.yaml"

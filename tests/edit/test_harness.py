@@ -19,14 +19,15 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from sphere_edit import procedure, runs
-from sphere_edit.cli import app
+from sphere_edit.cli.app import app
 from sphere_edit.config import ConfigError
 from sphere_edit.data.reading import DataError
-from sphere_edit.harness import TASKS, general_ability, read_tasks
-from sphere_edit.procedure import RunOptions
-from sphere_edit.runs import RunError
-from sphere_edit.structure import StructureError
+from sphere_edit.evaluation.harness import TASKS, general_ability, read_tasks
+from sphere_edit.experiments import run as experiment
+from sphere_edit.model.structure import StructureError
+from sphere_edit.runs import run_folder
+from sphere_edit.runs.journal import RunError
+from sphere_edit.runs.spec import RunOptions
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed (the extra harness)", allow_module_level=True)
@@ -334,13 +335,13 @@ def _run(folder, out, tokenizer, on_event=None, **options):
     given = {"harness": ("rte", "boolq"), "harness_data": str(folder), "harness_limit": 7, "perplexity_tokens": 300}
     options = RunOptions("tiny", "facts", out, curve_every=1, **given | options)
     model = tiny.make_model("llama", seed=3)
-    procedure.run(model, tokenizer, tiny.facts(4), settings, options, on_event)
+    experiment.run(model, tokenizer, tiny.facts(4), settings, options, on_event)
     return model
 
 
 def test_a_run_scores_the_edited_model_in_place(folder, tokenizer, tmp_path):
     edited = _run(folder, tmp_path / "run", tokenizer)
-    events = runs.read_events(tmp_path / "run")
+    events = run_folder.read_events(tmp_path / "run")
     before, after = (e["ability"] for e in events if e["event"] == "evaluation")
     on_the_way = [e["ability"] for e in events if e["event"] == "curve"]
     for found, model in ((before, tiny.make_model("llama", seed=3)), (after, edited)):
@@ -348,7 +349,7 @@ def test_a_run_scores_the_edited_model_in_place(folder, tokenizer, tmp_path):
         assert found == {f"{task} {metric}": s for task, scores in own.items() for metric, s in scores.items()}
         assert found["rte acc"]["n"] == 7
     assert len(on_the_way) == 2 and on_the_way[-1] == after
-    page = (tmp_path / "run" / runs.REPORT).read_text(encoding="utf-8")
+    page = (tmp_path / "run" / run_folder.REPORT).read_text(encoding="utf-8")
     assert '<table id="ability">' in page and "General ability over edits" in page and "rte acc" in page
 
     def interrupt(event):
@@ -357,8 +358,8 @@ def test_a_run_scores_the_edited_model_in_place(folder, tokenizer, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         _run(folder, tmp_path / "cut", tokenizer, interrupt)
-    procedure.resume(tiny.make_model("llama", seed=3), tokenizer, tmp_path / "cut")
-    again = runs.read_events(tmp_path / "cut")
+    experiment.resume(tiny.make_model("llama", seed=3), tokenizer, tmp_path / "cut")
+    again = run_folder.read_events(tmp_path / "cut")
     assert [e.get("ability") for e in again if e["event"] in ("evaluation", "curve")] == [before, *on_the_way, after]
     for name in ("deltas.safetensors", "batches/000002.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
@@ -373,11 +374,11 @@ def test_a_run_may_score_at_its_ends_only_and_keeps_its_records(tokenizer, tmp_p
 
     with pytest.raises(KeyboardInterrupt):
         _run(tmp_path, tmp_path / "run", tokenizer, interrupt, harness=("rte",), harness_ends=True)
-    events = runs.read_events(tmp_path / "run")
+    events = run_folder.read_events(tmp_path / "run")
     assert ["ability" in e for e in events if e["event"] in ("evaluation", "curve")] == [True, False]
     _damage("rte", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment")(tmp_path)
     with pytest.raises(RunError, match="the task rte is not as it was when"):
-        procedure.resume(tiny.make_model("llama", seed=3), tokenizer, tmp_path / "run")
+        experiment.resume(tiny.make_model("llama", seed=3), tokenizer, tmp_path / "run")
     with pytest.raises(ConfigError, match="task 'mmlu' is not known"):
         _run(tmp_path, tmp_path / "other", tokenizer, harness=("mmlu",))
     with pytest.raises(ValueError, match="harness_limit 3: expected harness with it"):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from sphere_edit import files
 from sphere_edit.files import read_facts
-from sphere_edit.journal import BATCHES, CHECKPOINTS, JOURNAL, LOCK, SET_ASIDE, Journal, RunError
+from sphere_edit.runs.journal import BATCHES, CHECKPOINTS, JOURNAL, LOCK, SET_ASIDE, Journal, RunError
 
 _COUNT = 5
 
@@ -382,7 +382,7 @@ def test_no_journal_or_another_version(folder):
     shutil.rmtree(folder / BATCHES)
     assert Journal(folder).records == []
     with Journal.opened(folder) as journal, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sphere_edit.journal.FORMAT", 99)
+        patch.setattr("sphere_edit.runs.journal.FORMAT", 99)
         journal.begin()
     with pytest.raises(RunError, match="another version"):
         Journal(folder)
@@ -405,7 +405,7 @@ def test_going_back_takes_what_no_longer_holds(folder):
 _HOLDER = """
 import sys, time
 from pathlib import Path
-from sphere_edit.journal import Journal
+from sphere_edit.runs.journal import Journal
 with Journal.opened(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

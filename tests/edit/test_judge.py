@@ -12,13 +12,15 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from sphere_edit import answers, runs
-from sphere_edit.answers import evaluate_answers
-from sphere_edit.cli import app
-from sphere_edit.judge import Endpoint, JudgeError
-from sphere_edit.procedure import RunOptions, resume, run
-from sphere_edit.report import write_report
-from sphere_edit.requests import EditRequest
+from sphere_edit.cli.app import app
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.evaluation import answers
+from sphere_edit.evaluation.answers import evaluate_answers
+from sphere_edit.evaluation.judge import Endpoint, JudgeError
+from sphere_edit.experiments.run import resume, run
+from sphere_edit.report.page import write_report
+from sphere_edit.runs import run_folder
+from sphere_edit.runs.spec import RunOptions
 
 
 class Server(ThreadingHTTPServer):
@@ -150,7 +152,7 @@ def test_a_run_whose_judge_fails_goes_on_with_what_was_judged(server, tmp_path):
     server.reply = lambda prompt: "yes" if len(prompt) % 2 else "no"
     whole = run(*model(), requests, tiny.CONFIG, options("whole")).events
     asked = len(server.asked)
-    kept = (tmp_path / "whole" / runs.JUDGED).read_bytes()
+    kept = (tmp_path / "whole" / run_folder.JUDGED).read_bytes()
     (before, after) = [event["scores"] for event in whole if event["event"] == "evaluation"]
     assert before["efficacy_judged"]["n"] == after["efficacy_judged"]["n"] == 4
     page = write_report(tmp_path / "whole").read_text()
@@ -162,11 +164,11 @@ def test_a_run_whose_judge_fails_goes_on_with_what_was_judged(server, tmp_path):
     with pytest.raises(JudgeError, match="503"):
         run(*model(), requests, tiny.CONFIG, options("stopped"))
     server.reply, done = once, len(server.asked)
-    with runs.existing_run(tmp_path / "stopped") as journal:
+    with run_folder.existing_run(tmp_path / "stopped") as journal:
         assert journal.batches == 2
     events = resume(*model(), tmp_path / "stopped").events
     assert [e["scores"] for e in events if e["event"] == "evaluation"] == [before, after]
-    assert (tmp_path / "stopped" / runs.JUDGED).read_bytes() == kept
+    assert (tmp_path / "stopped" / run_folder.JUDGED).read_bytes() == kept
     assert len(server.asked) - done <= 2  # what failed, and what came after it
 
 

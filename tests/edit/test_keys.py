@@ -7,10 +7,11 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit import keys as keys_module
-from sphere_edit.contexts import generate_contexts
-from sphere_edit.keys import KeyMoments, LayerPass
-from sphere_edit.structure import find_structure
+from sphere_edit.methods.covariance import KeyMoments
+from sphere_edit.model.structure import find_structure
+from sphere_edit.targets import keys as keys_module
+from sphere_edit.targets.contexts import generate_contexts
+from sphere_edit.targets.keys import LayerPass
 
 _CONTEXTS = ["{}", "A longer sentence stands before it. {}", "So. {}"]
 _LAYERS = (1, 2, 3)

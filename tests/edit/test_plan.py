@@ -11,11 +11,13 @@ import tiny
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from sphere_edit import plan, procedure, runs
-from sphere_edit.cli import app
-from sphere_edit.editor import SphereEditor
-from sphere_edit.plan import make_plan
-from sphere_edit.procedure import RunOptions
+from sphere_edit.cli.app import app
+from sphere_edit.editing.editor import SphereEditor
+from sphere_edit.experiments import plan
+from sphere_edit.experiments import run as experiment
+from sphere_edit.experiments.plan import make_plan
+from sphere_edit.runs import run_folder
+from sphere_edit.runs.spec import RunOptions
 
 _QUICK = [
     *("--layers", "1,2,3", "--batch-size", "2", "--set", "contexts=0", "--set", "covariance_tokens=600"),
@@ -67,7 +69,7 @@ def test_a_dry_run_says_what_the_run_does_and_leaves_no_trace(files):
     ):
         assert expected in said, result.output
     assert _run(files).exit_code == 0
-    events = runs.read_events(files / "run")
+    events = run_folder.read_events(files / "run")
     assert [e["batch"] for e in events if e["event"] == "batch"] == [1, 2]
     assert max(e["rounds"] for e in events if e["event"] == "batch") <= 8
     for moment in (files / "cache" / "covariance").iterdir():
@@ -113,7 +115,7 @@ _KINDS = {
 
 @pytest.mark.parametrize("kind", _KINDS)
 def test_files_are_as_large_as_was_said(kind, tokenizer, config, tmp_path, monkeypatch):
-    monkeypatch.setattr(procedure, "write_report", lambda run: None)
+    monkeypatch.setattr(experiment, "write_report", lambda run: None)
     monkeypatch.setattr(plan, "_LONG", 0.0)  # one fact is timed
     config, model = config.replace(**_KINDS[kind]), tiny.make_model("llama")
     options = RunOptions("tiny", "facts", tmp_path / "run", perplexity_tokens=300, checkpoint_every=1, save_model=True)
@@ -122,9 +124,9 @@ def test_files_are_as_large_as_was_said(kind, tokenizer, config, tmp_path, monke
     planned = make_plan(editor, tiny.facts(6), options)
     assert tiny.same(model, before) and not planned.problems
     said = plan._disk(editor, tiny.facts(6), options)
-    procedure.run(model, tokenizer, tiny.facts(6), config, options)
+    experiment.run(model, tokenizer, tiny.facts(6), config, options)
     run = tmp_path / "run"
-    found = {name: _size(run / name) for name in ("batches", "model")} | {"deltas": _size(run / runs.DELTAS)}
+    found = {name: _size(run / name) for name in ("batches", "model")} | {"deltas": _size(run / run_folder.DELTAS)}
     heads = 3 * 15_000  # of each batch: the random state, names
     assert said["batches"] <= found["batches"] <= said["batches"] + heads
     assert found["deltas"] == pytest.approx(said["deltas"], rel=0.1)

@@ -8,13 +8,16 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit import looks, procedure, runs
 from sphere_edit.config import EditConfig
-from sphere_edit.looks import complete, sample_prompts
-from sphere_edit.metrics import evaluate, perplexity
-from sphere_edit.procedure import RunOptions
-from sphere_edit.requests import EditRequest, RequestError
-from sphere_edit.runs import RunError
+from sphere_edit.data.requests import EditRequest, RequestError
+from sphere_edit.evaluation.metrics import evaluate, perplexity
+from sphere_edit.experiments import run as experiment
+from sphere_edit.experiments import snapshots
+from sphere_edit.experiments.snapshots import sample_prompts
+from sphere_edit.model.generation import complete
+from sphere_edit.runs import run_folder
+from sphere_edit.runs.journal import RunError
+from sphere_edit.runs.spec import RunOptions
 
 _FILES = {"config.yaml", "requests.jsonl", "before.json", "journal.jsonl", "batches", "lock"}
 _FILES |= {"metrics.jsonl", "deltas.safetensors", "report.html"}
@@ -27,7 +30,7 @@ def edit(tokenizer, config, tmp_path):
     def build(family="llama", requests=None, out="run", config=config, **options):
         model = tiny.make_model(family)
         options = RunOptions("tiny", "facts", tmp_path / out, **{"perplexity_tokens": 300, **options})
-        procedure.run(model, tokenizer, tiny.facts(3) if requests is None else requests, config, options)
+        experiment.run(model, tokenizer, tiny.facts(3) if requests is None else requests, config, options)
         return model, tmp_path / out
 
     return build
@@ -35,7 +38,7 @@ def edit(tokenizer, config, tmp_path):
 
 @pytest.fixture
 def quick_report(monkeypatch):
-    monkeypatch.setattr(procedure, "write_report", lambda run: (run / "report.html").write_text("<html>"))
+    monkeypatch.setattr(experiment, "write_report", lambda run: (run / "report.html").write_text("<html>"))
 
 
 def _contents(path):
@@ -46,13 +49,13 @@ def test_folder_is_complete_and_readable(edit, config, tokenizer, tmp_path):
     model, run = edit(save_model=True)
     assert {p.name for p in run.iterdir()} == _FILES | {"model"}
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("run")] == ["run"]
-    saved = runs.read_config(run)
+    saved = run_folder.read_config(run)
     assert EditConfig.from_dict(saved["settings"]) == config
     assert (saved["model"], saved["data"], saved["edits"]) == ("tiny", "facts", 3)
     assert saved["environment"]["torch"] == torch.__version__
     requests = [json.loads(line) for line in (run / "requests.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(r["id"], r["subject"]) for r in requests] == [(r.id, r.subject) for r in tiny.facts(3)]
-    events = runs.read_events(run)
+    events = run_folder.read_events(run)
     kinds = [e["event"] for e in events]
     assert kinds.count("evaluation") == 2 and kinds.count("batch") == 2 and kinds.count("request") == 3
     assert kinds.count("energy") == 9 and kinds.count("spectrum") == 6 and kinds[-1] == "finished"
@@ -67,7 +70,7 @@ def test_folder_is_complete_and_readable(edit, config, tokenizer, tmp_path):
 
 def test_evaluations_are_of_the_model_before_and_after(edit, tokenizer, quick_report):
     model, run = edit()
-    events = runs.read_events(run)
+    events = run_folder.read_events(run)
     before, after = (e for e in events if e["event"] == "evaluation")
     for event, of in ((before, tiny.make_model("llama")), (after, model)):
         assert event["scores"] == evaluate(of, tokenizer, tiny.facts(3)).to_dict()
@@ -89,19 +92,19 @@ def test_failure_leaves_the_earlier_run(where, error, edit, quick_report, monkey
         raise error("cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(looks if where == "complete" else procedure, where, fail)
+        patch.setattr(snapshots if where == "complete" else experiment, where, fail)
         with pytest.raises(error):
             edit(requests=tiny.facts(1), overwrite=True)
     assert _contents(run) == before
     edit(requests=tiny.facts(1), overwrite=True)  # what the failed run left does not stand in the way, and stays
-    assert runs.read_config(run)["edits"] == 1
+    assert run_folder.read_config(run)["edits"] == 1
     (unfinished,) = run.parent.glob("run.*")
     assert unfinished.name.startswith("run.partial-")
-    assert (unfinished / runs.DELTAS).is_file() == (where == "write_report")  # kept as soon as there are edits
+    assert (unfinished / run_folder.DELTAS).is_file() == (where == "write_report")  # kept as soon as there are edits
 
 
 def test_failure_in_a_batch_keeps_those_before(edit, quick_report, monkeypatch, tmp_path):
-    from sphere_edit.engine import Engine
+    from sphere_edit.editing.engine import Engine
 
     calls, add = [], Engine._add
 
@@ -115,9 +118,9 @@ def test_failure_in_a_batch_keeps_those_before(edit, quick_report, monkeypatch, 
     with pytest.raises(KeyboardInterrupt):
         edit()
     run = tmp_path / "run"
-    assert [e["batch"] for e in runs.read_events(run) if e["event"] == "batch"] == [1]
+    assert [e["batch"] for e in run_folder.read_events(run) if e["event"] == "batch"] == [1]
     assert [p.name for p in (run / "batches").iterdir()] == ["000001.safetensors"]
-    assert not (run / runs.DELTAS).exists()
+    assert not (run / run_folder.DELTAS).exists()
     with pytest.raises(RunError, match="unfinished run; go on with: sphere-edit run --resume"):
         edit()
 
@@ -129,7 +132,7 @@ def test_overwrite(edit, quick_report, tmp_path):
         edit(requests=tiny.facts(2))
     assert _contents(run) == before
     edit(requests=tiny.facts(2), overwrite=True)
-    assert runs.read_config(run)["edits"] == 2
+    assert run_folder.read_config(run)["edits"] == 2
     (tmp_path / "empty").mkdir()
     edit(out="empty", requests=tiny.facts(1))
     assert (tmp_path / "empty" / "config.yaml").is_file()
@@ -217,15 +220,17 @@ def test_overwrite_spares_what_is_not_a_run(edit, quick_report, tmp_path):
 def test_a_folder_that_appears_meanwhile_is_spared(edit, quick_report, monkeypatch, tmp_path):
     """It is not a run that --overwrite was to replace; the new one stays beside it, complete."""
     edit()
-    complete = looks.complete
+    complete = snapshots.complete
 
     def slow(*args):
         (tmp_path / "run" / "notes.txt").write_text("mine")
         return complete(*args)
 
-    monkeypatch.setattr(looks, "complete", slow)
+    monkeypatch.setattr(snapshots, "complete", slow)
     with pytest.raises(RunError, match="notes.txt"):
         edit(overwrite=True, requests=tiny.facts(1))
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine" and runs.read_config(tmp_path / "run")["edits"] == 3
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine" and run_folder.read_config(tmp_path / "run")[
+        "edits"
+    ] == 3
     (beside,) = tmp_path.glob("run.partial-*")
-    assert runs.read_config(beside)["edits"] == 1 and (beside / runs.DELTAS).is_file()
+    assert run_folder.read_config(beside)["edits"] == 1 and (beside / run_folder.DELTAS).is_file()

@@ -6,9 +6,10 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit.replay import frozen, record, record_after_prefix
-from sphere_edit.structure import StructureError, find_structure
-from sphere_edit.tokens import pad_left
+from sphere_edit.model.inference import frozen
+from sphere_edit.model.partial_forward import record, record_after_prefix
+from sphere_edit.model.structure import StructureError, find_structure
+from sphere_edit.model.tokens import pad_left
 
 _FIRST, _LAST = 2, 4
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from sphere_edit import files, runs
+from sphere_edit import files
+from sphere_edit.cli.terminal import learned_table
 from sphere_edit.config import EditConfig
-from sphere_edit.measures import correlations
-from sphere_edit.report import write_report
-from sphere_edit.terminal import learned_table
+from sphere_edit.report.correlations import correlations
+from sphere_edit.report.page import write_report
+from sphere_edit.runs import run_folder
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -36,7 +37,7 @@ NAMES = [f"{m}_{k}" for m in ("efficacy", "generalization", "specificity") for k
 
 
 def events_of(layers: list[int], sizes: list[int], n: int = 24, sphere: bool = True, true: bool = True) -> list[dict]:
-    """Events as `procedure.run` writes them, with figures that are all different."""
+    """Events as `experiments.run` writes them, with figures that are all different."""
     events: list[dict[str, Any]] = []
 
     def look(when: str, shift: float) -> None:
@@ -125,7 +126,7 @@ def make_run(
     sizes = [4] * (edits // 4)
     said = texts or ["plain text"]
     config = EditConfig(layers=layers, batch_size=4, sphere=sphere)
-    runs.write_config(
+    run_folder.write_config(
         path,
         {
             "model": said[0],
@@ -159,7 +160,7 @@ def make_run(
         kind = ("edited", "paraphrase", "neighbor", "neutral")[i % 4]
         events.append({"event": "sample", "kind": kind, "prompt": text, "before": text, "after": f" {text}"})
     events.append({"event": "finished", "seconds": 100.5})
-    for name, records in ((runs.REQUESTS, requests), (runs.METRICS, events)):
+    for name, records in ((run_folder.REQUESTS, requests), (run_folder.METRICS, events)):
         (path / name).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
@@ -235,7 +236,7 @@ def page(run: Path) -> Page:
 
 
 def test_tables_hold_the_figures_of_the_events(run: Path, page: Page) -> None:
-    events = runs.read_events(run)
+    events = run_folder.read_events(run)
     before, after = (e for e in events if e["event"] == "evaluation")
     *rows, perplexity = page.body("scores")
     assert len(rows) == len(NAMES)
@@ -265,8 +266,8 @@ def test_tables_hold_the_figures_of_the_events(run: Path, page: Page) -> None:
 
 
 def test_tiles_hold_the_key_figures(run: Path, page: Page) -> None:
-    before, after = (e for e in runs.read_events(run) if e["event"] == "evaluation")
-    energies = [e for e in runs.read_events(run) if e["event"] == "energy"]
+    before, after = (e for e in run_folder.read_events(run) if e["event"] == "evaluation")
+    energies = [e for e in run_folder.read_events(run) if e["event"] == "energy"]
     tiles = [" ".join(tile.split()) for tile in page.tiles]
     assert len(tiles) == len(NAMES) + 2
     for name, tile in zip(NAMES, tiles, strict=False):
@@ -279,11 +280,11 @@ def test_tiles_hold_the_key_figures(run: Path, page: Page) -> None:
 
 def _with_learned(run: Path, figures: list[dict[str, Any]]) -> Path:
     """The run with more said of its batches."""
-    events, left = runs.read_events(run), iter(figures)
+    events, left = run_folder.read_events(run), iter(figures)
     for event in events:
         if event["event"] == "batch":
             event |= next(left)
-    (run / runs.METRICS).write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    (run / run_folder.METRICS).write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
     return run
 
 
@@ -299,7 +300,7 @@ def test_what_was_learned_and_reached_is_shown(tmp_path: Path) -> None:
     assert "10 of 12 facts learned" in text and "Not learned: 3, <b>7</b>." in text
     assert "Reached: 0.650 of the wanted changes, 0.400 in the batch that reached least" in text
     assert html.count('<p class="warning">') == 1 and "batch 2: reached 0.40 of the wanted change" in text
-    table = learned_table(runs.read_events(run))
+    table = learned_table(run_folder.read_events(run))
     assert table is not None and "10 of 12" in str(table.title)
     shown = [list(column.cells) for column in table.columns]
     assert shown[1:3] == [["4 of 4", "2 of 4", "4 of 4"], ["0.90", "0.40", "-"]] and shown[3][1] == "3, <b>7</b>"
@@ -315,7 +316,7 @@ def test_a_closed_loop_is_not_blamed_for_what_it_reached(tmp_path: Path) -> None
 
 def test_runs_that_do_not_say_what_was_learned(run: Path, page: Page) -> None:
     assert "facts learned" not in "".join(page.texts)
-    assert learned_table(runs.read_events(run)) is None
+    assert learned_table(run_folder.read_events(run)) is None
 
 
 def test_requests_show_hit_or_miss(page: Page) -> None:
@@ -385,15 +386,15 @@ def test_missing_fields_are_dashes(tmp_path: Path, sphere: bool, true: bool) -> 
 def test_every_event_may_be_missing(tmp_path: Path) -> None:
     """Any first part of a log makes a page: interrupted runs are looked at too."""
     run = make_run(tmp_path / "run", edits=4, layers=(4, 5))
-    lines = (run / runs.METRICS).read_text().splitlines(keepends=True)
+    lines = (run / run_folder.METRICS).read_text().splitlines(keepends=True)
     for count in range(1, len(lines), 4):
-        (run / runs.METRICS).write_text("".join(lines[:count]))
+        (run / run_folder.METRICS).write_text("".join(lines[:count]))
         assert "has not finished" in load(run)[0]
 
 
 def test_odd_figures(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", edits=4, layers=(4,))
-    events = runs.read_events(run)
+    events = run_folder.read_events(run)
     for event in events:
         if event["event"] == "evaluation" and event["when"] == "after":
             event["perplexity"] = math.inf
@@ -403,7 +404,7 @@ def test_odd_figures(tmp_path: Path) -> None:
         if event["event"] == "spectrum":
             event["eigenvalues"] = [0.9, 0.1] + [0.0] * 6
             event["rank"] = 3
-    (run / runs.METRICS).write_text("".join(json.dumps(event) + "\n" for event in events))
+    (run / run_folder.METRICS).write_text("".join(json.dumps(event) + "\n" for event in events))
     _, page = load(run)
     assert page.body("scores")[0][2] == "100.0 %"
     assert page.body("scores")[-1][2] == "inf"
@@ -412,7 +413,7 @@ def test_odd_figures(tmp_path: Path) -> None:
 def measure(run: Path, covariance: bool = True, bound: bool = True) -> list[dict]:
     """Add to a run what newer ones say of weights, cosines and scores on the way."""
     events: list[dict[str, Any]] = []
-    for i, event in enumerate(runs.read_events(run)):
+    for i, event in enumerate(run_folder.read_events(run)):
         events.append(event)
         if event["event"] == "energy":
             event |= {"neurons": 10, "moved_mean": 0.01 * i, "moved_max": 0.02 * i, "weight_rank": 24 - event["batch"]}
@@ -433,7 +434,7 @@ def measure(run: Path, covariance: bool = True, bound: bool = True) -> list[dict
             parts = {"scores": scores, "first": {NAMES[0]: scores[NAMES[0]]}, "last": {}}
             edits = {"batch": number, "edits": event["edits"]}
             events.append({"event": "curve", **edits, **parts, "perplexity": 20.0 + number})
-    (run / runs.METRICS).write_text("".join(json.dumps(event) + "\n" for event in events))
+    (run / run_folder.METRICS).write_text("".join(json.dumps(event) + "\n" for event in events))
     return events
 
 
@@ -502,41 +503,41 @@ def test_what_is_not_measured_is_left_out(tmp_path: Path, page: Page) -> None:
     for event in events:
         if event["event"] == "curve":
             event |= {"perplexity": 20.0, "first": {}, "last": {}}
-    (other / runs.METRICS).write_text("".join(json.dumps(e) + "\n" for e in events if e["event"] != "cosines"))
+    (other / run_folder.METRICS).write_text("".join(json.dumps(e) + "\n" for e in events if e["event"] != "cosines"))
     _, found = load(other)
     assert "weights" in found.tables and "bounds" not in found.tables and found.tags["svg"] == 5 + 3
     assert all(row[1:] == ["–"] * 4 + [row[-1]] for row in found.body("correlations"))
-    lines = (run / runs.METRICS).read_text().splitlines(keepends=True)
+    lines = (run / run_folder.METRICS).read_text().splitlines(keepends=True)
     for count in range(1, len(lines), 9):
-        (run / runs.METRICS).write_text("".join(lines[:count]))
+        (run / run_folder.METRICS).write_text("".join(lines[:count]))
         assert "has not finished" in load(run)[0]
 
 
 def test_requests_that_were_not_drawn_are_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", edits=60)
-    config = yaml.safe_load((run / runs.CONFIG).read_text())
-    (run / runs.CONFIG).write_text(yaml.safe_dump({**config, "score_sample": 4}))
-    wanted = [json.loads(line) for line in (run / runs.REQUESTS).read_text().splitlines()]
+    config = yaml.safe_load((run / run_folder.CONFIG).read_text())
+    (run / run_folder.CONFIG).write_text(yaml.safe_dump({**config, "score_sample": 4}))
+    wanted = [json.loads(line) for line in (run / run_folder.REQUESTS).read_text().splitlines()]
     for i, request in enumerate(wanted):
         request["id"] = f"id {i}"
-    (run / runs.REQUESTS).write_text("".join(json.dumps(request) + "\n" for request in wanted))
-    events = [e for e in runs.read_events(run) if e["event"] != "request"]
+    (run / run_folder.REQUESTS).write_text("".join(json.dumps(request) + "\n" for request in wanted))
+    events = [e for e in run_folder.read_events(run) if e["event"] != "request"]
     drawn = {3: 1.0, 17: 0.0, 55: 1.0, 59: 0.0}
     for i, hit in drawn.items():
         scores = {"efficacy_success": hit, "efficacy_accuracy": 1 - hit}
         events.append({"event": "request", "id": f"id {i}", "before": {}, "after": scores})
-    (run / runs.METRICS).write_text("".join(json.dumps(event) + "\n" for event in events))
+    (run / run_folder.METRICS).write_text("".join(json.dumps(event) + "\n" for event in events))
     rows = load(run)[1].body("requests")
     assert [row[0] for row in rows] == [f"The capital of Land {i} is" for i in drawn]
     assert [row[4] for row in rows] == ["hit" if hit else "miss" for hit in drawn.values()]
 
 
 def test_same_folder_same_bytes(tmp_path: Path, run: Path) -> None:
-    assert write_report(run) == run / runs.REPORT
-    first = (run / runs.REPORT).read_bytes()
-    (run / runs.REPORT).unlink()
+    assert write_report(run) == run / run_folder.REPORT
+    first = (run / run_folder.REPORT).read_bytes()
+    (run / run_folder.REPORT).unlink()
     write_report(run)
-    assert (run / runs.REPORT).read_bytes() == first
+    assert (run / run_folder.REPORT).read_bytes() == first
     assert not re.search(rb"20\d\d-\d\d-\d\d", first)
 
 
@@ -545,7 +546,7 @@ def test_an_interrupted_write_leaves_the_old_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     run = make_run(tmp_path / "run", edits=4, layers=(4,))
-    (run / runs.REPORT).write_text("old page")
+    (run / run_folder.REPORT).write_text("old page")
     names = sorted(p.name for p in run.iterdir())
 
     def fail(*args: object) -> None:
@@ -554,24 +555,24 @@ def test_an_interrupted_write_leaves_the_old_page(
     monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(error):
         write_report(run)
-    assert (run / runs.REPORT).read_text() == "old page"
+    assert (run / run_folder.REPORT).read_text() == "old page"
     assert sorted(p.name for p in run.iterdir()) == names
 
 
 def test_errors_name_the_folder_and_leave_it(tmp_path: Path) -> None:
-    with pytest.raises(runs.RunError, match="not a run folder"):
+    with pytest.raises(run_folder.RunError, match="not a run folder"):
         write_report(tmp_path)
     run = make_run(tmp_path / "run", edits=4, layers=(4,))
-    (run / runs.METRICS).write_text("")
-    with pytest.raises(runs.RunError, match="no events"):
+    (run / run_folder.METRICS).write_text("")
+    with pytest.raises(run_folder.RunError, match="no events"):
         write_report(run)
-    (run / runs.METRICS).unlink()
-    with pytest.raises(runs.RunError, match="no readable metrics.jsonl"):
+    (run / run_folder.METRICS).unlink()
+    with pytest.raises(run_folder.RunError, match="no readable metrics.jsonl"):
         write_report(run)
-    (run / runs.METRICS).write_text('{"event": "energy"\n')
-    with pytest.raises(runs.RunError, match="line 1"):
+    (run / run_folder.METRICS).write_text('{"event": "energy"\n')
+    with pytest.raises(run_folder.RunError, match="line 1"):
         write_report(run)
-    (run / runs.CONFIG).write_text(yaml.safe_dump({"format": 99}))
-    with pytest.raises(runs.RunError, match="another version"):
+    (run / run_folder.CONFIG).write_text(yaml.safe_dump({"format": 99}))
+    with pytest.raises(run_folder.RunError, match="another version"):
         write_report(run)
-    assert not (run / runs.REPORT).exists()
+    assert not (run / run_folder.REPORT).exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sphere_edit.data import load_requests
-from sphere_edit.requests import (
+from sphere_edit.data.requests import (
     EditRequest,
     RequestError,
     batches,

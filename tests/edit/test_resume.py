@@ -16,15 +16,18 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from sphere_edit import files, looks, procedure, runs
-from sphere_edit import journal as journals
-from sphere_edit.cli import app
-from sphere_edit.deltas import switch
-from sphere_edit.journal import BATCHES, CHECKPOINTS, JOURNAL, SET_ASIDE, Journal
-from sphere_edit.procedure import RunOptions, resume, rollback
-from sphere_edit.requests import EditRequest
-from sphere_edit.runs import RunError
-from sphere_edit.structure import find_structure
+from sphere_edit import files
+from sphere_edit.cli.app import app
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.experiments import run as experiment
+from sphere_edit.experiments import snapshots
+from sphere_edit.experiments.run import resume, rollback
+from sphere_edit.model.structure import find_structure
+from sphere_edit.runs import journal as journals
+from sphere_edit.runs import run_folder
+from sphere_edit.runs.deltas import switch
+from sphere_edit.runs.journal import BATCHES, CHECKPOINTS, JOURNAL, SET_ASIDE, Journal, RunError
+from sphere_edit.runs.spec import RunOptions
 
 _BATCHES = 13
 _SETTINGS = tiny.CONFIG.replace(contexts=1, value_steps=3, refresh_every=2)
@@ -53,7 +56,7 @@ def base(tmp_path_factory, tokenizer):
     base = tmp_path_factory.mktemp("resume")
     tiny.make_model("llama").save_pretrained(base / "model")
     tokenizer.save_pretrained(base / "model")
-    runs.write_jsonl(base / "facts.jsonl", [{k: v for k, v in vars(r).items() if v} for r in _facts()])
+    run_folder.write_jsonl(base / "facts.jsonl", [{k: v for k, v in vars(r).items() if v} for r in _facts()])
     (base / "text.txt").write_text("Nobody saw the river in the night. " * 12)
     return base
 
@@ -109,7 +112,7 @@ def _same(run: Path, other: Path) -> None:
 
 def _events(run: Path) -> list[dict]:
     """The events without their times."""
-    return [{k: v for k, v in event.items() if k != "seconds"} for event in runs.read_events(run)]
+    return [{k: v for k, v in event.items() if k != "seconds"} for event in run_folder.read_events(run)]
 
 
 def _run(out: Path, tokenizer, count: int = 2 * _BATCHES - 1, stop: int | None = None, family="llama", **more):
@@ -122,7 +125,7 @@ def _run(out: Path, tokenizer, count: int = 2 * _BATCHES - 1, stop: int | None =
     model = tiny.make_model(family, **more)
     options = RunOptions("tiny", "facts", out, perplexity_tokens=100, checkpoint_every=3)
     try:
-        procedure.run(model, tokenizer, _facts(count), _SETTINGS, options, interrupt)
+        experiment.run(model, tokenizer, _facts(count), _SETTINGS, options, interrupt)
     except KeyboardInterrupt:
         assert stop is not None
     return model
@@ -133,13 +136,13 @@ def whole(base, tokenizer):
     """A run that was never stopped: the edited model's weights, and the folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPHERE_EDIT_CACHE", str(base / "cache"))
-        patch.setattr(procedure, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
+        patch.setattr(experiment, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
         return tiny.state(_run(base / "whole", tokenizer)), base / "whole"
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(procedure, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
+    monkeypatch.setattr(experiment, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
 
 
 @pytest.fixture
@@ -212,7 +215,7 @@ def test_twenty_kills_of_a_run_on_the_demo_model(tmp_path):
     log, facts, text = tmp_path / "log", tmp_path / "facts.jsonl", tmp_path / "text.txt"
     names = ["Mali", "Peru", "Chad", "Laos", "Oman", "Cuba", "Fiji", "Iran", "Iraq", "Togo", "Niger", "Kenya"]
     made = [EditRequest("The capital of {} is", name, "Rome", id=name) for name in names]
-    runs.write_jsonl(facts, [{k: v for k, v in vars(r).items() if v} for r in made])
+    run_folder.write_jsonl(facts, [{k: v for k, v in vars(r).items() if v} for r in made])
     text.write_text("Nobody saw the river in the night. " * 4)
     arguments = [
         *("run", "--model", "smollm2-135m", "--data", facts, "--layers", "4,5", "--batch-size", 1),
@@ -324,14 +327,14 @@ def stopped(base, tokenizer, quick, tmp_path):
     """A run of the command's own options, stopped after four batches."""
     run = tmp_path / "stopped"
     with pytest.MonkeyPatch.context() as patch:
-        real = runs.write_batch
+        real = run_folder.write_batch
 
         def write(journal, batch):
             if batch.number == 5:
                 raise KeyboardInterrupt
             real(journal, batch)
 
-        patch.setattr(runs, "write_batch", write)
+        patch.setattr(run_folder, "write_batch", write)
         result = _call(*_arguments(base), "--out", run)
     assert result.exit_code == 130
     assert f"batches kept safe: 4; go on with: sphere-edit run --resume {run}" in " ".join(result.stderr.split())
@@ -362,7 +365,7 @@ def stopped(base, tokenizer, quick, tmp_path):
 )
 def test_other_options_than_the_runs_own_are_refused(given, message, stopped, monkeypatch):
     before = _files(stopped)
-    monkeypatch.setattr("sphere_edit.models.load_model", None)  # all of this is known before
+    monkeypatch.setattr("sphere_edit.model.loading.load_model", None)  # all of this is known before
     assert re.search(message, _error(_call("run", "--resume", stopped, *given)))
     assert _files(stopped) == before
 
@@ -409,13 +412,13 @@ def test_a_changed_model_is_named(whole, copy, tokenizer, tmp_path):
 
 def test_other_threads_and_another_machine_are_said(copy, tokenizer, monkeypatch):
     rollback(tiny.make_model("llama"), tokenizer, copy, 4)
-    here, notes = runs.environment(), []
-    monkeypatch.setattr(runs, "environment", lambda: here | {"torch": "9.9", "machine": "Elbrus"})
+    here, notes = run_folder.environment(), []
+    monkeypatch.setattr(run_folder, "environment", lambda: here | {"torch": "9.9", "machine": "Elbrus"})
     threads = torch.get_num_threads()
     seen = []
-    real = runs.write_batch
-    monkeypatch.setattr(runs, "write_batch", lambda *args: (seen.append(torch.get_num_threads()), real(*args)))
-    with runs.existing_run(copy) as journal:
+    real = run_folder.write_batch
+    monkeypatch.setattr(run_folder, "write_batch", lambda *args: (seen.append(torch.get_num_threads()), real(*args)))
+    with run_folder.existing_run(copy) as journal:
         journal.on_note = notes.append
         torch.set_num_threads(threads + 1)
         try:
@@ -430,12 +433,12 @@ def test_other_threads_and_another_machine_are_said(copy, tokenizer, monkeypatch
 
 def test_bits_that_come_out_different_are_refused(copy, tokenizer, monkeypatch):
     """As on another machine: the recorded sums decide, and nothing is touched."""
-    from sphere_edit.engine import Engine
+    from sphere_edit.editing.engine import Engine
 
     rollback(tiny.make_model("llama"), tokenizer, copy, 4)
     before, add = _files(copy), Engine._add
     monkeypatch.setattr(Engine, "_add", lambda self, layer, left, right: add(self, layer, left * (1 + 1e-6), right))
-    monkeypatch.setattr(runs, "environment_changes", lambda recorded: ["machine was this, is that"])
+    monkeypatch.setattr(run_folder, "environment_changes", lambda recorded: ["machine was this, is that"])
     with pytest.raises(RunError, match="000001.safetensors: .*SHA-256.*machine was this, is that"), pytest.warns():
         resume(tiny.make_model("llama"), tokenizer, copy)
     assert {k: v for k, v in _files(copy).items() if k != "metrics.jsonl"} == {
@@ -482,7 +485,7 @@ def test_damaged_checkpoints_are_passed_over(damage, copy, whole, tokenizer, rec
 
 def test_a_damaged_look_from_before_is_taken_again(copy, whole, tokenizer):
     rollback(tiny.make_model("llama"), tokenizer, copy, 11)
-    path = copy / runs.BEFORE
+    path = copy / run_folder.BEFORE
     path.write_text(path.read_text().replace("0.5", "0.6"))
     with pytest.warns(UserWarning, match="before.json is .*; evaluating again"):
         _resumed(copy, tokenizer)
@@ -618,7 +621,7 @@ def test_a_place_that_cannot_be_written_is_said_before_a_model_is_loaded(base, s
     def refuse(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr("sphere_edit.models.load_model", None)
+    monkeypatch.setattr("sphere_edit.model.loading.load_model", None)
     monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
     assert "cannot be written to (Read-only file system)" in _error(_call(*_arguments(base), "--out", tmp_path / "new"))
     assert not (tmp_path / "new").exists()
@@ -627,8 +630,8 @@ def test_a_place_that_cannot_be_written_is_said_before_a_model_is_loaded(base, s
 
 
 def test_a_second_process_is_refused_before_it_loads_a_model(base, stopped, tmp_path, monkeypatch):
-    monkeypatch.setattr("sphere_edit.models.load_model", None)
-    with runs.existing_run(stopped):
+    monkeypatch.setattr("sphere_edit.model.loading.load_model", None)
+    with run_folder.existing_run(stopped):
         for command in (
             ("run", "--resume", stopped),
             ("rollback", stopped, "--to-batch", 1),
@@ -636,7 +639,7 @@ def test_a_second_process_is_refused_before_it_loads_a_model(base, stopped, tmp_
         ):
             message = _error(_call(*command))
             assert f"in use by process {os.getpid()}" in message or "unfinished run; go on with" in message
-    with runs.new_run(tmp_path / "new"):
+    with run_folder.new_run(tmp_path / "new"):
         message = _error(_call(*_arguments(base), "--out", tmp_path / "new"))
         assert f"in use by process {os.getpid()}" in message
 
@@ -663,19 +666,19 @@ def test_a_stopped_overwriting_run_replaces_the_earlier_in_the_end(copy, whole, 
     options = RunOptions("tiny", "facts", copy, perplexity_tokens=100, checkpoint_every=2, overwrite=True)
     settings = _SETTINGS.replace(seed=3)
     with pytest.raises(KeyboardInterrupt):
-        procedure.run(tiny.make_model("llama"), tokenizer, _facts(9), settings, options, interrupt)
+        experiment.run(tiny.make_model("llama"), tokenizer, _facts(9), settings, options, interrupt)
     assert _files(copy) == before
     (partial,) = copy.parent.glob("copy.partial-*")
     with monkeypatch.context() as patch:  # all is done but to put it in place
-        patch.setattr(runs, "replace_earlier", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(run_folder, "replace_earlier", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             _resumed(partial, tokenizer)
     assert _files(copy) == before
     result = _call("run", "--resume", partial)
     assert result.exit_code == 0 and f"report: {copy}" in result.stdout.replace("\n", ""), result.output
-    assert runs.read_config(copy)["edits"] == 9 and not partial.exists()
+    assert run_folder.read_config(copy)["edits"] == 9 and not partial.exists()
     assert sorted(p.name for p in copy.parent.iterdir() if p.name.startswith("copy")) == ["copy"]
-    assert runs.read_config(copy)["replaces"] == "copy"
+    assert run_folder.read_config(copy)["replaces"] == "copy"
     result = _call("run", "--resume", copy)
     assert result.exit_code == 0 and "finished" in result.stdout
 
@@ -684,14 +687,14 @@ def test_an_overwriting_run_that_is_resumed_by_the_command(base, stopped):
     """Also over an unfinished run, if told so."""
     earlier = _files(stopped)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "write_batch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(run_folder, "write_batch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         result = _call(*_arguments(base), "--out", stopped, "--overwrite", "--limit", 4)
     (partial,) = stopped.parent.glob("stopped.partial-*")
     assert result.exit_code == 130 and f"go on with: sphere-edit run --resume {partial}" in result.stderr
     assert _files(stopped) == earlier
     result = _call("run", "--resume", partial, "--out", stopped, "--overwrite")
     assert result.exit_code == 0, result.output
-    assert runs.read_config(stopped)["edits"] == 4 and not partial.exists()
+    assert run_folder.read_config(stopped)["edits"] == 4 and not partial.exists()
 
 
 def test_stopped_before_its_first_step_a_run_begins_anew(base, tokenizer, quick, tmp_path, monkeypatch):
@@ -699,7 +702,7 @@ def test_stopped_before_its_first_step_a_run_begins_anew(base, tokenizer, quick,
     out = tmp_path / "run"
     for point in ("write_config", "write_jsonl", "file_sha256"):
         with monkeypatch.context() as patch:
-            place = procedure if point == "file_sha256" else runs
+            place = experiment if point == "file_sha256" else run_folder
             patch.setattr(place, point, lambda *_: (_ for _ in ()).throw(SystemError))
             patch.setattr(Path, "unlink", lambda *_, **__: None)  # as killed, not cleaned up
             with pytest.raises(SystemError):
@@ -708,9 +711,9 @@ def test_stopped_before_its_first_step_a_run_begins_anew(base, tokenizer, quick,
         with pytest.raises(RunError, match="not a run folder|stopped before its first step"):
             _resumed(out, tokenizer)
     _run(out, tokenizer, 3)
-    assert runs.read_config(out)["edits"] == 3
+    assert run_folder.read_config(out)["edits"] == 3
     with monkeypatch.context() as patch, pytest.raises(SystemError):
-        patch.setattr(looks, "perplexity", lambda *_: (_ for _ in ()).throw(SystemError))
+        patch.setattr(snapshots, "perplexity", lambda *_: (_ for _ in ()).throw(SystemError))
         _run(tmp_path / "early", tokenizer, 3)
     _resumed(tmp_path / "early", tokenizer)
     _same(tmp_path / "early", out)

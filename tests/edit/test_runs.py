@@ -13,12 +13,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from sphere_edit import procedure, runs
-from sphere_edit.deltas import switch
+from sphere_edit.experiments import run as experiment
 from sphere_edit.files import read_facts
-from sphere_edit.procedure import RunOptions
-from sphere_edit.runs import RunError
-from sphere_edit.structure import find_structure
+from sphere_edit.model.structure import find_structure
+from sphere_edit.runs import run_folder
+from sphere_edit.runs.deltas import switch
+from sphere_edit.runs.journal import RunError
+from sphere_edit.runs.spec import RunOptions
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +33,9 @@ def finished(tokenizer, tmp_path_factory):
             model = tiny.make_model(family, dtype=dtype)
             options = RunOptions("tiny", "facts", base / "run", perplexity_tokens=300)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(procedure, "write_report", lambda folder: None)
+                patch.setattr(experiment, "write_report", lambda folder: None)
                 patch.setenv("SPHERE_EDIT_CACHE", str(base / "cache"))
-                procedure.run(model, tokenizer, tiny.facts(3), tiny.CONFIG, options)
+                experiment.run(model, tokenizer, tiny.facts(3), tiny.CONFIG, options)
             made[family, dtype] = tiny.state(model), base / "run"
         return made[family, dtype]
 
@@ -227,28 +228,28 @@ def test_bad_config(content, message, tmp_path):
     if content is not None:
         (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(RunError, match=message):
-        runs.read_config(tmp_path)
+        run_folder.read_config(tmp_path)
 
 
 def test_torn_event_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"event": "prepared"}\n{"event": "ener')
     with pytest.raises(RunError, match=r"metrics.jsonl, line 2: not JSON"):
-        runs.read_events(tmp_path)
+        run_folder.read_events(tmp_path)
     path.write_bytes(b'{"event": "\xff"}\n')
     with pytest.raises(RunError, match="metrics.jsonl"):
-        runs.read_events(tmp_path)
+        run_folder.read_events(tmp_path)
     path.unlink()
     with pytest.raises(RunError, match="no readable metrics.jsonl"):
-        runs.read_events(tmp_path)
+        run_folder.read_events(tmp_path)
 
 
 def test_model_folders_in_the_making_do_not_meet(tmp_path):
     """Two commands with one target: one wins, whole; a folder with a name like ours is not touched."""
     (tmp_path / ".m.partial").mkdir()
-    with pytest.raises(OSError), runs.new_model_folder(tmp_path / "m") as first:
+    with pytest.raises(OSError), run_folder.new_model_folder(tmp_path / "m") as first:
         (first / "whole").touch()
-        with runs.new_model_folder(tmp_path / "m") as second:
+        with run_folder.new_model_folder(tmp_path / "m") as second:
             (second / "other").touch()
     assert [p.name for p in (tmp_path / "m").iterdir()] == ["other"]
     assert (tmp_path / ".m.partial").is_dir()
@@ -258,21 +259,24 @@ def test_overwrite_through_a_link(finished, tmp_path):
     _, run = finished("llama", torch.float32)
     shutil.copytree(run, tmp_path / "real")
     (tmp_path / "link").symlink_to("real")
-    with runs.new_run(tmp_path / "link", overwrite=True) as journal:
+    with run_folder.new_run(tmp_path / "link", overwrite=True) as journal:
         work = journal.folder
         assert work.parent == tmp_path and work.name.startswith("real.partial-")
-        runs.write_config(work, runs.read_config(run) | {"edits": 77})
+        run_folder.write_config(work, run_folder.read_config(run) | {"edits": 77})
         journal.begin(inputs={})
-    assert runs.replace_earlier(work, "real") == tmp_path / "real"
-    assert (tmp_path / "link").is_symlink() and runs.read_config(tmp_path / "link")["edits"] == 77
+    assert run_folder.replace_earlier(work, "real") == tmp_path / "real"
+    assert (tmp_path / "link").is_symlink() and run_folder.read_config(tmp_path / "link")["edits"] == 77
     assert sorted(p.name for p in tmp_path.iterdir() if "cache" not in p.name) == ["link", "real"]
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 def test_a_run_that_does_not_begin_leaves_nothing(error, tmp_path):
-    with pytest.raises(error) if error else nullcontext(), runs.new_run(tmp_path / "deep" / "er" / "run") as journal:
+    with (
+        pytest.raises(error) if error else nullcontext(),
+        run_folder.new_run(tmp_path / "deep" / "er" / "run") as journal,
+    ):
         assert (journal.folder / "lock").exists()
-        (journal.folder / runs.CONFIG).write_text("format: 2")
+        (journal.folder / run_folder.CONFIG).write_text("format: 2")
         if error:
             raise error
     assert not (tmp_path / "deep").exists()
@@ -280,18 +284,18 @@ def test_a_run_that_does_not_begin_leaves_nothing(error, tmp_path):
 
 @pytest.mark.parametrize("content", ["format: 2", "format: 2\nmodel: m\nsettings: []\nenvironment: x"])
 def test_half_a_config_is_named(content, tmp_path):
-    (tmp_path / runs.CONFIG).write_text(content)
+    (tmp_path / run_folder.CONFIG).write_text(content)
     with pytest.raises(RunError, match="expected (model|settings) to be"):
-        runs.read_config(tmp_path)
+        run_folder.read_config(tmp_path)
 
 
 def test_a_run_that_was_moved_or_copied_replaces_nothing(tmp_path):
     earlier, work = tmp_path / "mine", tmp_path / "mine.partial-abc"
     for folder in (earlier, work, tmp_path / "copy"):
         folder.mkdir()
-        (folder / runs.REPORT).write_text(folder.name, encoding="utf-8")
-        runs.write_config(folder, {"model": "tiny", "settings": {}, "environment": {}})
-    assert runs.replace_earlier(tmp_path / "copy", "mine") == tmp_path / "copy"
-    assert (earlier / runs.REPORT).read_text(encoding="utf-8") == "mine"
-    assert runs.replace_earlier(work, "mine") == earlier
-    assert (earlier / runs.REPORT).read_text(encoding="utf-8") == work.name and not work.exists()
+        (folder / run_folder.REPORT).write_text(folder.name, encoding="utf-8")
+        run_folder.write_config(folder, {"model": "tiny", "settings": {}, "environment": {}})
+    assert run_folder.replace_earlier(tmp_path / "copy", "mine") == tmp_path / "copy"
+    assert (earlier / run_folder.REPORT).read_text(encoding="utf-8") == "mine"
+    assert run_folder.replace_earlier(work, "mine") == earlier
+    assert (earlier / run_folder.REPORT).read_text(encoding="utf-8") == work.name and not work.exists()

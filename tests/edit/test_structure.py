@@ -7,8 +7,8 @@ import tiny
 import torch
 import transformers as hf
 
-from sphere_edit.replay import check_replay
-from sphere_edit.structure import StructureError, check_weights_finite, find_structure
+from sphere_edit.model.partial_forward import check_replay
+from sphere_edit.model.structure import StructureError, check_weights_finite, find_structure
 
 _DOWN = "model.layers.{}.mlp.down_proj"
 

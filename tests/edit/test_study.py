@@ -9,16 +9,15 @@ import pytest
 import tiny
 import yaml
 
-from sphere_edit import looks, procedure, runs
-from sphere_edit.answers import ANSWER_SCORES, FOLLOWING_ANSWER_SCORES, evaluate_answers
 from sphere_edit.config import ConfigError, EditConfig
-from sphere_edit.journal import RunError, locked
-from sphere_edit.metrics import SCORES, evaluate
-from sphere_edit.records import Event
-from sphere_edit.report import write_report
-from sphere_edit.requests import EditRequest
-from sphere_edit.study import Study, finished, go, slug
-from sphere_edit.study_results import (
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.evaluation.answers import ANSWER_SCORES, FOLLOWING_ANSWER_SCORES, evaluate_answers
+from sphere_edit.evaluation.metrics import SCORES, evaluate
+from sphere_edit.events import Event
+from sphere_edit.experiments import run as experiment
+from sphere_edit.experiments import snapshots
+from sphere_edit.experiments.study import Study, finished, go, slug
+from sphere_edit.experiments.study_results import (
     _FURTHER_PANELS,
     _difference_of_first,
     _differences,
@@ -28,6 +27,9 @@ from sphere_edit.study_results import (
     tables,
     write_results,
 )
+from sphere_edit.report.page import write_report
+from sphere_edit.runs import run_folder
+from sphere_edit.runs.journal import RunError, locked
 
 _SETTINGS = {
     **{
@@ -54,9 +56,9 @@ def write(tmp_path, tokenizer, facts, monkeypatch):
     """A study's file, its model and data beside it; fields that are given replace those."""
     tiny.make_model("llama").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    runs.write_jsonl(tmp_path / "facts.jsonl", [vars(fact) for fact in facts])
+    run_folder.write_jsonl(tmp_path / "facts.jsonl", [vars(fact) for fact in facts])
     monkeypatch.setenv("HERE", str(tmp_path))
-    monkeypatch.setattr(procedure, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
+    monkeypatch.setattr(experiment, "write_report", lambda folder: (folder / "report.html").write_text("<html>"))
 
     def make(**given):
         fields = {
@@ -94,7 +96,7 @@ def test_runs_are_made_once_and_compared(write, tmp_path):
     found = json.loads(path.read_text())
     assert list(found["runs"]) == list(one.runs) and found["study"]["title"] == "tiny"
     for name, run in found["runs"].items():
-        events = runs.read_events(tmp_path / "runs" / slug(name))
+        events = run_folder.read_events(tmp_path / "runs" / slug(name))
         (last,) = (e for e in events if e["event"] == "evaluation" and e["when"] == "after")
         assert run["after"]["scores"] == last["scores"] and run["edits"] == 9
         sums = {n: sum(e["energy"] for e in events if e["event"] == "energy" and e["batch"] == n) for n in (0, 2, 4, 5)}
@@ -245,7 +247,7 @@ def test_unknown_run(write, tmp_path):
 
 
 def _curves(run) -> list[Event]:
-    return [event for event in runs.read_events(run) if event["event"] == "curve"]
+    return [event for event in run_folder.read_events(run) if event["event"] == "curve"]
 
 
 def test_curves_are_of_the_model_on_the_way(write, tmp_path, facts, tokenizer):
@@ -256,8 +258,8 @@ def test_curves_are_of_the_model_on_the_way(write, tmp_path, facts, tokenizer):
     assert [event["edits"] for event in seen] == [4, 8, 9]
     for event in seen:
         model, done = tiny.make_model("llama"), facts[: event["edits"]]
-        options = procedure.RunOptions("tiny", "facts", tmp_path / f"to {event['edits']}", perplexity_tokens=100)
-        procedure.run(model, tokenizer, done, one.config("AlphaEdit"), options)
+        options = experiment.RunOptions("tiny", "facts", tmp_path / f"to {event['edits']}", perplexity_tokens=100)
+        experiment.run(model, tokenizer, done, one.config("AlphaEdit"), options)
         assert event["scores"] == event["first"] == evaluate(model, tokenizer, done).to_dict()
         newest = evaluate(model, tokenizer, done[-1 if len(done) == 9 else -2 :]).to_dict()
         assert {name: event["last"][name] for name in newest} == newest
@@ -268,7 +270,7 @@ def test_curves_are_of_the_model_on_the_way(write, tmp_path, facts, tokenizer):
 def test_samples_are_no_larger_than_asked(write, tmp_path):
     one = Study.read(write(runs={"AlphaEdit": {}}, score_sample=4))
     go(one, tmp_path / "runs", say=lambda text: None)
-    events = runs.read_events(tmp_path / "runs" / "alphaedit")
+    events = run_folder.read_events(tmp_path / "runs" / "alphaedit")
     ends = [e["scores"]["efficacy_accuracy"]["n"] for e in events if e["event"] == "evaluation"]
     scored = [e["id"] for e in events if e["event"] == "request"]
     assert ends == [4, 4] and len(scored) == 4 and len(set(scored)) == 4
@@ -282,7 +284,9 @@ def test_answers_are_scored_shown_and_compared(write, tmp_path):
     one = Study.read(write(runs=settings, score_sample=4, answers=True))
     go(one, tmp_path / "runs", say=lambda text: None)
     folder = tmp_path / "runs" / "alphaedit"
-    (found,) = [e["scores"] for e in runs.read_events(folder) if e["event"] == "evaluation" and e["when"] == "after"]
+    (found,) = [
+        e["scores"] for e in run_folder.read_events(folder) if e["event"] == "evaluation" and e["when"] == "after"
+    ]
     assert found["efficacy_contains"]["n"] == 4
     assert "generalization contains" in write_report(folder).read_text()
     text = tables(collect(one, tmp_path / "runs"))
@@ -295,12 +299,12 @@ def test_answers_and_what_follows_are_in_the_curves_where_they_are(write, tmp_pa
     path = write(runs={"AlphaEdit": {}}, curve_answers=2, score_sample=4)
     follows = {"portability": ["It is"], "portability_answers": ["a"], "multi_hop": ["Who?", "It is"]}
     follows |= {"multi_hop_answers": ["a", "the"], "multi_hop_true": "old"}
-    runs.write_jsonl(tmp_path / "facts.jsonl", [fact.to_dict() | follows for fact in facts])
+    run_folder.write_jsonl(tmp_path / "facts.jsonl", [fact.to_dict() | follows for fact in facts])
     asked = []
-    monkeypatch.setattr(looks, "evaluate_answers", lambda *a: asked.append(a[2]) or evaluate_answers(*a))
+    monkeypatch.setattr(snapshots, "evaluate_answers", lambda *a: asked.append(a[2]) or evaluate_answers(*a))
     go(Study.read(path), tmp_path / "runs", say=lambda text: None)
     folder = tmp_path / "runs" / "alphaedit"
-    seen = [e for e in runs.read_events(folder) if e["event"] == "curve"]
+    seen = [e for e in run_folder.read_events(folder) if e["event"] == "curve"]
     scored = {name: 2 for name in (*ANSWER_SCORES, *FOLLOWING_ANSWER_SCORES) if "efficacy" in name or "_hop" in name}
     for event, batch in zip(seen, (2, 2, 1), strict=True):
         for group, n in (("scores", 2), ("first", 2), ("last", batch)):
@@ -344,7 +348,7 @@ def test_a_run_from_before_a_setting_was_there_is_the_study_s(write, tmp_path):
     one = Study.read(write(runs={"AlphaEdit": {"sphere": False}, "AlphaEdit + SPHERE": {}}))
     go(one, tmp_path / "runs", say=lambda text: None)
     whole = collect(one, tmp_path / "runs")["runs"]["AlphaEdit + SPHERE"]["less_base"]
-    config = tmp_path / "runs" / "alphaedit" / runs.CONFIG
+    config = tmp_path / "runs" / "alphaedit" / run_folder.CONFIG
     record = yaml.safe_load(config.read_text())
     for name in ("directions", "revive"):
         del record["settings"][name]
@@ -356,7 +360,7 @@ def test_runs_of_another_study_are_refused(write, tmp_path):
     """What was made with other settings or data is neither gone on with nor shown as this study's."""
     path = write(runs={"AlphaEdit": {}})
     go(Study.read(path), tmp_path / "runs", say=lambda text: None)
-    before = (tmp_path / "runs" / "alphaedit" / runs.METRICS).read_bytes()
+    before = (tmp_path / "runs" / "alphaedit" / run_folder.METRICS).read_bytes()
     for fields, message in (
         ({"settings": _SETTINGS | {"alpha": 0.9}}, "alpha is 0.5 there, 0.9 here"),
         ({"settings": _SETTINGS, "limit": 2}, "limit is None there, 2 here"),
@@ -366,7 +370,7 @@ def test_runs_of_another_study_are_refused(write, tmp_path):
         for use in (lambda: go(other, tmp_path / "runs"), lambda: collect(other, tmp_path / "runs")):  # noqa: B023
             with pytest.raises(RunError, match=f"is not run 'AlphaEdit' of this study: {message}"):
                 use()
-    assert (tmp_path / "runs" / "alphaedit" / runs.METRICS).read_bytes() == before
+    assert (tmp_path / "runs" / "alphaedit" / run_folder.METRICS).read_bytes() == before
 
 
 def test_what_diverges_stops_alone(write, tmp_path):
@@ -403,14 +407,14 @@ def test_killed_while_its_last_files_are_written(write, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(procedure, "write_report", fail)
+        patch.setattr(experiment, "write_report", fail)
         go(one, tmp_path / "runs", say=lambda text: None)
-    with (folder / runs.METRICS).open("a") as log:
+    with (folder / run_folder.METRICS).open("a") as log:
         log.write('{"event": "spec')  # and its log is torn
     assert not finished(folder)
     go(one, tmp_path / "runs", say=lambda text: None)
     assert finished(folder) and (folder / "report.html").exists()
-    assert runs.read_events(folder)[-1]["event"] == "finished"
+    assert run_folder.read_events(folder)[-1]["event"] == "finished"
 
 
 def test_a_part_does_not_replace_the_whole(write, tmp_path):

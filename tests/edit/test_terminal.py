@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from sphere_edit import terminal
-from sphere_edit.terminal import Lines
+from sphere_edit.cli import terminal
+from sphere_edit.cli.terminal import Lines
 
 
 class _Clock:

@@ -8,9 +8,9 @@ import torch
 from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from sphere_edit.requests import EditRequest
-from sphere_edit.text import token_windows
-from sphere_edit.tokens import check_tokenizer, encode, leading_tokens, pad_left
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.model.text import token_windows
+from sphere_edit.model.tokens import check_tokenizer, encode, leading_tokens, pad_left
 
 _CASES = [
     ("{} lies in", "Vanuatu"),

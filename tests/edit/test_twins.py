@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.models.forms import FORMS
 from benchmarks.models.twins import blocks_of, twin
-from sphere_edit import editor as module
-from sphere_edit.editor import SphereEditor
+from sphere_edit.editing import editor as module
+from sphere_edit.editing.editor import SphereEditor
 from sphere_edit.targets import passes
 
 pytestmark = pytest.mark.filterwarnings("ignore:the key covariance of", "ignore:batch")

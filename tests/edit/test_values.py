@@ -10,9 +10,9 @@ import tiny
 import torch
 
 from sphere_edit.config import EditConfig
-from sphere_edit.replay import frozen
-from sphere_edit.requests import EditRequest
-from sphere_edit.structure import find_structure
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.model.inference import frozen
+from sphere_edit.model.structure import find_structure
 from sphere_edit.targets import optimised
 from sphere_edit.targets.optimised import optimise_values
 

@@ -13,7 +13,7 @@ from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
 import sphere_edit
 from sphere_edit.config import EditConfig
-from sphere_edit.requests import EditRequest
+from sphere_edit.data.requests import EditRequest
 
 VOCABULARY = 320
 HIDDEN = 32

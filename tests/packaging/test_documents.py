@@ -31,7 +31,7 @@ def code(text: str) -> str:
 @functools.cache
 def help_of(*arguments: str) -> str:
     env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    program = "from sphere_edit.cli import main; main()"
+    program = "from sphere_edit.cli.app import main; main()"
     command = [sys.executable, "-c", program, *arguments, "--help"]
     done = subprocess.run(command, env=env, text=True, capture_output=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr

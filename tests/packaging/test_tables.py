@@ -11,7 +11,7 @@ import torch
 from benchmarks import tables
 from benchmarks.models import page as models
 from benchmarks.study import directions
-from sphere_edit import study_results
+from sphere_edit.experiments import study_results
 
 
 def test_readme_tables_are_the_stored_rows():

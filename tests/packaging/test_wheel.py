@@ -75,7 +75,7 @@ def test_its_metadata(wheel, metadata):
     assert unconditional == ["torch>=2.6"]
     assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
     (entries,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
-    assert "sphere-edit = sphere_edit.cli:main" in wheel.read(entries).decode()
+    assert "sphere-edit = sphere_edit.cli.app:main" in wheel.read(entries).decode()
 
 
 def test_without_a_compiler_the_build_says_what_to_do(tree, tmp_path):

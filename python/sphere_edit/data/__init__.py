@@ -10,8 +10,8 @@ from typing import Any
 
 from sphere_edit.data.loading import Loaded, load_source
 from sphere_edit.data.reading import DataError
+from sphere_edit.data.requests import EditRequest, RequestError
 from sphere_edit.data.world_facts import parse_spec, world_facts
-from sphere_edit.requests import EditRequest, RequestError
 
 __all__ = ["DataError", "Loaded", "load", "load_requests", "world_facts"]
 

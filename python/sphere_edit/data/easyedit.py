@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sphere_edit.data.reading import DataError, Fields, NoEditError
-from sphere_edit.requests import EditRequest
+from sphere_edit.data.requests import EditRequest
 
 NAME = "EasyEdit"
 READ = (

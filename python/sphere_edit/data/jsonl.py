@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sphere_edit.data.reading import DataError, Fields
-from sphere_edit.requests import FIELDS, LISTS, EditRequest
+from sphere_edit.data.requests import FIELDS, LISTS, EditRequest
 
 NAME = "plain"
 READ = FIELDS

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from sphere_edit.data import akew, counterfact, easyedit, jsonl, lre, mquake, qaedit, unke, wikibigedit, zsre
 from sphere_edit.data.mappings import read_mappings
 from sphere_edit.data.reading import DataError, NoEditError, Record, read_records
+from sphere_edit.data.requests import EditRequest, RequestError
 from sphere_edit.data.tables import is_table, read_table
-from sphere_edit.requests import EditRequest, RequestError
 
 
 class _Schema(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sphere_edit.data.reading import Fields
-from sphere_edit.requests import EditRequest
+from sphere_edit.data.requests import EditRequest
 
 NAME = "QAEdit"
 READ = ("id", "prompt", "target", "subject", "rephrase", "locality")

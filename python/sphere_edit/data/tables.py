@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere_edit.data.reading import BOM, DataError, Record, opened, utf8
-from sphere_edit.requests import LISTS
+from sphere_edit.data.requests import LISTS
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LISTS = (*LISTS, "portability_answers", "ground_truth", "rephrase_prompt")

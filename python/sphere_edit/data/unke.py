@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sphere_edit.data.reading import DataError, Fields
-from sphere_edit.requests import EditRequest
+from sphere_edit.data.requests import EditRequest
 
 NAME = "UnKE"
 READ = ("id", "question", "para_question", "answer", "sub_question", "sub_answer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sphere_edit.data.reading import Fields
-from sphere_edit.requests import EditRequest
+from sphere_edit.data.requests import EditRequest
 
 # As the authors publish it, and as EasyEdit and those after it name the same.
 _PUBLISHED = ("update", "ans", "rephrase", "loc", "loc_ans")

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from sphere_edit.data.geonames import ATTRIBUTION, CITY_FILES, World, fold, load_world
-from sphere_edit.requests import EditRequest, RequestError
+from sphere_edit.data.requests import EditRequest, RequestError
 
 __all__ = ["ATTRIBUTION", "RELATIONS", "parse_spec", "world_facts"]
 

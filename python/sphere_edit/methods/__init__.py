@@ -15,7 +15,7 @@ from torch import Tensor
 from sphere_edit.config import ConfigError, EditConfig
 from sphere_edit.methods.alphaedit import AlphaEdit
 from sphere_edit.methods.base import Method, Update
-from sphere_edit.methods.ft import FineTuning
+from sphere_edit.methods.fine_tuning import FineTuning
 from sphere_edit.methods.memit import Memit
 from sphere_edit.methods.prune import Prune
 from sphere_edit.methods.rect import Rect

@@ -20,8 +20,8 @@ class Method:
     batch`` all are solved for first, and with ``project: solve`` keys come half projected.
 
     Attributes:
-        trains: updates come of training the weights (`sphere_edit.tuning`), and not of `solve`: the method gets no
-            covariances.
+        trains: updates come of training the weights (`sphere_edit.methods.fine_tuning`), and not of `solve`: the method
+            gets no covariances.
         projects: SPHERE's projection is not of the updates; the method does its own in `finish`.
 
     Args:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sphere_edit.config import EditConfig
 from sphere_edit.methods.base import Method
-from sphere_edit.records import over, under
+from sphere_edit.state import add_prefix, strip_prefix
 from sphere_kernels.streaming import RecursiveLeastSquares
 
 
@@ -36,10 +36,10 @@ class WithHistory(Method):
     def state_dict(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for layer, solver in self._solvers.items():
-            found |= over(layer, solver.state_dict())
+            found |= add_prefix(layer, solver.state_dict())
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._solved.clear()
         for layer, solver in self._solvers.items():
-            solver.load_state_dict(under(layer, state))
+            solver.load_state_dict(strip_prefix(layer, state))

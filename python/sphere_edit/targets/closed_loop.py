@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from sphere_edit.config import EditConfig
-from sphere_edit.contexts import in_context
-from sphere_edit.requests import EditRequest
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.model.tokens import Row, encode
+from sphere_edit.targets.contexts import in_context
 from sphere_edit.targets.groups import essence
 from sphere_edit.targets.passes import Passes, Seen
 from sphere_edit.targets.plain import Plain, learned
-from sphere_edit.tokens import Row, encode
 
 Asked = dict[int, tuple[Tensor, Tensor]]  # by layer: keys [facts, d] and wanted changes [facts, n]
 

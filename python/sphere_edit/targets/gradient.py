@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from sphere_edit.config import EditConfig
-from sphere_edit.records import over, under
-from sphere_edit.replay import compact_head, last_logits
-from sphere_edit.structure import ModelStructure
+from sphere_edit.model.inference import compact_head, last_logits
+from sphere_edit.model.structure import ModelStructure
+from sphere_edit.model.tokens import Row, pad_left
+from sphere_edit.state import add_prefix, strip_prefix
 from sphere_edit.targets.passes import alike
-from sphere_edit.tokens import Row, pad_left
 
 _CONSTANT = 1e-6  # a feature that deviates by this share of its mean, or less, does so by rounding
 _FLOOR = 1e-3  # of the mean eigenvalue: directions with less are whitened as if they had it
@@ -51,7 +51,7 @@ def look_back(
     """One forward and backward pass of whole rows through the model itself.
 
     Args:
-        model: causal LM in evaluation mode without parameter gradients (see `replay.frozen`).
+        model: causal LM in evaluation mode without parameter gradients (see `inference.frozen`).
         rows: each with a target.
         layers: the edited blocks.
         progress: called with (rows done, rows).
@@ -224,7 +224,7 @@ class Lifelong:
         found: dict[str, Tensor] = {}
         for layer, m in self._moments.items():
             parts = {"count": torch.tensor(m.count), "mean": m.mean, "squares": m.squares}
-            found |= over(layer, parts if m.products is None else parts | {"products": m.products})
+            found |= add_prefix(layer, parts if m.products is None else parts | {"products": m.products})
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -234,7 +234,7 @@ class Lifelong:
         if kinds[0] != kinds[1]:
             raise ValueError(f"statistics of gradients: expected {kinds[0]}, got {kinds[1]}")
         for layer, m in list(self._moments.items()):
-            parts = {name: value.to(m.mean.device) for name, value in under(layer, state).items()}
+            parts = {name: value.to(m.mean.device) for name, value in strip_prefix(layer, state).items()}
             count = int(parts["count"])
             self._moments[layer] = replace(
                 m, count=count, mean=parts["mean"], squares=parts["squares"], products=parts.get("products")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_edit.replay import Replay
-from sphere_edit.structure import ModelStructure
-from sphere_edit.tokens import Row, encode
+from sphere_edit.model.partial_forward import Replay
+from sphere_edit.model.structure import ModelStructure
+from sphere_edit.model.tokens import Row, encode
 
 
 @dataclass

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from sphere_edit.config import EditConfig
-from sphere_edit.contexts import in_context
-from sphere_edit.replay import keeps_only_keys, record_after_prefix
-from sphere_edit.requests import EditRequest
-from sphere_edit.structure import LinearMap, ModelStructure
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.model.partial_forward import keeps_only_keys, record_after_prefix
+from sphere_edit.model.structure import LinearMap, ModelStructure
+from sphere_edit.model.tokens import Row, encode
+from sphere_edit.targets.contexts import in_context
 from sphere_edit.targets.groups import Group, essence
 from sphere_edit.targets.places import AtBlock, AtMaps, Bare
-from sphere_edit.tokens import Row, encode
 
 _ROWS_PER_GROUP = 96  # bounds the activations that a backward pass keeps
 _SHRINK = 0.8  # a group is cut down once this share of its rows, or less, is still wanted
@@ -72,12 +72,12 @@ def optimise_values(
     With ``value_stop_on: argmax`` it stops at the third evaluation in which all its target tokens are the likeliest.
 
     Args:
-        model: causal LM in evaluation mode without parameter gradients (see `replay.frozen`).
+        model: causal LM in evaluation mode without parameter gradients (see `inference.frozen`).
         contexts: templates with ``{}``; the first is the bare prompt, which gives z₀.
         layer: the last edited block.
         progress: called with (steps, steps at most) after every step.
         maps: the edited maps, ascending, where blocks do not add their outputs as they are (see
-            `replay.not_additive`). There is a value for each then, optimised together; see `places.AtMaps`.
+            `partial_forward.not_additive`). There is a value for each then, optimised together; see `places.AtMaps`.
 
     Source: MEMIT's ``compute_z``, as AlphaEdit and SPHERE use it.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sphere_edit.data import world_facts
-from sphere_edit.requests import EditRequest
+from sphere_edit.data.requests import EditRequest
 
 
 def other_facts(setting: str, wanted: int, seed: int) -> list[EditRequest]:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sphere_edit.replay import PrefixCache, Replay, keeps_only_keys, record
-from sphere_edit.structure import ModelStructure, find_structure
+from sphere_edit.model.partial_forward import PrefixCache, Replay, keeps_only_keys, record
+from sphere_edit.model.structure import ModelStructure, find_structure
+from sphere_edit.model.tokens import Row, pad_left
 from sphere_edit.targets.groups import Group
-from sphere_edit.tokens import Row, pad_left
 from sphere_kernels import native
 
 _TOKENS_PER_GROUP = 1024  # bounds the activations that a backward pass keeps
@@ -53,7 +53,7 @@ class Passes:
     """Passes through one model, or through a copy of it in bfloat16.
 
     Args:
-        model: causal LM in evaluation mode without parameter gradients (see `replay.frozen`).
+        model: causal LM in evaluation mode without parameter gradients (see `inference.frozen`).
         layers: the edited blocks, ascending.
         arithmetic: ``model``, or ``bfloat16``: a copy of the model is kept, whose edited weights follow by `follow`.
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sphere_edit.replay import added
-from sphere_edit.structure import LinearMap, ModelStructure
+from sphere_edit.model.partial_forward import added
+from sphere_edit.model.structure import LinearMap, ModelStructure
 from sphere_edit.targets.groups import Group
 
 

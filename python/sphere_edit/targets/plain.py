@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sphere_edit.replay import compact_head, last_logits
-from sphere_edit.requests import EditRequest
-from sphere_edit.structure import ModelStructure
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.model.inference import compact_head, last_logits
+from sphere_edit.model.structure import ModelStructure
+from sphere_edit.model.tokens import Row, pad_left
 from sphere_edit.targets.passes import alike
-from sphere_edit.tokens import Row, pad_left
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Plain:
 
 @torch.no_grad()
 def look(model: Any, structure: ModelStructure, rows: Sequence[Row], layers: Sequence[int]) -> Plain:
-    """Ask the model for the targets of ``rows``; it must be in evaluation mode (see `replay.frozen`)."""
+    """Ask the model for the targets of ``rows``; it must be in evaluation mode (see `inference.frozen`)."""
     nll, known = torch.zeros(len(rows), dtype=torch.float32), torch.zeros(len(rows), dtype=torch.bool)
     maps = [structure.edited[layer] for layer in layers]
     keys = {m.layer: m.weight.new_zeros(len(rows), m.weight.shape[1], dtype=torch.float32) for m in maps}

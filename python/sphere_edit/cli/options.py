@@ -1,0 +1,81 @@
+"""What the options of ``sphere-edit`` mean together, and against those of a run that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from sphere_edit.config import OPEN, ConfigError, EditConfig, as_recorded
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.methods import method_class
+from sphere_edit.methods.importing import import_method
+from sphere_edit.model.loading import load_by_name
+from sphere_edit.runs.spec import recorded_options
+from sphere_edit.settings import given_settings, on_preset
+
+
+def settings(
+    preset_name: str, file: Path | None, pairs: list[str], named: dict[str, Any], trust_remote_code: bool = False
+) -> EditConfig:
+    """Preset (of the method that is named), then file, then ``--set``, then the named options: the later wins."""
+    given = given_settings(file, pairs, named)
+    chosen = on_preset(preset_name, given)
+    typed = given_settings(None, pairs, named).get("method") == chosen.method
+    import_method(chosen.method, trust_remote_code or typed)
+    method_class(chosen)  # the method's name is known
+    return chosen
+
+
+def numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"layers: expected block numbers such as 4,5,6, got {text!r}") from None
+
+
+def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run with options other than its own; ``guard`` may change.
+
+    Args:
+        given: the options that were given, by parameter.
+        chosen: the settings that they name.
+        recorded: the run's ``config.yaml``.
+
+    Raises:
+        ConfigError: naming the option, what the run has, and what was given.
+    """
+    own = recorded_options(recorded)
+    named = {name.removesuffix("_name"): value for name, value in given.items()}
+    compared = {name: value for name, value in named.items() if name in own}
+    for name, value in {**compared, **chosen}.items():
+        if name == "guard":  # what is in the weights does not depend on it
+            continue
+        expected = {**own, **EditConfig().to_dict(), **as_recorded(recorded["settings"])}.get(name)
+        if value != expected and value != OPEN.get(name, expected):
+            raise ConfigError(
+                f"{name}: the run was begun with {expected!r}, got {value!r}; begin a new run to change it"
+            )
+
+
+def check_same_requests(given: Sequence[EditRequest], recorded: Sequence[EditRequest], name: str) -> None:
+    """Refuse to go on with a run with other data than its own.
+
+    Raises:
+        ConfigError: naming the first request that is not the same.
+    """
+    for number, (one, other) in enumerate(zip_longest(given, recorded), 1):
+        if one != other:
+            texts = [f"{r.text!r} → {r.target_new!r}" if r else "none" for r in (other, one)]
+            raise ConfigError(
+                f"the data has changed: request {number} of {name} is {texts[1]}, the run was begun with {texts[0]}"
+                if texts[0] != texts[1]
+                else f"the data has changed: request {number} of {name} ({texts[0]}) differs from the run's"
+            )
+
+
+def load_as(model: str, recorded: dict[str, Any], trust_remote_code: bool) -> tuple[Any, Any]:
+    """Load the model of a run as it was loaded for it."""
+    dtype = recorded["given"].get("dtype") or recorded["dtype"].removeprefix("torch.")
+    return load_by_name(model, dtype, recorded["device"], None, trust_remote_code)

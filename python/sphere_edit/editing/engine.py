@@ -1,0 +1,332 @@
+"""The edited weights and what follows them from batch to batch: energies, directions, the method's history."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sphere_edit.config import EditConfig
+from sphere_edit.editing.records import LayerRecord, ReplayError
+from sphere_edit.evaluation.weights import Measures
+from sphere_edit.events import Event
+from sphere_edit.files import tensor_sha256
+from sphere_edit.methods import Update, make_method
+from sphere_edit.methods.revive import Revive
+from sphere_edit.state import add_prefix, strip_prefix
+from sphere_edit.targets.gradient import Lifelong
+from sphere_kernels import LowRankUpdate
+from sphere_kernels.streaming import HypersphereState
+
+
+class Clock(dict[str, float]):
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self._at = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """The time since the last lap went to ``stage``."""
+        now = time.perf_counter()
+        self[stage] = self.get(stage, 0.0) + now - self._at
+        self._at = now
+
+
+class Engine:
+    """Solve, project (SPHERE, then REVIVE where it is asked for), write; a batch is kept whole or undone.
+
+    Args:
+        weights: ``{layer: [n, d]}``, the model's own; written in place.
+        covariances: ``{layer: [d, d]}`` fp64, of the keys.
+        config: the method's settings and SPHERE's.
+        originals: the weights before all edits.
+
+    Raises:
+        ValueError: as `make_method`, `Revive` and `HypersphereState` raise it.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[int, Tensor],
+        covariances: Mapping[int, Tensor],
+        config: EditConfig,
+        originals: Mapping[int, Tensor],
+    ) -> None:
+        self.method = make_method(config, covariances)
+        self._originals, self._projects_keys = originals, config.project == "solve"
+        self._protected = {i: Revive(w, config.revive, i) for i, w in originals.items()} if config.revive else {}
+        self.lifelong = Lifelong(weights if config.targets == "gradient" and not self.method.trains else {}, config)
+        self.measures = Measures(config, originals, covariances)
+        self.states = {
+            layer: HypersphereState(
+                weight,
+                config.energy_s,
+                config.energy_ratio,
+                _alpha(config) if config.sphere and not self.method.projects else 0.0,
+                config.refresh_every,
+                config.subspace,
+                directions=config.directions,
+            )
+            for layer, weight in weights.items()
+        }
+        self.batches = 0
+        self._whole = True
+        self._undo: dict[int, dict[str, Tensor]] = {}
+        self._before: dict[int, Tensor] = {}  # the weights of the batch before, where updates are being tried
+        self._tried: dict[int, tuple[Update, Event]] = {}
+
+    def check_whole(self) -> None:
+        """Refuse to go on from half a batch."""
+        if not self._whole:
+            raise RuntimeError(
+                "an error or interrupt came while a batch was being added to the history: "
+                "revert() or load_state_dict() first"
+            )
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """What is written within becomes the next batch; on an error or interrupt it is undone bit for bit."""
+        self.check_whole()
+        try:
+            yield
+            self._whole = False
+            if self._undo:  # else nothing was solved for, in a batch left out
+                self.method.commit()
+                self.lifelong.commit()
+            self.batches += 1
+            self._whole = True
+        except BaseException:
+            self._untry()
+            for layer, state in self._undo.items():
+                self.states[layer].load_state_dict(state)
+            self.method.rollback()
+            self.lifelong.rollback()
+            raise
+        finally:
+            self._undo, self._before, self._tried = {}, {}, {}
+
+    def solve(self, layer: int, keys: Tensor, residuals: Tensor, clock: Clock) -> LowRankUpdate:
+        """The method's update of one layer for keys ``[b, d]`` and residuals ``[b, n]``; within `batch`.
+
+        Raises:
+            FloatingPointError: keys, residuals or update are not finite.
+        """
+        entering = self._entering(layer, keys)
+        clock.lap("project")
+        solved = self.method.solve(layer, entering, residuals)
+        check_finite(f"layer {layer}: the update", solved.left, solved.right)
+        clock.lap("solve")
+        return solved
+
+    @contextmanager
+    def tried(self, layer: int, update: LowRankUpdate) -> Iterator[None]:
+        """Within, the model's weight has the whole update; afterwards it is the one from before, bit for bit."""
+        state = self.states[layer]
+        before = state.weight.clone()
+        try:
+            state.weight.copy_(state.master + update.left @ update.right)
+            yield
+        finally:
+            state.weight.copy_(before)
+
+    def write(
+        self, layer: int, keys: Tensor, residuals: Tensor, solved: LowRankUpdate, clock: Clock
+    ) -> tuple[LayerRecord, Event]:
+        """Reshape what `solve` gave for ``keys`` and ``residuals``, project and add; within `batch`.
+
+        Returns:
+            What was done, and what is said about it.
+        """
+        update, event = self._shaped(layer, residuals, solved, clock)
+        return self._put(layer, keys, update, event, clock)
+
+    def add(self, layer: int, keys: Tensor, solved: Update, clock: Clock) -> tuple[LayerRecord, Event]:
+        """Project an update of one layer and add it; within `batch`. ``keys`` as for `solve`."""
+        return self._put(layer, keys, *self._projected(layer, solved, clock), clock)
+
+    @torch.no_grad()
+    def attempt(self, asked: Mapping[int, tuple[Tensor, Tensor]], clock: Clock) -> None:
+        """Let the model have the weights that it would have if this were the batch: states, directions and history stay
+        those of the batch before. `settle` makes the last attempt final, the end of `batch` without it undoes it.
+
+        Args:
+            asked: ``{layer: (keys [b, d], residuals [b, n])}``, of all layers at once.
+        """
+        self._untry()
+        found = {}
+        for layer, (keys, residuals) in asked.items():
+            solved = self.solve(layer, keys, residuals, clock)
+            found[layer] = self._shaped(layer, residuals, solved, clock)
+        for layer, (update, _) in found.items():
+            weight = self.states[layer].weight
+            self._before[layer] = weight.clone()
+            weight.copy_(self.states[layer].updated(*_factors(update)))
+        self._tried = found
+        clock.lap("update")
+
+    @torch.no_grad()
+    def settle(self, keys: Mapping[int, Tensor], clock: Clock) -> dict[int, tuple[LayerRecord, Event]]:
+        """Write the last attempt for good: the model keeps the bits that it has.
+
+        Args:
+            keys: ``{layer: [b, d]}``, what the history is to remember of the batch.
+        """
+        self._untry()
+        done = {}
+        for layer, (update, event) in self._tried.items():
+            self.method.remember(layer, self._entering(layer, keys[layer]))
+            done[layer] = self._put(layer, keys[layer], update, event, clock)
+        return done
+
+    def _untry(self) -> None:
+        for layer, weight in self._before.items():
+            self.states[layer].weight.copy_(weight)
+        self._before = {}
+
+    def _shaped(self, layer: int, residuals: Tensor, solved: LowRankUpdate, clock: Clock) -> tuple[Update, Event]:
+        """What `solve` gave, as it is to be added, and what is said about it."""
+        shaped = self.method.reshape(layer, solved, self.states[layer].master)
+        clock.lap("solve")
+        update, event = self._projected(layer, shaped, clock)
+        return update, event | {"residual": float(residuals.norm(dim=1).mean())}
+
+    def _projected(self, layer: int, solved: Update, clock: Clock) -> tuple[Update, Event]:
+        state = self.states[layer]
+        update = (
+            LowRankUpdate(solved.left.float(), state.project(solved.right).float())
+            if isinstance(solved, LowRankUpdate)
+            else state.project(solved).float()
+        )
+        before, projected = _norm(solved), _norm(update)
+        suppressed = {"suppressed": 1 - (projected / before) ** 2 if before else 0.0}
+        if self._protected:
+            update = self._protected[layer](update)
+            suppressed["protected"] = 1 - (_norm(update) / projected) ** 2 if projected else 0.0
+        update = self.method.restrain(layer, update, state.master, self._originals[layer])
+        event: Event = {"update_norm": _norm(update), **suppressed}
+        if state.alpha:
+            event |= {"rank": int(state.rank), "energy_ratio": float(state.held_ratio)}
+        if state.renewal:
+            event |= {"directions": state.renewal, "energy_bound": float(state.held_bound)}
+        clock.lap("project")
+        return update, event
+
+    def _put(self, layer: int, keys: Tensor, update: Update, event: Event, clock: Clock) -> tuple[LayerRecord, Event]:
+        state, (left, right) = self.states[layer], _factors(update)
+        self._add(layer, left, right)
+        event = self.energy(layer) | event
+        event["weight_norm"] = self.weight_norm(layer)
+        clock.lap("update")
+        event |= self.measures.of_batch(layer, self.batches + 1, self._undo[layer], state, update)
+        clock.lap("measure")
+        factor = None if left is None else left.cpu()
+        gradients = self.lifelong.seen(layer)
+        gradients = None if gradients is None else gradients.cpu()
+        record = LayerRecord(keys.float().cpu(), factor, right.cpu(), tensor_sha256(state.master), gradients)
+        clock.lap("record")
+        return record, event
+
+    def replay(self, layer: int, record: LayerRecord) -> None:
+        """Add what an earlier run added, if anything, and remember its keys; within `batch`.
+
+        Raises:
+            ReplayError: the weight is then not what it was there.
+        """
+        state = self.states[layer]
+        device = state.master.device
+        if not record.empty:
+            if self.lifelong.follows(layer):
+                if record.gradients is None:
+                    raise ReplayError(f"layer {layer}: the record has no gradients, which the running statistics take")
+                self.lifelong.see(layer, record.keys.to(device), record.gradients.to(device))
+            self.method.remember(layer, self._entering(layer, record.keys.to(device)))
+            self._add(layer, None if record.left is None else record.left.to(device), record.right.to(device))
+        found = tensor_sha256(state.master)
+        if found != record.sha256:
+            raise ReplayError(
+                f"layer {layer}: the weight after this batch has SHA-256 {found[:16]}…, not {record.sha256[:16]}…; "
+                "only the same machine, thread count and versions give the same bits"
+            )
+
+    def nothing(self, layer: int) -> LayerRecord:
+        """The record of a layer in a batch that is left out: states and history stay as they are."""
+        n, d = (master := self.states[layer].master).shape
+        keys, left, right = (torch.empty(shape, dtype=torch.float32) for shape in ((0, d), (n, 0), (0, d)))
+        return LayerRecord(keys, left, right, tensor_sha256(master))
+
+    def finished(self, layer: int) -> Tensor:
+        """The weight as the method hands it over, ``[n, d]``."""
+        return self.method.finish(layer, self.states[layer].master, self._originals[layer])
+
+    def energy(self, layer: int) -> dict[str, float]:
+        state = self.states[layer]
+        return {"energy": float(state.energy), "excess": float(state.excess)}
+
+    def weight_norm(self, layer: int) -> float:
+        """Frobenius norm of the weight."""
+        return float(self.states[layer].gram.diagonal().double().sum().sqrt())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that decides what comes next, by reference."""
+        found = add_prefix("method", self.method.state_dict())
+        for layer, state in self.states.items():
+            found |= add_prefix(f"weight.{layer}", state.state_dict())
+        found |= add_prefix("lifelong", self.lifelong.state_dict())
+        return found | {"batches": torch.tensor(self.batches)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state_dict`, possibly of another process.
+
+        Raises:
+            TypeError, ValueError: it does not fit; where already its names do not, nothing has been changed.
+        """
+        expected, found = sorted(_kinds(self.state_dict())), sorted(_kinds(state))
+        if expected != found:
+            raise ValueError(f"state must hold {expected} as this editor's does, got {found}")
+        self._whole = False
+        self.method.load_state_dict(strip_prefix("method", state))
+        self.lifelong.load_state_dict(strip_prefix("lifelong", state))
+        for layer, own in self.states.items():
+            own.load_state_dict(strip_prefix(f"weight.{layer}", state))
+        self.batches = int(state["batches"])
+        self._whole = True
+
+    def _entering(self, layer: int, keys: Tensor) -> Tensor:
+        """The keys ``[b, d]`` as the method is to solve for them."""
+        return self.states[layer].project(keys).to(keys.dtype) if self._projects_keys else keys
+
+    def _add(self, layer: int, left: Tensor | None, right: Tensor) -> None:
+        state = self.states[layer]
+        self._undo[layer] = {name: value.clone() for name, value in state.state_dict().items()}
+        state.update_(left, right)
+
+
+def _factors(update: Update) -> tuple[Tensor | None, Tensor]:
+    return (update.left, update.right) if isinstance(update, LowRankUpdate) else (None, update)
+
+
+def _alpha(config: EditConfig) -> float:
+    """Of one projection: within the solve there are two, of the keys and of the update."""
+    return 1 - (1 - config.alpha) ** 0.5 if config.project == "solve" else config.alpha
+
+
+def _kinds(state: Mapping[str, Tensor]) -> set[str]:
+    """Names of a state, without those that come and go: the form of a history, and a basis."""
+    return {name.rpartition(".")[0] for name in state}
+
+
+def check_finite(what: str, *tensors: Tensor) -> None:
+    """Raise FloatingPointError where there is NaN or infinity."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise FloatingPointError(f"{what} holds NaN or infinity; the weights are left as they were")
+
+
+def _norm(update: Update) -> float:
+    """Frobenius norm; of ``left @ right`` from the small Gram matrices."""
+    if isinstance(update, Tensor):
+        return float(update.double().norm())
+    left, right = update.left.double(), update.right.double()
+    return float(((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt())

@@ -1,0 +1,75 @@
+"""What of a batch's wanted changes is in the written model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sphere_edit.editing.records import LayerRecord
+from sphere_edit.events import Event
+
+ENOUGH = 0.75  # what SPHERE and the null space take of healthy runs leaves more, a norm after the MLP less
+_NAMED = 5
+
+
+def share_reached(pairs: Iterable[tuple[Tensor, Tensor]]) -> float | None:
+    """Mean over facts of ``⟨got, wanted⟩ / ⟨wanted, wanted⟩``, summed over the pairs; 1 is all of it.
+
+    Args:
+        pairs: (got, wanted), ``[facts, n]`` each, of one place a pair. Facts that want no change anywhere do not count.
+
+    Returns:
+        None where no fact wants a change.
+    """
+    inner = [((got.double() * wanted.double()).sum(1), wanted.double().square().sum(1)) for got, wanted in pairs]
+    got, wanted = (torch.stack(parts).sum(0) for parts in zip(*inner, strict=True))
+    some = wanted > 0
+    return float((got[some] / wanted[some]).mean()) if some.any() else None
+
+
+def share_written(
+    done: Mapping[int, LayerRecord], keys: Mapping[int, Tensor], wanted: Mapping[int, Tensor]
+) -> float | None:
+    """`share_reached` where changes are wanted of the edited maps: what the batch's updates ``ΔW`` give for each fact's
+    key in the written model, ``ΔW k``, beside the change that was solved for.
+
+    Args:
+        done: what each layer took, on the CPU.
+        keys: ``{layer: [facts, d]}``, from a pass of the written model.
+        wanted: ``{layer: [facts, n]}``.
+    """
+    pairs = []
+    for layer, record in done.items():
+        got = keys[layer].cpu() @ record.right.T
+        pairs.append((got if record.left is None else got @ record.left.T, wanted[layer].cpu()))
+    return share_reached(pairs)
+
+
+def missed(event: Event) -> str | None:
+    """What to say of a batch whose wanted changes are not in the written model; None where they are.
+
+    A closed loop answers for them itself: it asks for more until the facts are known, so what it did not learn is said.
+    Its batches are told by their ``rounds``.
+    """
+    batch = f"batch {event.get('batch')}"
+    if event.get("rounds") is not None:
+        if not (unlearned := event.get("unlearned")):
+            return None
+        left = "the model does not give every token of the target first place after the last round"
+        return f"{batch}: {event.get('learned')} of {event.get('size')} facts learned; for {named(unlearned)} {left}"
+    reached = event.get("reached")
+    if reached is None or reached >= ENOUGH:
+        return None
+    return (
+        f"{batch}: reached {reached:.2f} of the wanted change, expected at least {ENOUGH}: in the written model the "
+        "last edited layer moves by that share, in the mean over facts, of what their optimised values ask; the solve, "
+        "SPHERE's projection or other facts of the batch took the rest, or something after the MLP does"
+    )
+
+
+def named(ids: Sequence[str]) -> str:
+    """The first ids, and how many more there are."""
+    shown = ", ".join(ids[:_NAMED])
+    return shown if len(ids) <= _NAMED else f"{shown} and {len(ids) - _NAMED} more"

@@ -1,0 +1,1 @@
+"""What a run folder tells: its page, plots and figures."""

@@ -1,0 +1,126 @@
+"""The page of a run: one HTML file that needs nothing else, made from the run folder alone.
+
+Text of models and data files reaches the page only through `_printable` and jinja2's autoescape, never a plot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+from markupsafe import Markup
+
+from sphere_edit.data.reading import read_records
+from sphere_edit.data.requests import EditRequest
+from sphere_edit.evaluation.metrics import FOLLOWING, METRICS
+from sphere_edit.events import Event
+from sphere_edit.files import replacing
+from sphere_edit.report.correlations import correlations
+from sphere_edit.report.event_log import Log
+from sphere_edit.report.plots import draw_plots
+from sphere_edit.runs import run_folder
+
+_SHOWN, _LONGEST = 50, 600
+_PICTURES = {c: 0x2400 + c for c in range(0x20) if c not in (0x09, 0x0A)} | {0x7F: 0x2421}
+_FORBIDDEN = {*range(0x80, 0xA0), *range(0xD800, 0xE000), *range(0xFDD0, 0xFDF0)}
+_FORBIDDEN |= {plane | last for plane in range(0, 0x110000, 0x10000) for last in (0xFFFE, 0xFFFF)}
+_UNPRINTABLE = dict.fromkeys(_FORBIDDEN, 0xFFFD) | _PICTURES
+_JINJA: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+
+
+def write_report(run: Path) -> Path:
+    """Make ``report.html`` of a run folder from its config, events and requests; an unfinished run shows what it has.
+
+    The page is written whole or not at all, loads nothing, runs no script, and is the same for the same files.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        RunError: not a run folder, of another version, or without events.
+        DataError: its requests are missing or damaged.
+    """
+    config, events = run_folder.read_config(run), run_folder.read_events(run)
+    if not events:
+        raise run_folder.RunError(f"{run / run_folder.METRICS} has no events; expected those of a run")
+    requests = (EditRequest.from_dict(record.fields) for record in read_records(run / run_folder.REQUESTS))
+    try:
+        page = render(config, events, requests)
+    except (KeyError, TypeError, AttributeError, UndefinedError) as error:
+        raise run_folder.RunError(
+            f"{run / run_folder.METRICS} has an event that is not as expected: {error!r}"
+        ) from error
+    with replacing(run / run_folder.REPORT) as path:
+        path.write_text(page, encoding="utf-8", newline="\n")
+    return run / run_folder.REPORT
+
+
+def render(config: Mapping[str, Any], events: Sequence[Event], requests: Iterable[EditRequest]) -> str:
+    """The page as text: any figure that the events lack is a dash, any part without figures is left out."""
+    log = Log.of(events)
+    environment = Environment(loader=PackageLoader(__package__), autoescape=True, finalize=_printable, **_JINJA)
+    filters = (number, signed, percent, short, plain)
+    environment.filters |= {function.__name__: function for function in filters}
+    settings = config.get("settings") or {}
+    layers = [{"layer": layer, **log.layer(layer)} for layer in log.energies]
+    plots = draw_plots(log, settings.get("sphere", True))
+    template = environment.get_template("report.html", globals={"metrics": METRICS, "following": FOLLOWING})
+    return template.render(
+        config=config,
+        settings=settings,
+        log=log,
+        layers=layers,
+        plots=plots,
+        rows=list(islice(_scored(requests, log.of_kind("request")), _SHOWN)),
+        bounds=log.bounds(),
+        correlated=correlations([event for event in events if isinstance(event, dict)]),
+    )
+
+
+def _scored(requests: Iterable[EditRequest], events: Sequence[Event]) -> Iterator[tuple[EditRequest, Event | None]]:
+    """Requests with what they scored, without those that were not drawn to be; all of them while none has been."""
+    left = iter(events)
+    event = next(left, None)
+    for request in requests:
+        if not events:
+            yield request, None
+        elif event is None:
+            return
+        elif event["id"] == request.id:
+            yield request, event
+            event = next(left, None)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Grouped in thousands; a dash for what is not there."""
+    return "–" if value is None else f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    return number(value, digits) if value is None or value < 0 else "+" + number(value, digits)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return "–" if share is None else number(100 * share, digits) + "\u00a0%"
+
+
+def short(value: float | None) -> str:
+    """Three digits, and where they are if far from the point."""
+    return "–" if value is None else f"{value:.3g}".replace("-", "−")
+
+
+def plain(value: Any) -> str:
+    """A setting as one would type it."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(plain, value)) or "–"
+    return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _printable(value: Any) -> Any:
+    """Text without what HTML forbids (controls become their pictures, surrogates U+FFFD), cut where absurdly long."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return (value if len(value) <= _LONGEST else value[:_LONGEST] + "…").translate(_UNPRINTABLE)
