@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.collect import store
-from sphere_edit.config import EditConfig, preset
+from sphere_edit.config import EditConfig
 from sphere_edit.data import load_requests
 from sphere_edit.editing.editor import SphereEditor
 from sphere_edit.methods import make_method
@@ -31,6 +31,7 @@ from sphere_edit.model.inference import frozen
 from sphere_edit.model.loading import cache_dir, load_model
 from sphere_edit.runs.run_folder import environment
 from sphere_edit.targets.keys import LayerPass
+from sphere_edit.targets.presets import preset
 
 TOKENS, OTHER_TOKENS, FACTS = (1_000, 3_000, 10_000, 30_000, 100_000), 30_000, 100
 METHODS = ("alphaedit", "memit")

@@ -20,7 +20,6 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.collect import store
-from sphere_edit.config import preset
 from sphere_edit.data import load_requests
 from sphere_edit.data.requests import EditRequest
 from sphere_edit.editing.editor import SphereEditor
@@ -28,6 +27,7 @@ from sphere_edit.editing.guard import Guard, GuardError
 from sphere_edit.events import Event
 from sphere_edit.model.loading import load_model
 from sphere_edit.runs.run_folder import environment
+from sphere_edit.targets.presets import preset
 from sphere_kernels import LowRankUpdate, env
 
 MODEL, DATA, SIZE = "smollm2-135m", "counterfact_all.jsonl.gz", 20

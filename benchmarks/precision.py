@@ -22,7 +22,6 @@ from benchmarks.baselines.energy import chunked_triangle, unit_rows
 from benchmarks.baselines.energy import exact as exact_energy
 from benchmarks.collect import store
 from benchmarks.layer import EDITS, MOVE, RATIO, RIDGE
-from sphere_edit.config import preset
 from sphere_edit.data import load_requests
 from sphere_edit.methods.covariance import key_covariances
 from sphere_edit.model.inference import frozen
@@ -30,6 +29,7 @@ from sphere_edit.model.loading import cache_dir, load_model
 from sphere_edit.model.structure import find_structure
 from sphere_edit.runs.run_folder import environment
 from sphere_edit.targets.keys import LayerPass
+from sphere_edit.targets.presets import preset
 from sphere_kernels import env
 from sphere_kernels.streaming import FactoredCovariance, HypersphereState, NullSpace, RecursiveLeastSquares
 

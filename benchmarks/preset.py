@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from benchmarks.collect import store
-from sphere_edit.config import preset
 from sphere_edit.data import load_requests
 from sphere_edit.editing.editor import SphereEditor
 from sphere_edit.evaluation.metrics import evaluate, perplexity
 from sphere_edit.model.loading import load_model
 from sphere_edit.runs.run_folder import environment
+from sphere_edit.targets.presets import preset
 
 EDITS, BATCH = 40, 10
 SETTINGS: dict[str, dict[str, Any]] = {

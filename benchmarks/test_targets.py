@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sphere_edit.config import preset
 from sphere_edit.data import load_requests
 from sphere_edit.editing.editor import SphereEditor
 from sphere_edit.evaluation.metrics import evaluate
 from sphere_edit.model.loading import load_model
 from sphere_edit.model.tokens import encode
+from sphere_edit.targets.presets import preset
 
 FACTS, OPTIMISED = 100, 20
 WAYS = {

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from benchmarks.baselines.values import optimise_one_by_one
-from sphere_edit.config import preset
 from sphere_edit.data import load_requests
 from sphere_edit.model.inference import frozen
 from sphere_edit.model.loading import load_model
 from sphere_edit.model.structure import find_structure
 from sphere_edit.targets.contexts import generate_contexts
 from sphere_edit.targets.optimised import optimise_values
+from sphere_edit.targets.presets import preset
 
 FACTS, EVERY = 32, 8
 

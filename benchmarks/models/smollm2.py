@@ -13,10 +13,10 @@ from torch import Tensor
 
 from benchmarks.models.forms import FORMS
 from benchmarks.models.twins import blocks_of, twin
-from sphere_edit.config import preset
 from sphere_edit.data import load_requests
 from sphere_edit.editing.editor import SphereEditor
 from sphere_edit.model.loading import load_model
+from sphere_edit.targets.presets import preset
 
 MODEL, DATA, EDITS = "smollm2-135m", "counterfact_all.jsonl.gz", 10
 # In bfloat16 a multiplier is another rounding. Few tokens, for each twin collects its keys anew.

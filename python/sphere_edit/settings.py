@@ -9,12 +9,7 @@ from typing import Any
 
 import yaml
 
-from sphere_edit.config import DEFAULTS, ConfigError, EditConfig, as_recorded, foreign, preset
-
-
-def on_preset(name: str, given: Mapping[str, Any]) -> EditConfig:
-    """The settings given, the rest from the preset of their method."""
-    return EditConfig.from_dict({**preset(name, given.get("method"), given.get("targets")).to_dict(), **given})
+from sphere_edit.config import COMMON, ConfigError, as_recorded, unused_settings
 
 
 def given_settings(file: Path | None, pairs: list[str], named: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,9 +33,9 @@ def given_settings(file: Path | None, pairs: list[str], named: Mapping[str, Any]
     values |= {name: value for name, value in named.items() if value is not None}
     if recorded:
         recorded = as_recorded(recorded)
-    unused = foreign(
-        values.get("method", recorded.get("method", DEFAULTS["method"])),
-        values.get("targets", recorded.get("targets", DEFAULTS["targets"])),
+    unused = unused_settings(
+        values.get("method", recorded.get("method", COMMON["method"].default)),
+        values.get("targets", recorded.get("targets", COMMON["targets"].default)),
     )
     return {name: value for name, value in recorded.items() if name not in unused} | values
 

@@ -20,7 +20,7 @@ import transformers.models.llama.tokenization_llama  # noqa: F401
 
 import sphere_edit.cli.app
 import sphere_edit.data
-import sphere_edit.editing.editor
+import sphere_edit.editing.batch
 import sphere_edit.experiments.run
 import sphere_edit.model.loading
 
@@ -30,7 +30,7 @@ def _command(arguments: list[str], log: str, drawing: bool) -> None:
     os.dup2(1, 2)
     torch.set_num_threads(1)
     if drawing:
-        optimise = sphere_edit.editing.editor.optimise_values
+        optimise = sphere_edit.editing.batch.optimise_values
 
         def drawn(*args):
             """As if the optimisation drew something: the random state matters then."""
@@ -38,7 +38,7 @@ def _command(arguments: list[str], log: str, drawing: bool) -> None:
             values.target.add_(1e-2 * torch.randn_like(values.target))
             return values
 
-        sphere_edit.editing.editor.optimise_values = drawn
+        sphere_edit.editing.batch.optimise_values = drawn
     sys.argv = ["sphere-edit", *arguments]
     sphere_edit.cli.app.app(arguments)
 

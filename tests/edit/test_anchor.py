@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit.editing import editor as module
+from sphere_edit.editing import batch as module
 from sphere_edit.model.inference import frozen
 from sphere_edit.targets.anchor import anchored, mean_length, solved_outputs
 from sphere_edit.targets.optimised import Values, optimise_values
@@ -93,7 +93,7 @@ def test_the_anchor_is_that_of_other_facts_in_the_model_before_all_edits(family,
             hook.remove()
             lengths[3].append((said[0].reshape(-1, tiny.HIDDEN)[-1] + values.target[0] - values.start[0]).norm())
     want = {layer: float(torch.stack(found).mean()) for layer, found in lengths.items()}
-    assert editor._anchors == pytest.approx(want, rel=2e-2)
+    assert editor._writer.anchors == pytest.approx(want, rel=2e-2)
 
 
 @pytest.mark.parametrize("sphere", (True, False), ids=("sphere", "alone"))
@@ -123,7 +123,7 @@ def test_every_solving_method_solves_for_anchored_values(name, sphere, others, m
 def test_a_value_far_beyond_is_given_up_and_the_fact_held(others, make):
     editor = make(value_anchor=5, value_clamp=400.0, value_lr=50.0, layers=(2,), batch_size=4)
     editor.prepare()
-    editor._anchors = {2: editor._anchors[2] / 100}
+    editor._writer.anchors = {2: editor._writer.anchors[2] / 100}
     before = tiny.state(editor.model)
     (batch,) = [event for event in editor.edit(tiny.facts(4)).events if event["event"] == "batch"]
     assert batch["beyond_anchor"] == 4 and batch["reached"] is None

@@ -6,11 +6,11 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit.config import PRESETS, auto_layers, preset
 from sphere_edit.methods.fine_tuning import tune
 from sphere_edit.model.inference import frozen
 from sphere_edit.model.structure import find_structure
 from sphere_edit.model.tokens import encode
+from sphere_edit.targets.presets import PRESETS, auto_layers, preset
 
 
 def ended_nll(model, tokenizer, fact):

@@ -9,6 +9,7 @@ import torch
 from dense_loop import DenseLoop
 
 from sphere_edit.data.requests import EditRequest
+from sphere_edit.editing import batch as batch_module
 from sphere_edit.editing import editor as module
 from sphere_edit.editing.engine import Engine
 from sphere_edit.evaluation.metrics import score_targets
@@ -159,8 +160,8 @@ def test_known_facts_stay_as_they_are(family, make, tokenizer, monkeypatch):
     order = nll.argsort()
     stop = float((nll[order[0]] + nll[order[1]]) / 2)
     editor = make(family, torch.float64, loop_stop=stop, **changes)
-    loops, original = [], module.close_loop
-    monkeypatch.setattr(module, "close_loop", lambda *args: loops.append(original(*args)) or loops[-1])
+    loops, original = [], batch_module.close_loop
+    monkeypatch.setattr(batch_module, "close_loop", lambda *args: loops.append(original(*args)) or loops[-1])
     key = plain.key_and_value(editor.model, tokenizer, editor.structure, facts[order[0]], "{}", 2, 2)[0]
     said = editor.weights()[2] @ key
     editor.edit(facts)

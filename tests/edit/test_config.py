@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 
@@ -10,9 +9,10 @@ import pytest
 import yaml
 
 from sphere_edit.cli.options import check_same, settings
-from sphere_edit.config import PRESETS, ConfigError, EditConfig, auto_layers, foreign, preset
+from sphere_edit.config import ConfigError, EditConfig, declarations, unused_settings
 from sphere_edit.methods import METHODS
 from sphere_edit.settings import read_yaml
+from sphere_edit.targets.presets import PRESETS, auto_layers, preset
 
 _NAN, _INF = float("nan"), float("inf")
 _BAD = {
@@ -81,7 +81,7 @@ def test_refused(name, value):
 
 
 def test_every_setting_is_checked():
-    assert set(_BAD) == {field.name for field in dataclasses.fields(EditConfig)}
+    assert set(_BAD) == set(declarations())
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_copies_of_a_loop_that_projects(project):
 def test_every_preset_fits_every_method(name, method):
     found = preset(name, method)
     assert found == EditConfig.from_dict(found.to_dict())
-    assert set(foreign(method, found.targets)) < {field.name for field in dataclasses.fields(found)}
+    assert set(unused_settings(method, found.targets)) < set(declarations())
 
 
 def test_the_settings_of_an_earlier_run_are_read(tmp_path):

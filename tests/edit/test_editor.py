@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from sphere_edit.config import EditConfig
+from sphere_edit.editing import batch as batch_module
 from sphere_edit.editing import editor as module
 from sphere_edit.editing.editor import SphereEditor
 from sphere_edit.editing.engine import Engine
@@ -71,7 +72,7 @@ def test_one_batch_follows_the_published_order(family, make, tokenizer, monkeypa
     monkeypatch.setattr(module, "Engine", lambda *args: covariances.update(args[1]) or Engine(*args))
     for batch in batches:
         result = editor.edit(batch)
-        contexts = editor._contexts
+        contexts = editor._writer.contexts
         with frozen(twin.model):
             z = optimise_values(twin.model, tokenizer, twin.structure, batch, contexts, editor.config, 3).target
         for i, layer in enumerate(_LAYERS):
@@ -93,13 +94,13 @@ def test_one_batch_follows_the_published_order(family, make, tokenizer, monkeypa
 @families
 def test_the_value_is_reached(family, make, tokenizer, monkeypatch):
     """With next to no ridge and nothing projected away, the last edited layer gives the optimised values."""
-    wanted, original = [], module.optimise_values
+    wanted, original = [], batch_module.optimise_values
 
     def spy(*args):
         wanted.append(original(*args))
         return wanted[-1]
 
-    monkeypatch.setattr(module, "optimise_values", spy)
+    monkeypatch.setattr(batch_module, "optimise_values", spy)
     changes = {"null_space": False, "sphere": False, "ridge": 1e-6, "contexts": 0, "batch_size": 6}
     editor = make(family, value_steps=10, **changes)
     before = plain.keys_and_values(editor.model, tokenizer, editor.structure, tiny.facts(6), ["{}"], 1, 3)[1]

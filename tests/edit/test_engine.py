@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit.editing.records import ReplayError
+from sphere_edit.data.records import ReplayError
 from sphere_edit.model.inference import frozen
 from sphere_edit.targets.keys import LayerPass
 
@@ -216,7 +216,7 @@ def test_keys_after_all_layers_are_those_solved_with(family, make):
     (record,) = editor.edit(facts).records
     with frozen(editor.model):
         walk = LayerPass(
-            editor.model, editor.tokenizer, editor.structure, facts, editor._contexts, editor.config.layers
+            editor.model, editor.tokenizer, editor.structure, facts, editor._writer.contexts, editor.config.layers
         )
         for layer in editor.config.layers:
             walk.advance(layer)

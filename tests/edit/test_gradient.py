@@ -11,9 +11,9 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit.config import ConfigError, EditConfig, auto_layers, preset
+from sphere_edit.config import ConfigError, EditConfig
+from sphere_edit.data.records import ReplayError
 from sphere_edit.editing.editor import SphereEditor
-from sphere_edit.editing.records import ReplayError
 from sphere_edit.files import tensor_sha256
 from sphere_edit.methods import make_method
 from sphere_edit.model.inference import frozen
@@ -22,6 +22,7 @@ from sphere_edit.model.tokens import encode
 from sphere_edit.targets import gradient
 from sphere_edit.targets.gradient import Lifelong, Moments, look_back
 from sphere_edit.targets.others import other_facts
+from sphere_edit.targets.presets import auto_layers, preset
 
 pytestmark = pytest.mark.filterwarnings("ignore:the key covariance of")
 
@@ -352,7 +353,7 @@ def test_gradients_that_are_not_finite_change_nothing(edit, monkeypatch):
         seen = look_back(*args)
         return dataclasses.replace(seen, nll=seen.nll * float("nan"))
 
-    monkeypatch.setattr("sphere_edit.editing.editor.look_back", broken)
+    monkeypatch.setattr("sphere_edit.editing.batch.look_back", broken)
     editor = edit()
     before = tiny.state(editor.model)
     with pytest.raises(FloatingPointError, match="a gradient or likelihood holds NaN"):

@@ -9,12 +9,13 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit.config import PRESETS, EditConfig, auto_layers, preset
+from sphere_edit.config import EditConfig
 from sphere_edit.methods import METHODS, Method, make_method
 from sphere_edit.methods.fine_tuning import tune
 from sphere_edit.model.inference import frozen
 from sphere_edit.model.structure import find_structure
 from sphere_edit.targets.optimised import optimise_values
+from sphere_edit.targets.presets import PRESETS, auto_layers, preset
 from sphere_kernels import LowRankUpdate
 
 D, N = 24, 10
@@ -210,7 +211,7 @@ def test_values_that_are_not_finite_change_nothing(name, make, monkeypatch):
         found = optimise_values(*args)
         return dataclasses.replace(found, target=found.target * float("nan"))
 
-    monkeypatch.setattr("sphere_edit.editing.editor.optimise_values", broken)
+    monkeypatch.setattr("sphere_edit.editing.batch.optimise_values", broken)
     editor = make(method=name, covariance_weight=10.0)
     before = tiny.state(editor.model)
     with pytest.raises(FloatingPointError, match="layer 1: the update holds NaN or infinity"):

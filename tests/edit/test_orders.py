@@ -50,7 +50,7 @@ def seen(monkeypatch):
     monkeypatch.setattr(
         "sphere_edit.editing.editor.key_covariances", lambda *a: found.setdefault("covariances", key_covariances(*a))
     )
-    monkeypatch.setattr("sphere_edit.editing.editor.optimise_values", keep)
+    monkeypatch.setattr("sphere_edit.editing.batch.optimise_values", keep)
     return found
 
 
@@ -92,7 +92,7 @@ def _as_published(editor, seen, facts):
         batch, keys, solved = facts[i * config.batch_size : (i + 1) * config.batch_size], {}, {}
         for at, layer in enumerate(layers):
             k, values = plain.keys_and_values(
-                model, editor.tokenizer, find_structure(model), batch, editor._contexts, layer, layers[-1]
+                model, editor.tokenizer, find_structure(model), batch, editor._writer.contexts, layer, layers[-1]
             )
             keys[layer] = k.double().T
             residuals = (target - values).double().T / (len(layers) - at)
@@ -149,7 +149,7 @@ def _within_the_solve(editor, seen, facts):
         batch = facts[i * config.batch_size : (i + 1) * config.batch_size]
         for at, layer in enumerate(layers):
             k, values = plain.keys_and_values(
-                model, editor.tokenizer, structure, batch, editor._contexts, layer, layers[-1]
+                model, editor.tokenizer, structure, batch, editor._writer.contexts, layer, layers[-1]
             )
             spared = torch.eye(k.shape[1], dtype=torch.float64)
             spared -= (1 - (1 - config.alpha) ** 0.5) * plain.principal_projector(weights[layer], config.energy_ratio)

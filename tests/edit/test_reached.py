@@ -11,13 +11,13 @@ import pytest
 import tiny
 import torch
 
-from sphere_edit.editing import editor as module
+from sphere_edit.editing import batch as module
 from sphere_edit.editing.editor import SphereEditor
-from sphere_edit.editing.reached import ENOUGH, missed, named, share_reached
 from sphere_edit.model.inference import frozen
 from sphere_edit.model.partial_forward import added, not_additive
 from sphere_edit.model.structure import find_structure
 from sphere_edit.targets.optimised import optimise_values
+from sphere_edit.targets.reached import ENOUGH, missed, named, share_reached
 
 pytestmark = pytest.mark.filterwarnings("ignore:the key covariance of")
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.models.forms import FORMS
 from benchmarks.models.twins import blocks_of, twin
-from sphere_edit.editing import editor as module
+from sphere_edit.editing import batch as module
 from sphere_edit.editing.editor import SphereEditor
 from sphere_edit.targets import passes
 

@@ -30,7 +30,7 @@ from sphere_edit.cli.terminal import (
     spectrum_table,
     way_on,
 )
-from sphere_edit.config import PRESETS, TARGETS, ConfigError, EditConfig
+from sphere_edit.config import TARGETS, ConfigError, EditConfig
 from sphere_edit.data.requests import EditRequest, conflicts, duplicates, settle_conflicts
 from sphere_edit.methods import METHODS
 from sphere_edit.methods.importing import import_method
@@ -38,6 +38,7 @@ from sphere_edit.model.loading import load_by_name
 from sphere_edit.runs.journal import resume_command
 from sphere_edit.runs.spec import recorded_options
 from sphere_edit.settings import given_settings
+from sphere_edit.targets.presets import PRESETS
 
 if TYPE_CHECKING:
     from sphere_edit.runs.spec import RunOptions

@@ -13,7 +13,8 @@ from sphere_edit.methods import method_class
 from sphere_edit.methods.importing import import_method
 from sphere_edit.model.loading import load_by_name
 from sphere_edit.runs.spec import recorded_options
-from sphere_edit.settings import given_settings, on_preset
+from sphere_edit.settings import given_settings
+from sphere_edit.targets.presets import on_preset
 
 
 def settings(
@@ -21,9 +22,10 @@ def settings(
 ) -> EditConfig:
     """Preset (of the method that is named), then file, then ``--set``, then the named options: the later wins."""
     given = given_settings(file, pairs, named)
+    if "method" in given:
+        typed = given_settings(None, pairs, named).get("method") == given["method"]
+        import_method(str(given["method"]), trust_remote_code or typed)
     chosen = on_preset(preset_name, given)
-    typed = given_settings(None, pairs, named).get("method") == chosen.method
-    import_method(chosen.method, trust_remote_code or typed)
     method_class(chosen)  # the method's name is known
     return chosen
 

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from sphere_edit.data.loading import Loaded
 from sphere_edit.data.requests import FIELDS, Conflict, EditRequest
 from sphere_edit.editing.guard import told
-from sphere_edit.editing.reached import named
 from sphere_edit.runs.journal import Journal, resume_command
+from sphere_edit.targets.reached import named
 from sphere_edit.units import duration
 
 console = Console()

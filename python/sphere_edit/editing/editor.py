@@ -1,4 +1,4 @@
-"""The editing loop: values, then layer by layer keys, solve, projection, write."""
+"""The editing loop: batch after batch, each written whole, kept, or undone; and the state between them."""
 
 from __future__ import annotations
 
@@ -8,44 +8,37 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sphere_edit.config import ConfigError, EditConfig, auto_layers, preset
+from sphere_edit.config import ConfigError, EditConfig
+from sphere_edit.data.records import BatchRecord, EditResult, ReplayError
 from sphere_edit.data.requests import EditRequest, as_requests, batches, check_batches
-from sphere_edit.editing.engine import Clock, Engine, check_finite
+from sphere_edit.editing.batch import BatchWriter
+from sphere_edit.editing.engine import Clock, Engine
 from sphere_edit.editing.guard import BROKEN, Guard, GuardError
 from sphere_edit.editing.guard import told as told_by_guard
-from sphere_edit.editing.reached import missed, share_reached, share_written
-from sphere_edit.editing.records import BatchRecord, EditResult, LayerRecord, ReplayError
 from sphere_edit.events import Event
 from sphere_edit.files import file_sha256, tensor_sha256
 from sphere_edit.methods import method_class
 from sphere_edit.methods.covariance import key_covariances
-from sphere_edit.methods.fine_tuning import tune
 from sphere_edit.model.inference import frozen
 from sphere_edit.model.loading import cache_dir
-from sphere_edit.model.partial_forward import check_replay, not_additive
+from sphere_edit.model.partial_forward import check_replay
 from sphere_edit.model.structure import ModelStructure, check_weights_finite, find_structure, model_sha256
 from sphere_edit.model.text import text_path
-from sphere_edit.model.tokens import Row, check_fits, check_tokenizer, encode
+from sphere_edit.model.tokens import check_fits, check_tokenizer, encode
 from sphere_edit.state import add_prefix, strip_prefix
-from sphere_edit.targets import plain
-from sphere_edit.targets.anchor import anchored, mean_length, solved_outputs
-from sphere_edit.targets.closed_loop import close_loop, told
 from sphere_edit.targets.contexts import generate_contexts
-from sphere_edit.targets.gradient import Seen, look_back
-from sphere_edit.targets.keys import LayerPass
-from sphere_edit.targets.optimised import Values, optimise_values
 from sphere_edit.targets.others import other_facts
-from sphere_edit.targets.passes import Passes, fast_bfloat16
-from sphere_kernels import LowRankUpdate, hyperspherical_energy, orthogonal_energy
-
-_Done = dict[int, tuple[LayerRecord, Event]]  # by layer
+from sphere_edit.targets.passes import fast_bfloat16
+from sphere_edit.targets.presets import auto_layers, preset
+from sphere_edit.targets.reached import missed
+from sphere_kernels import hyperspherical_energy, orthogonal_energy
 
 
 class SphereEditor:
@@ -64,7 +57,7 @@ class SphereEditor:
         on_batch: called with the record of every batch once it is in the weights and before it is final, to put it in a
             safe place: if it raises, the batch is undone, and the error goes on. Events of the batch come afterwards.
         on_note: called with what a user should hear of batches that stand out (see ``guard``), or whose wanted
-            changes are not in the weights (see `sphere_edit.editing.reached`); by default a warning.
+            changes are not in the weights (see `sphere_edit.targets.reached`); by default a warning.
 
     Raises:
         StructureError, ConfigError, ValueError: the model, the layers or a setting does not fit.
@@ -105,10 +98,7 @@ class SphereEditor:
         self._on_batch, self._on_note = on_batch, on_note
         self._engine: Engine | None = None
         self._guard = Guard({})
-        self._contexts: list[str] = []
-        self._passes: Passes | None = None
-        self._anchors: dict[int, float] = {}  # lengths of values by layer, where they are anchored
-        self._not_additive: tuple[int, ...] = ()  # layers whose blocks do not move by what their maps do
+        self._writer: BatchWriter | None = None
         self._events: list[Event] = []
         self._fingerprints: dict[str, str] = {}
         self._edits, self._keeping = 0, 0.0
@@ -324,11 +314,8 @@ class SphereEditor:
     def _prepare(self) -> None:
         config, start = self.config, time.perf_counter()
         self.check_parts()
-        if config.targets == "optimised" and not method_class(config).trains:
-            self._not_additive = not_additive(self.model, self.structure, config.layers, self._probe())
-        self._contexts = generate_contexts(
-            self.model, self.tokenizer, config.contexts, config.context_length, config.seed
-        )
+        contexts = generate_contexts(self.model, self.tokenizer, config.contexts, config.context_length, config.seed)
+        writer = BatchWriter(self.model, self.tokenizer, self.structure, config, contexts, self._on_progress)
         covariances = {}
         if not method_class(config).trains:
             covariances = key_covariances(
@@ -344,30 +331,30 @@ class SphereEditor:
         preheating = other_facts("gradient_preheat", config.gradient_preheat, config.seed)
         if preheating:
             for part in batches(preheating, config.batch_size):
-                self._see_gradients(engine, part)
+                writer.see_gradients(engine, part)
                 engine.lifelong.commit()
-        self._anchors = self._measure_anchors()
-        self._engine = engine
+        writer.prepare(self._probe())
+        self._engine, self._writer = engine, writer
         self._guard = Guard({i: orthogonal_energy(len(w), config.energy_s) for i, w in self._original.items()})
         ranks = getattr(self._engine.method, "null_space_rank", {})
         self._fingerprints = {
             "model": model_sha256(self.model),
             "tokenizer": _sha256(self.tokenizer.backend_tokenizer.to_str()),
-            "contexts": _sha256(json.dumps(self._contexts)),
+            "contexts": _sha256(json.dumps(contexts)),
         }
         self._fingerprints |= {f"covariance.{layer}": tensor_sha256(value) for layer, value in covariances.items()}
         if preheating:
             self._fingerprints["preheating facts"] = _sha256(json.dumps([fact.to_dict() for fact in preheating]))
-        if self._anchors:
-            self._fingerprints["anchors"] = _sha256(json.dumps(self._anchors))
+        if writer.anchors:
+            self._fingerprints["anchors"] = _sha256(json.dumps(writer.anchors))
         source = getattr(sys.modules[method_class(config).__module__], "__file__", None)
         if ":" in config.method and source is not None:
             self._fingerprints["method"] = file_sha256(Path(source))
         self._emit(
             "prepared",
-            contexts=self._contexts,
+            contexts=contexts,
             null_space_rank={str(layer): rank for layer, rank in ranks.items()},
-            **({"anchors": {str(layer): norm for layer, norm in self._anchors.items()}} if self._anchors else {}),
+            **({"anchors": {str(layer): norm for layer, norm in writer.anchors.items()}} if writer.anchors else {}),
             seconds=time.perf_counter() - start,
         )
         for layer in config.layers:
@@ -453,10 +440,9 @@ class SphereEditor:
 
     def _write_batch(self, batch: Sequence[EditRequest]) -> BatchRecord:
         engine, clock = self._engine, Clock()
-        assert engine is not None
+        assert engine is not None and self._writer is not None
         place = {"batch": engine.batches + 1, "edits": self._edits + len(batch)}
-        ways = {"closed_loop": self._close_loop, "optimised": self._solve, "gradient": self._gradient}
-        done, told = (self._train if engine.method.trains else ways[self.config.targets])(engine, batch, clock)
+        done, told = self._writer.write(engine, batch, clock)
         layers = {layer: record for layer, (record, _) in done.items()}
         events = [{"event": "energy", **place, "layer": layer, **event} for layer, (_, event) in done.items()]
         seconds = {**clock, "keep": self._keeping}  # that of the batch before
@@ -465,160 +451,6 @@ class SphereEditor:
             self._on_note(said)
         ids = [request.id for request in batch]
         return BatchRecord(engine.batches + 1, ids, layers, events, torch.get_rng_state())
-
-    def _train(self, engine: Engine, batch: Sequence[EditRequest], clock: Clock) -> tuple[_Done, Event]:
-        """Updates of all layers by fine-tuning; what each did, and what is said of the batch."""
-        tuned = tune(
-            self.model,
-            self.tokenizer,
-            self.structure,
-            batch,
-            self.config,
-            self.config.layers,
-            lambda done, total: self._on_progress("tuning", done, total),
-        )
-        check_finite("the fine-tuned update or its likelihood", tuned.nll, *tuned.updates.values())
-        clock.lap("tuning")
-        done = {
-            layer: engine.add(layer, update.new_empty(0, update.shape[1]), update, clock)
-            for layer, update in tuned.updates.items()
-        }
-        nll = float(tuned.nll.mean())
-        return done, {"loss": nll, "nll": nll, "steps": float(tuned.steps)}
-
-    def _close_loop(self, engine: Engine, batch: Sequence[EditRequest], clock: Clock) -> tuple[_Done, Event]:
-        """Updates of all layers at once, in rounds; as `_train`."""
-        layers = self.config.layers
-        if self._passes is None:
-            self._passes = Passes(self.model, self.structure, layers, self.config.loop_arithmetic)
-        passes, weights = self._passes, self.weights()
-        passes.follow(weights)
-
-        def write(asked: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-            clock.lap("passes")
-            engine.attempt(asked, clock)
-            passes.follow(weights)
-            clock.lap("passes")
-
-        def look(rows: Sequence[Row]) -> plain.Plain:
-            clock.lap("passes")
-            seen = plain.look(self.model, self.structure, rows, layers)
-            clock.lap("check")
-            return seen
-
-        loop = close_loop(
-            passes,
-            self.tokenizer,
-            batch,
-            self._contexts,
-            self.config,
-            engine.batches + 1,
-            write,
-            look,
-            lambda done, total: self._on_progress("facts", done, total),
-        )
-        clock.lap("passes")
-        done = engine.settle(loop.plain.keys, clock)
-        written = {layer: record for layer, (record, _) in done.items()}
-        reached = share_written(written, loop.plain.keys, loop.wanted)
-        return done, told(loop, batch) | {"reached": reached}
-
-    def _gradient(self, engine: Engine, batch: Sequence[EditRequest], clock: Clock) -> tuple[_Done, Event]:
-        """Updates of all layers from one backward pass; as `_train`."""
-        seen = self._see_gradients(engine, batch)
-        clock.lap("pass")
-        asked = {layer: (keys, engine.lifelong.residuals(layer, keys)) for layer, keys in seen.keys.items()}
-        clock.lap("statistics")
-        done = {
-            layer: engine.write(layer, *found, engine.solve(layer, *found, clock), clock)
-            for layer, found in asked.items()
-        }
-        positions = len(seen.keys[self.config.layers[0]])
-        return done, {"nll": float(seen.nll.mean()), "positions": positions}
-
-    def _see_gradients(self, engine: Engine, facts: Sequence[EditRequest]) -> Seen:
-        """One pass over the facts' prompts and targets, taken into the statistics."""
-        rows = [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in facts]
-        seen = look_back(
-            self.model,
-            self.structure,
-            rows,
-            self.config.layers,
-            lambda done, total: self._on_progress("gradients", done, total),
-        )
-        check_finite("a gradient or likelihood", seen.nll, *seen.keys.values(), *seen.gradients.values())
-        for layer, keys in seen.keys.items():
-            engine.lifelong.see(layer, keys, seen.gradients[layer])
-        return seen
-
-    def _solve(self, engine: Engine, batch: Sequence[EditRequest], clock: Clock) -> tuple[_Done, Event]:
-        """Values, then updates layer by layer; as `_train`."""
-        config, layers = self.config, self.config.layers
-        values, given_up = self._values(batch, self._contexts, "values"), {}
-        if self._anchors:
-            values, beyond = anchored(values, self._own_outputs(batch), self._anchors)
-            given_up = {"beyond_anchor": int(beyond.sum())}
-        clock.lap("values")
-        done: _Done = {}
-        solved: dict[int, tuple[Tensor, Tensor, LowRankUpdate]] = {}
-        walk = LayerPass(self.model, self.tokenizer, self.structure, batch, self._contexts, layers)
-        with ExitStack() as trials:
-            for i, layer in enumerate(layers):
-                walk.advance(layer)
-                keys = walk.keys()
-                residuals = (
-                    values.outputs[layer] - walk.outputs()
-                    if values.outputs
-                    else (values.target - walk.values()) / (len(layers) - i)
-                )
-                clock.lap("keys")
-                solved[layer] = keys, residuals, engine.solve(layer, keys, residuals, clock)
-                if config.project != "batch":
-                    done[layer] = engine.write(layer, *solved[layer], clock)
-                else:
-                    trials.enter_context(engine.tried(layer, solved[layer][2]))
-        if config.project == "batch":
-            done = {layer: engine.write(layer, *found, clock) for layer, found in solved.items()}
-            walk = LayerPass(self.model, self.tokenizer, self.structure, batch, ["{}"], layers)
-            walk.advance(layers[-1])
-        got = (walk.outputs() if values.outputs else walk.values()) - values.start
-        reached = share_reached([(got, values.target - values.start)])
-        rows = [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in batch]
-        seen = plain.look(self.model, self.structure, rows, layers[-1:])
-        clock.lap("check")
-        parts = {"loss": values.loss, "nll": values.nll, "steps": values.steps.float()}
-        means = {name: float(part.mean()) for name, part in parts.items()}
-        return done, means | plain.learned(seen, batch) | {"reached": reached} | given_up
-
-    def _values(self, facts: Sequence[EditRequest], contexts: Sequence[str], stage: str) -> Values:
-        layers = self.config.layers
-        return optimise_values(
-            self.model,
-            self.tokenizer,
-            self.structure,
-            facts,
-            contexts,
-            self.config,
-            layers[-1],
-            lambda done, total: self._on_progress(stage, done, total),
-            [self.structure.edited[layer] for layer in layers] if self._not_additive else (),
-        )
-
-    def _own_outputs(self, facts: Sequence[EditRequest]) -> dict[int, Tensor]:
-        """``{layer: [facts, n]}``, what the edited maps say at the subjects of the bare prompts."""
-        rows = [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in facts]
-        return plain.look(self.model, self.structure, rows, self.config.layers).outputs
-
-    def _measure_anchors(self) -> dict[int, float]:
-        """By layer the length that values of other facts have in the model before all edits, if they are anchored."""
-        found: dict[int, list[Tensor]] = {}
-        others = other_facts("value_anchor", self.config.value_anchor, self.config.seed)
-        for part in batches(others, self.config.batch_size):
-            values = self._values(part, ["{}"], "values of other facts")
-            for layer, said in solved_outputs(values, self._own_outputs(part)).items():
-                check_finite("a value of other facts", said)
-                found.setdefault(layer, []).append(said)
-        return {layer: mean_length(torch.cat(parts)) for layer, parts in found.items()}
 
 
 def _sha256(text: str) -> str:

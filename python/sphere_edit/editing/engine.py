@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit.config import EditConfig
-from sphere_edit.editing.records import LayerRecord, ReplayError
+from sphere_edit.data.records import LayerRecord, ReplayError
 from sphere_edit.evaluation.weights import Measures
 from sphere_edit.events import Event
 from sphere_edit.files import tensor_sha256

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from sphere_edit.config import EditConfig
+from sphere_edit.data.records import EditResult, ReplayError
 from sphere_edit.data.requests import EditRequest, batches
 from sphere_edit.editing.editor import SphereEditor
 from sphere_edit.editing.guard import GuardError
-from sphere_edit.editing.records import EditResult, ReplayError
 from sphere_edit.evaluation.harness import ability_scores, read_tasks, task_files
 from sphere_edit.evaluation.judge import Endpoint, check_judge
 from sphere_edit.events import Event

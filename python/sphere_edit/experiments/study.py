@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sphere_edit.config import DEFAULTS, OPEN, ConfigError, EditConfig, as_recorded, foreign, preset
+from sphere_edit.config import OPEN, ConfigError, EditConfig, as_recorded, defaults, unused_settings
 from sphere_edit.data import load_requests
 from sphere_edit.experiments.run import resume, run
 from sphere_edit.methods import method_class
@@ -36,7 +36,8 @@ from sphere_edit.model.loading import load_by_name
 from sphere_edit.runs import run_folder
 from sphere_edit.runs.journal import InUse, RunError, locked
 from sphere_edit.runs.spec import LEAST_COUNTS, RunOptions, recorded_options
-from sphere_edit.settings import on_preset, read_yaml
+from sphere_edit.settings import read_yaml
+from sphere_edit.targets.presets import on_preset, preset
 
 Say = Callable[[str], None]
 OnProgress = Callable[[str, int, int], None]
@@ -114,7 +115,7 @@ class Study:
         """The settings of a run: the preset of its method, the study's that this method has a use for, its own."""
         method = self.method(run)
         targets = str((self.settings | self.runs[run]).get("targets", preset(self.preset, method).targets))
-        shared = {name: value for name, value in self.settings.items() if name not in foreign(method, targets)}
+        shared = {name: value for name, value in self.settings.items() if name not in unused_settings(method, targets)}
         own = {name: expanded(value) for name, value in (shared | self.runs[run]).items()}
         config = on_preset(self.preset, own)
         method_class(config)  # the method's name is known
@@ -147,7 +148,7 @@ class Study:
         settings |= {name: record["settings"].get(name) for name, value in OPEN.items() if settings[name] == value}
         expected = {"model": options.model_name, "data": options.data_name, **options.given, "threads": self.threads}
         expected |= {name: getattr(options, name) for name in ("perplexity_text", "answers", *LEAST_COUNTS)} | settings
-        found = {**record, **recorded_options(record), **DEFAULTS, **as_recorded(record["settings"])}
+        found = {**record, **recorded_options(record), **defaults(), **as_recorded(record["settings"])}
         for name, value in expected.items():
             if found.get(name) != value:
                 raise RunError(

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from sphere_edit.config import DEFAULTS, as_recorded
+from sphere_edit.config import as_recorded, defaults
 from sphere_edit.evaluation.answers import ANSWER_SCORES, FOLLOWING_ANSWER_SCORES
 from sphere_edit.evaluation.metrics import FOLLOWING_SCORES, FURTHER_SCORES, SCORES, TOKEN_SCORES, Score
 from sphere_edit.events import Event
@@ -143,7 +143,7 @@ def _without_sphere(found: Mapping[str, Any], name: str) -> str | None:
     """For a finished run with SPHERE the finished one whose settings are the same but for that."""
 
     def plain(run: str) -> dict[str, Any]:
-        settings = {**DEFAULTS, **as_recorded(found[run]["settings"])}
+        settings = {**defaults(), **as_recorded(found[run]["settings"])}
         settings["project"] = settings["project"].replace("solve", "layer")
         return {k: v for k, v in settings.items() if k not in _SPHERE}
 

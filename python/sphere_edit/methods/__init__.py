@@ -1,38 +1,29 @@
 """Editors: how the update of one weight follows from keys and residuals.
 
 A method is a class with `Method`'s functions; SPHERE's projection, and REVIVE's filter, come after any of them. To add
-one, write it in a file of its own and name it in `METHODS`; or leave it where it is and name it as
-``package.module:Class``.
+one, put a file with it into this folder, ``class Mine(Method, name="mine")``, and nothing else; or leave it where it is
+and name it as ``package.module:Class``.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from sphere_edit.config import ConfigError, EditConfig
-from sphere_edit.methods.alphaedit import AlphaEdit
+from sphere_edit.config import METHODS, ConfigError, EditConfig
 from sphere_edit.methods.base import Method, Update
-from sphere_edit.methods.fine_tuning import FineTuning
-from sphere_edit.methods.memit import Memit
-from sphere_edit.methods.prune import Prune
-from sphere_edit.methods.rect import Rect
-from sphere_edit.methods.ridge import Ridge
-from sphere_edit.methods.rome import Rome
 
 __all__ = ["METHODS", "Method", "Update", "make_method", "method_class"]
 
-METHODS: dict[str, type[Method]] = {
-    "alphaedit": AlphaEdit,
-    "memit": Memit,
-    "rect": Rect,
-    "prune": Prune,
-    "rome": Rome,
-    "ridge": Ridge,
-    "ft": FineTuning,
-}
+# The order in which they are named to users; those of files added later follow.
+for _name in ("alphaedit", "memit", "rect", "prune", "rome", "ridge", "fine_tuning"):
+    importlib.import_module(f"{__name__}.{_name}")
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 
 def make_method(config: EditConfig, covariances: Mapping[int, Tensor]) -> Method:

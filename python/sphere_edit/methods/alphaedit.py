@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sphere_edit.config import EditConfig
+from sphere_edit.config import EditConfig, flag, positive
 from sphere_edit.methods.history import WithHistory
 from sphere_kernels import LowRankUpdate
 from sphere_kernels.streaming import NullSpace, RecursiveLeastSquares
 
 
-class AlphaEdit(WithHistory):
+class AlphaEdit(WithHistory, name="alphaedit"):
     """Solve ``(P(KKᵀ + C) + λI) Δᵀ = P K Rᵀ`` for every layer, ``P`` the null-space projector, ``C`` the history.
 
     See `sphere_kernels.streaming.RecursiveLeastSquares`, which never forms or factors a d×d system as published code
@@ -21,7 +21,7 @@ class AlphaEdit(WithHistory):
     layers below it only, which are final when it is solved for: they are the same keys, and the solve is reused.
 
     Args:
-        config: ``ridge`` λ, ``null_space_threshold``, and ``null_space``: off, P is the identity.
+        config: its settings and those of the loop.
         covariances: ``{layer: E[k kᵀ]}`` ``[d, d]`` fp64.
 
     Raises:
@@ -29,6 +29,16 @@ class AlphaEdit(WithHistory):
 
     Source: Fang et al., AlphaEdit (ICLR 2025), equation 14.
     """
+
+    settings = {
+        "null_space": flag(
+            True,
+            "Project onto the null space of the key covariance; off, P is the identity: a ridge least-squares.",
+            "--null-space/--no-null-space",
+        ),
+        "null_space_threshold": positive(2e-2, "Eigenvalues of the key covariance below this span the null space."),
+        "ridge": positive(10.0, "λ of the solve."),
+    }
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
         super().__init__(config, covariances)

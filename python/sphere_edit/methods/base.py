@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sphere_edit.config import EditConfig
+from sphere_edit.config import METHODS, EditConfig, Setting
 from sphere_kernels import LowRankUpdate
 
 Update = Tensor | LowRankUpdate  # of a weight: [n, d], or factors [n, b] and [b, d]; fp32
@@ -19,7 +20,15 @@ class Method:
     solved for, reshaped, projected (SPHERE), restrained and written before the next one is solved for; with ``project:
     batch`` all are solved for first, and with ``project: solve`` keys come half projected.
 
+    A class with ``name=`` is a method of that name: ``class Mine(Method, name="mine")``. A class of one's own elsewhere
+    needs none; it is named ``package.module:Class``.
+
     Attributes:
+        settings: that this method declares, by name; they are checked, recorded and resumed like all others, and read
+            from ``config``.
+        presets: ``{preset: settings}``, any settings, for presets that are changed by choosing this method; ``"*"``
+            for all of them.
+        place: share of the depth at which the one block is that it edits by default; None for five blocks.
         trains: updates come of training the weights (`sphere_edit.methods.fine_tuning`), and not of `solve`: the method
             gets no covariances.
         projects: SPHERE's projection is not of the updates; the method does its own in `finish`.
@@ -29,8 +38,20 @@ class Method:
         covariances: ``{layer: E[k kᵀ]}`` ``[d, d]`` fp64, of the keys of general text.
     """
 
+    settings: ClassVar[Mapping[str, Setting]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    place: ClassVar[float | None] = None
     trains = False
     projects = False
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        super().__init_subclass__()
+        if name is not None:
+            METHODS[name] = cls
+
+    @classmethod
+    def check(cls, config: EditConfig) -> None:
+        """Raise ConfigError where settings do not go together with this method."""
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
         pass

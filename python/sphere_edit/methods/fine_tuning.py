@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sphere_edit.config import EditConfig
+from sphere_edit.config import EditConfig, count, flag, not_negative, positive, positive_int
 from sphere_edit.data.requests import EditRequest
 from sphere_edit.methods.base import Method
 from sphere_edit.model.partial_forward import Replay, record
@@ -20,7 +20,7 @@ from sphere_edit.model.tokens import Row, encode, pad_left
 _TOKENS_PER_PASS = 4096
 
 
-class FineTuning(Method):
+class FineTuning(Method, name="ft"):
     """Adam on the edited weights, see `tune`; it remembers nothing.
 
     Batch after batch, each to its end, is depth-first: later batches overwrite earlier ones. Breadth-first
@@ -28,6 +28,19 @@ class FineTuning(Method):
     whole or undone, and an interrupted one begins anew.
     """
 
+    settings = {
+        "ft_steps": positive_int(25, "Steps of Adam on the edited weights at most; with ft_minibatch, epochs."),
+        "ft_lr": positive(5e-4, "Learning rate of Adam."),
+        "ft_stop": not_negative(1e-2, "Mean NLL of the targets at which it stops."),
+        "ft_minibatch": count(
+            0,
+            "Facts of one step of Adam; the batch should then be the whole set (LocFT-BF's breadth-first order, see "
+            "`sphere_edit.methods.fine_tuning`). 0: each step takes the batch.",
+        ),
+        "ft_eos": flag(False, "Targets end in the end-of-text token."),
+    }
+    presets = {"*": {"layers": ()}, "llama3-8b": {"layers": (21,)}, "qwen2.5-7b": {"layers": (27,)}}
+    place = 21 / 32
     trains = True
 
 

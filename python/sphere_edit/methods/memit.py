@@ -7,19 +7,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sphere_edit.config import EditConfig
+from sphere_edit.config import EditConfig, flag, positive
 from sphere_edit.methods.history import WithHistory
 from sphere_kernels import LowRankUpdate
 from sphere_kernels.streaming import FactoredCovariance, RecursiveLeastSquares
 
 
-class Memit(WithHistory):
+class Memit(WithHistory, name="memit"):
     """Solve ``(w Cov + C + KKᵀ) Δᵀ = K Rᵀ`` for every layer, ``C`` the history or, as published, 0.
 
     Cov is factored once. With a history the recursion runs on whitened keys, for which ``w Cov`` is the identity.
 
     Args:
-        config: ``covariance_weight`` w, and ``history``.
+        config: its settings and those of the loop.
         covariances: ``{layer: E[k kᵀ]}`` ``[d, d]`` fp64.
 
     Raises:
@@ -27,6 +27,18 @@ class Memit(WithHistory):
 
     Source: Meng et al., MEMIT (ICLR 2023), equation 14.
     """
+
+    settings = {
+        "covariance_weight": positive(15000.0, "w: weight of the key covariance in the solve."),
+        "history": flag(False, "Solve against the keys of earlier batches too; published without."),
+    }
+    presets = {
+        "*": {"alpha": 0.8},
+        "gpt2-xl": {"covariance_weight": 20000.0},
+        # The published 15,000 are about Llama-3's features of a key, so that general text weighs like one edit; here
+        # are 1,536.
+        "smollm2-135m": {"covariance_weight": 1500.0},
+    }
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
         super().__init__(config, covariances)

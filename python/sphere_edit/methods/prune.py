@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from sphere_edit.config import EditConfig
+from sphere_edit.config import ConfigError, EditConfig, choice
 from sphere_edit.methods.base import Update
 from sphere_edit.methods.memit import Memit
 from sphere_kernels import LowRankUpdate, principal_directions, sparse_projection
 
 
-class Prune(Memit):
+class Prune(Memit, name="prune"):
     """MEMIT; of the sum of all updates, singular values ``s`` above ``m``, the largest of the weight before, are
     written as ``min(s, m + log(s / m))``.
 
@@ -25,6 +25,30 @@ class Prune(Memit):
 
     Source: Ma et al., Perturbation-Restrained Sequential Model Editing (ICLR 2025).
     """
+
+    settings = Memit.settings | {
+        "prune_in": choice(
+            "weights",
+            "What PRUNE restrains: the weights that the next batch is solved for; or, as published, copies of them: "
+            "the loop goes on with whole updates that are neither restrained nor projected, and what is evaluated and "
+            "saved (see `SphereEditor.hand_over`) is the weight before all edits plus their sum, restrained, then "
+            "projected out of that weight's directions. Figures by batch are of the loop's weights.",
+            ("weights", "copies"),
+        )
+    }
+
+    @classmethod
+    def check(cls, config: EditConfig) -> None:
+        if config.prune_in != "copies":
+            return
+        if config.revive:
+            raise ConfigError(
+                f"revive: expected 0 where prune_in is 'copies' and the loop whole, got {config.revive!r}"
+            )
+        if config.project != "layer":
+            raise ConfigError(
+                f"project: expected 'layer' where prune_in is 'copies' and the loop whole, got {config.project!r}"
+            )
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
         super().__init__(config, covariances)

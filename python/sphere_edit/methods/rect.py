@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sphere_edit.config import EditConfig
+from sphere_edit.config import EditConfig, share
 from sphere_edit.methods.base import Update
 from sphere_edit.methods.memit import Memit
 from sphere_kernels import LowRankUpdate
 
 
-class Rect(Memit):
+class Rect(Memit, name="rect"):
     """MEMIT's update, of which the share ``rect_share`` with the largest ``|Δ / W|`` is kept and the rest is zero.
 
     With SPHERE the projection comes after that: what leaves the principal directions stays out of them, and no entry
@@ -21,6 +21,8 @@ class Rect(Memit):
 
     Source: Gu et al., Model Editing Harms General Abilities of Large Language Models (EMNLP 2024).
     """
+
+    settings = Memit.settings | {"rect_share": share(0.4, "Share of the entries of its update that RECT keeps.")}
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
         super().__init__(config, covariances)

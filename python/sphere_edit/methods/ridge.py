@@ -5,7 +5,7 @@ from __future__ import annotations
 from sphere_edit.methods.alphaedit import AlphaEdit
 
 
-class Ridge(AlphaEdit):
+class Ridge(AlphaEdit, name="ridge"):
     """Solve ``(P KKᵀ + λI) Δᵀ = P K Rᵀ`` for every layer, ``P`` the null-space projector: keys are not remembered.
 
     With ``null_space: false`` and targets from gradients it is UltraEdit's solve, ``Δᵀ = (KKᵀ + λI)⁻¹ K Rᵀ``.

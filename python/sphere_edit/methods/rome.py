@@ -12,7 +12,7 @@ from sphere_edit.methods.memit import factored
 from sphere_kernels import LowRankUpdate
 
 
-class Rome(Method):
+class Rome(Method, name="rome"):
     """Minimise ``tr(Δ Cov Δᵀ)`` under ``Δ K = R``: ``Δ = R (Kᵀ Cov⁻¹ K)⁺ Kᵀ Cov⁻¹``.
 
     For one fact (``batch_size: 1``) that is ROME's rank-one update; for several, all of them at once. Keys that are
@@ -26,6 +26,15 @@ class Rome(Method):
 
     Source: Meng et al., Locating and Editing Factual Associations in GPT (NeurIPS 2022), equation 2.
     """
+
+    place = 5 / 32
+    presets = {
+        "*": {"layers": ()},
+        "llama3-8b": {"layers": (5,), "value_lr": 0.5, "value_weight_decay": 1e-3, "value_clamp": 4.0},
+        "qwen2.5-7b": {"layers": (5,)},
+        "gpt2-xl": {"layers": (17,)},
+        "gpt-j-6b": {"layers": (5,)},
+    }
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
         self._covariances = factored(covariances, 1.0)

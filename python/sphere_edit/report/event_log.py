@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sphere_edit.editing.reached import missed
 from sphere_edit.events import Event
+from sphere_edit.targets.reached import missed
 
 _STAGES = {
     "values": "optimise values",

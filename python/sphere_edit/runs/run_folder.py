@@ -56,7 +56,7 @@ from sphere_edit.runs.journal import (
     locked,
     resume_command,
 )
-from sphere_edit.editing.records import BatchRecord, LayerRecord
+from sphere_edit.data.records import BatchRecord, LayerRecord
 from sphere_edit.data.requests import EditRequest
 
 CONFIG, REQUESTS, BEFORE, JUDGED, METRICS, DELTAS, REPORT, MODEL = (

@@ -16,15 +16,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_edit.config import EditConfig
+from sphere_edit.config import EditConfig, choice, not_negative, positive, positive_int, share
 from sphere_edit.data.requests import EditRequest
 from sphere_edit.model.tokens import Row, encode
+from sphere_edit.targets.base import Targets, all_at_once
 from sphere_edit.targets.contexts import in_context
 from sphere_edit.targets.groups import essence
 from sphere_edit.targets.passes import Passes, Seen
 from sphere_edit.targets.plain import Plain, learned
 
 Asked = dict[int, tuple[Tensor, Tensor]]  # by layer: keys [facts, d] and wanted changes [facts, n]
+
+
+Targets(
+    settings={
+        "loop_rounds": positive_int(
+            8, "Forward and backward passes of a batch at most; a fact takes part until it is known."
+        ),
+        "loop_step": positive(
+            1.0,
+            "h: the longest step of a fact's wanted change at a layer, in units of the layer's mean output length over "
+            "the root of the number of layers.",
+        ),
+        "loop_reach": positive(
+            2.0,
+            "A fact's step is this many times as long as a straight line to loop_stop would take it, and at most "
+            "loop_step.",
+        ),
+        "loop_momentum": share(0.3, "Share of the direction before that goes into a round's."),
+        "loop_stop": positive(0.1, "A fact is known when the mean NLL of its target's tokens falls below this."),
+        "loop_kl": not_negative(
+            0.0, 'Weight of the KL divergence of "{subject} is a" from what the model said before the batch.'
+        ),
+        "loop_arithmetic": choice(
+            "auto",
+            "Of the rounds: model as the model is, bfloat16 in a copy of it that is kept for them; auto takes the copy "
+            "on processors that multiply bfloat16. Updates are fp32, and a forward pass of the model itself reports.",
+            ("auto", "model", "bfloat16"),
+        ),
+    },
+    presets={"gemma3-270m": {"loop_step": 0.5}},
+    check=all_at_once,
+).register("closed_loop")
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sphere_edit.config import EditConfig
+from sphere_edit.config import EditConfig, count, flag, positive
 from sphere_edit.model.inference import compact_head, last_logits
 from sphere_edit.model.structure import ModelStructure
 from sphere_edit.model.tokens import Row, pad_left
 from sphere_edit.state import add_prefix, strip_prefix
+from sphere_edit.targets.base import Targets, all_at_once
 from sphere_edit.targets.passes import alike
 
 _CONSTANT = 1e-6  # a feature that deviates by this share of its mean, or less, does so by rounding
 _FLOOR = 1e-3  # of the mean eigenvalue: directions with less are whitened as if they had it
+
+
+Targets(
+    settings={
+        "gradient_lr": positive(
+            4e-3, "Length of the wanted changes: η·d of UltraEdit's η and the number d of the map's inputs."
+        ),
+        "gradient_whiten": flag(
+            False,
+            "Whiten gradients by their running covariance, once there are more positions than dimensions, and do not "
+            "only divide them by their deviations (StableEdit).",
+        ),
+        "gradient_preheat": count(
+            0, "The running statistics begin with so many other facts (world-facts), which are not edited."
+        ),
+    },
+    # So wide a step, so high up; there the key covariance has no eigenvalue below the threshold.
+    presets={
+        "smollm2-135m": {"layers": (24, 25, 26, 27, 28), "gradient_lr": 1.0, "ridge": 1.0, "null_space": False},
+    },
+    check=all_at_once,
+    # Where down-projections took them best in the demo's model, and UltraEdit's are in Mistral-7B (29, 30 of 32).
+    first_layer=lambda depth: max(depth - 6, 0),
+).register("gradient")
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_edit.config import EditConfig
+from sphere_edit.config import (
+    ConfigError,
+    EditConfig,
+    below_one,
+    choice,
+    count,
+    not_negative,
+    positive,
+    positive_int,
+)
 from sphere_edit.data.requests import EditRequest
 from sphere_edit.model.partial_forward import keeps_only_keys, record_after_prefix
 from sphere_edit.model.structure import LinearMap, ModelStructure
 from sphere_edit.model.tokens import Row, encode
+from sphere_edit.targets.base import Targets
 from sphere_edit.targets.contexts import in_context
 from sphere_edit.targets.groups import Group, essence
 from sphere_edit.targets.places import AtBlock, AtMaps, Bare
@@ -28,6 +38,49 @@ from sphere_edit.targets.places import AtBlock, AtMaps, Bare
 _ROWS_PER_GROUP = 96  # bounds the activations that a backward pass keeps
 _SHRINK = 0.8  # a group is cut down once this share of its rows, or less, is still wanted
 _MORE_STEPS = 2  # after the first in which the target is the likeliest (ENCORE)
+
+
+def _check(config: EditConfig) -> None:
+    if config.modules != "down":
+        raise ConfigError(
+            "modules: optimised values are outputs of the down-projection; expected 'down', or other targets, got "
+            f"{config.modules!r}"
+        )
+
+
+Targets(
+    settings={
+        "value_steps": positive_int(25, "Steps of Adam on each fact's value."),
+        "value_lr": positive(0.5, "Its learning rate."),
+        "value_weight_decay": not_negative(1e-3, "Weight of the value's decay in the loss."),
+        "value_kl": not_negative(0.0625, 'Weight of the KL divergence of "{subject} is a" in the loss.'),
+        "value_clamp": positive(4.0, "Longest value, in units of the hidden state's norm."),
+        "value_beta1": below_one(0.9, "Adam's first decay rate."),
+        "value_beta2": below_one(0.999, "Adam's second decay rate."),
+        "value_stop": not_negative(0.05, "A fact is done when its loss falls below this."),
+        "value_stop_on": choice(
+            "loss",
+            "Which loss: loss (NLL + KL + decay, published) or nll alone; or argmax: a fact is done two steps after "
+            "every token of its target became the likeliest in all contexts, whatever value_stop.",
+            ("loss", "nll", "argmax"),
+        ),
+        "value_anchor": count(
+            0,
+            "Values are scaled to the length that those of so many other facts (world-facts) have in the model before "
+            "all edits, and given up beyond twice that (NAS, whose code takes 1,000; see "
+            "`sphere_edit.targets.anchor`). 0: they stay as they are. A resumed run measures it anew.",
+        ),
+    },
+    presets={
+        "llama3-8b": {"value_lr": 0.1, "value_weight_decay": 0.5, "value_clamp": 0.75},
+        "gpt2-xl": {"value_steps": 20, "value_weight_decay": 0.5, "value_clamp": 0.75},
+        "gpt-j-6b": {"value_weight_decay": 0.5, "value_clamp": 0.75},
+        # Chosen by measurement (benchmarks/preset.py): the values of a small model need a large clamp and step to reach
+        # their targets, and stopping at their NLL rather than the whole loss spares the neighbours.
+        "smollm2-135m": {"value_stop": 0.1, "value_stop_on": "nll", "contexts": 5, "ridge": 10.0},
+    },
+    check=_check,
+).register("optimised")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sphere_edit.editing.records import LayerRecord
+from sphere_edit.data.records import LayerRecord
 from sphere_edit.events import Event
 
 ENOUGH = 0.75  # what SPHERE and the null space take of healthy runs leaves more, a norm after the MLP less
