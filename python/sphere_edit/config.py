@@ -350,8 +350,8 @@ PRESETS: dict[str, EditConfig] = {
     # to the 100,000 of the paper.
     "locft-bf": EditConfig(method="ft", sphere=False, contexts=0, batch_size=100_000, ft_minibatch=100, ft_eos=True),
 }
-# Chosen by measurement (benchmarks/preset.py, table in the README): the values of a small model need a large clamp and
-# step to reach their targets, and stopping at their NLL rather than the whole loss spares the neighbours.
+# Chosen by measurement (benchmarks/preset.py, table in docs/benchmarks.md): the values of a small model need a large
+# clamp and step to reach their targets, and stopping at their NLL rather than the whole loss spares the neighbours.
 _OF_TARGETS: dict[tuple[str, str], dict[str, Any]] = {
     ("smollm2-135m", "optimised"): {"value_stop": 0.1, "value_stop_on": "nll", "contexts": 5, "ridge": 10.0},
     # So wide a step, so high up; there the key covariance has no eigenvalue below the threshold.
