@@ -110,9 +110,7 @@ def test_the_site_has_the_files_that_its_pages_link_to(tmp_path):
     site = load_make_site()
     site.stage(tmp_path, listed_pages())
     assert (tmp_path / "benchmarks/results/plots/retention.svg").is_file()
-    with pytest.raises(
-        ValueError, match="README.md links to docs/.+, which the navigation of zensical.toml does not"
-    ):
+    with pytest.raises(ValueError, match="README.md links to docs/.+, which the navigation of zensical.toml does not"):
         site.stage(tmp_path, ["README.md"])
 
 

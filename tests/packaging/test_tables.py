@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -59,26 +60,59 @@ def test_every_plot_is_shown_once():
     assert sorted(shown) == sorted(drawn)
 
 
-def test_the_figures_of_the_readme_are_stored():
-    """README and the page of studies state a few figures in their prose."""
+def test_the_figures_in_the_prose_of_readme_and_studies_are_stored():
+    loop, scale = study("loop"), study("loop_scale")
+    sphere, alone = "AlphaEdit + SPHERE", "AlphaEdit"
+    end = {name: (percent(run["after"]["scores"]), run["after"]["perplexity"]) for name, run in scale.items()}
+    half = {
+        name: percent(seen["scores"]) for name, run in scale.items() for seen in run["curve"] if seen["edits"] == 10000
+    }
+    short = {name: percent(run["after"]["scores"]) for name, run in loop.items()}
+    other = [percent(loop[name]["after"]["scores"], "generalization_accuracy") for name in (sphere, alone)]
+    gained = {name: percent(study("counterfact")[name + " + SPHERE"]["less_base"]) for name in ("MEMIT", alone)}
+    small = {name: run["after"]["perplexity"] for name, run in study("scale").items() if "ridge" not in name}
+    worse = [small[f"{name} + SPHERE"] > value for name, value in small.items() if "SPHERE" not in name]
+    assert short[sphere] == short[alone] and (sum(worse), len(worse)) == (5, 7)
 
-    def share(study: str, run: str, score: str = "efficacy_accuracy") -> str:
-        found = json.loads((tables.STUDIES.parent / f"results/{study}.json").read_text())["runs"][run]["after"]
-        return f"{100 * found['scores'][score]['mean']:.1f} ± {100 * found['scores'][score]['stderr']:.1f}"
+    readme, studies = (" ".join((tables.ROOT / page).read_text().split()) for page in ("README.md", "docs/studies.md"))
+    before = scale[alone]["before"]["perplexity"]
+    for phrase in (
+        f"answers {end[sphere][0]} % of the facts with SPHERE and {end[alone][0]} % without",
+        f"a perplexity of {end[sphere][1]:.0f} instead of {end[alone][1]:.0f} ({before:.0f} before",
+        f"both answer {short[alone]} %",
+        "({} against {} %)".format(*other),
+        f"MEMIT gains (accuracy +{gained['MEMIT']} points)",
+        "five of seven methods end at a higher perplexity",
+    ):
+        assert phrase in readme
+    for phrase in (
+        f"with SPHERE answers {half[sphere]} % of all facts and AlphaEdit alone {half[alone]} %",
+        f"after 20,000, {end[sphere][0]} and {end[alone][0]} %",
+        f"learns {short[alone]} % with SPHERE and without; UltraEdit {short['UltraEdit']} %",
+        f"(accuracy +{gained['MEMIT']} points) and AlphaEdit hardly (+{gained[alone]})",
+        f"{percent(study('gemma')[sphere]['after']['scores'])} % of 200 facts",
+    ):
+        assert phrase in studies
 
-    sphere, alone = ("AlphaEdit + SPHERE", "AlphaEdit")
+
+def test_the_speeds_in_the_prose_of_the_readme_are_stored():
     readme = " ".join((tables.ROOT / "README.md").read_text().split())
-    assert (
-        f"answers {share('loop_scale', sphere)} % of the facts with SPHERE and {share('loop_scale', alone)} %" in readme
+    times, directions = (
+        next(row.split(" | ") for row in tables.PAGE.read_text().splitlines() if row.startswith(start))
+        for start in ("| 4096 × 1024 | ", "| 1024 × 3584 | 4268")
     )
-    assert {share("loop", run) for run in (sphere, alone)} == {"91.5 ± 2.0"} and "both answer 91.5 ± 2.0 %" in readme
-    paraphrases = [share("loop", run, "generalization_accuracy") for run in (sphere, alone)]
-    assert "({} against {} %)".format(*paraphrases) in readme
-    rows = tables.PAGE.read_text().splitlines()
-    energy = next(row.split(" | ") for row in rows if row.startswith("| 4096 × 1024 | "))
-    directions = next(row.split(" | ") for row in rows if row.startswith("| 1024 × 3584 | 4268"))
-    assert f"takes {energy[2]} ms, {energy[3].rstrip('×')} times less" in readme
+    assert f"takes {times[2]} ms, {times[3].rstrip('×')} times less" in readme
     assert f"take {directions[2]} ms, {float(directions[3].rstrip('×')):.0f} times less" in readme
+
+
+def study(name: str) -> dict[str, Any]:
+    """The runs of a study, by name."""
+    runs: dict[str, Any] = json.loads((tables.STUDIES.parent / f"results/{name}.json").read_text())["runs"]
+    return runs
+
+
+def percent(scores: dict[str, Any], name: str = "efficacy_accuracy") -> str:
+    return f"{100 * scores[name]['mean']:.1f} ± {100 * scores[name]['stderr']:.1f}"
 
 
 def test_a_changed_figure_is_noticed():
