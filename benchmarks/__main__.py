@@ -1,4 +1,4 @@
-"""The tables of the README and the pages under docs, and the plots, from the stored rows: ``python -m benchmarks``."""
+"""Writes the tables of the pages under docs, and the plots, from stored rows: ``python -m benchmarks``."""
 
 from benchmarks import gpu_page, plots, tables
 from benchmarks.models import page as models

@@ -1,7 +1,8 @@
-"""The plots of the kernel suites, drawn from the stored rows: ``python -m benchmarks.plots`` → ``results/plots/``."""
+"""Plots of the README and `docs/benchmarks.md`, from stored rows: ``python -m benchmarks.plots``."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from math import nan
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.rows import Comparison, Timing, comparisons
-from benchmarks.tables import RESULTS, load
+from benchmarks.tables import RESULTS, STUDIES, load
 
 PLOTS = RESULTS / "plots"
 PLAIN_WAYS = ("plain", "triangle")
@@ -91,6 +92,21 @@ def growth(axes: Axes) -> None:
     axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.62))
 
 
+def retention(axes: Axes) -> None:
+    """Share of all facts so far that the model answers as edited, with SPHERE and without, in the long study."""
+    runs = json.loads((STUDIES.parent / "results/loop_scale.json").read_text())["runs"]
+    for name, colour in {"AlphaEdit + SPHERE": OURS, "AlphaEdit": PUBLISHED}.items():
+        curve = runs[name]["curve"]
+        scores = [seen["scores"]["efficacy_accuracy"] for seen in curve]
+        shares, errors = ([100 * score[key] for score in scores] for key in ("mean", "stderr"))
+        edits = [seen["edits"] for seen in curve]
+        axes.errorbar(edits, shares, errors, color=colour, label=name, marker="o", markersize=4, capsize=2)
+    axes.set_ylim(0, 100)
+    axes.set_xticks(range(0, 20001, 5000))
+    axes.set(xlabel="facts edited into SmolLM2-135M", ylabel="facts so far that it answers, %")
+    axes.legend(frameon=False)
+
+
 def _all(cases: list[str]) -> list[tuple[str, Comparison]]:
     stored = {file: load(file) for file in {CASES[case][0] for case in cases}}
     return [(case, c) for case in cases for c in comparisons(stored[CASES[case][0]], case)]
@@ -136,6 +152,7 @@ DRAWN = {  # each with its size in inches
     "growth_n": (growth_n, SMALL),
     "growth_d": (growth_d, SMALL),
     "growth": (growth, SMALL),
+    "retention": (retention, (6, 3)),
 }
 
 

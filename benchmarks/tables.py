@@ -1,4 +1,4 @@
-"""The tables of the README and of the page of studies, written from what is stored: ``python -m benchmarks.tables``
+"""Writes the tables of `docs/benchmarks.md` and of the page of studies: ``python -m benchmarks.tables``
 (``--check`` only compares)."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sphere_edit.evaluation.metrics import SCORES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs/benchmarks.md"
 STUDIES = Path(__file__).parent / "study" / "README.md"
 
 
@@ -163,14 +163,14 @@ def measured() -> list[str]:
     return [name for name, (file, _) in TABLES.items() if (RESULTS / f"{file}.json").exists()]
 
 
-def render(readme: str) -> str:
-    """``readme`` with its tables written anew."""
+def render(page: str) -> str:
+    """``page`` with its tables written anew."""
 
     def write(name: str) -> str:
         file, made = TABLES[name]
         return made(load(file))
 
-    return filled(readme, write)
+    return filled(page, write)
 
 
 def training(stored: dict[str, Any]) -> str:
@@ -213,7 +213,7 @@ def render_studies(page: str) -> str:
 
 def main(check: bool) -> int:
     changed = 0
-    for path, write in ((README, render), (STUDIES, render_studies)):
+    for path, write in ((PAGE, render), (STUDIES, render_studies)):
         old = path.read_text()
         new = write(old)
         changed += old != new

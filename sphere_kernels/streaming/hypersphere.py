@@ -224,8 +224,9 @@ class HypersphereState:
             right: ``[..., b, d]``, already projected.
 
         Raises:
-            TypeError, ValueError: a factor that does not fit; FloatingPointError: one that is not finite, or that could
-            make a row too long for the weight's dtype, or its square for M's. Nothing has been changed then.
+            TypeError, ValueError: a factor that does not fit.
+            FloatingPointError: one that is not finite, or that could make a row too long for the weight's dtype, or its
+                square for M's. Nothing has been changed then.
         """
         check_factors(left, right, self.weight)
         right = right.to(self.master.dtype)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_OURS = {".git", ".cache", "build", "dist", "runs", "__pycache__"}
+NOT_OURS = {".git", ".cache", "build", "dist", "__pycache__"}
 
 
 def listed_by_git() -> list[Path] | None:
@@ -27,6 +27,7 @@ def walked() -> list[Path]:
             and not name.startswith(".venv")
             and "egg-info" not in name
             and not name.endswith("_cache")
+            and Path(folder, name) != ROOT / "runs"
         ]
         found += [Path(folder, name) for name in names if not name.endswith((".so", ".pyc"))]
     return found

@@ -70,7 +70,16 @@ def test_its_metadata(wheel, metadata):
     assert metadata["Name"] == "sphere-kernels"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra")) == {"edit", "demo", "harness", "triton", "bench", "test", "lint"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "edit",
+        "demo",
+        "harness",
+        "triton",
+        "bench",
+        "test",
+        "lint",
+        "docs",
+    }
     unconditional = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
     assert unconditional == ["torch>=2.6"]
     assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sphere_edit.files import read_facts, tensor_sha256, write_tensors
+from sphere_edit.model.structure import ModelStructure
 from sphere_edit.runs.journal import FORMAT, JOURNAL, RunError, resume_command
 from sphere_edit.runs.run_folder import DELTAS
-from sphere_edit.model.structure import ModelStructure
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -34,6 +34,8 @@ from safetensors.torch import load_file
 
 import sphere_kernels
 from sphere_edit.data.reading import read_records
+from sphere_edit.data.records import BatchRecord, LayerRecord
+from sphere_edit.data.requests import EditRequest
 from sphere_edit.files import (
     file_sha256,
     flush,
@@ -56,8 +58,6 @@ from sphere_edit.runs.journal import (
     locked,
     resume_command,
 )
-from sphere_edit.data.records import BatchRecord, LayerRecord
-from sphere_edit.data.requests import EditRequest
 
 CONFIG, REQUESTS, BEFORE, JUDGED, METRICS, DELTAS, REPORT, MODEL = (
     "config.yaml",

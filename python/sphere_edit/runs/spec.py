@@ -9,7 +9,6 @@ from typing import Any
 
 from sphere_edit.evaluation.metrics import PERPLEXITY_TOKENS
 
-
 # Of `RunOptions`.
 LEAST_COUNTS = {"checkpoint_every": 1, "curve_every": 0, "curve_sample": 1, "curve_answers": 0, "score_sample": 1}
 
