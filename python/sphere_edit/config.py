@@ -109,14 +109,12 @@ COMMON: dict[str, Setting] = {
     ),
     "method": text(
         "alphaedit",
-        "How wanted changes are solved for: alphaedit, memit, rect, prune, rome, ridge or ft, or package.module:Class "
-        "of your own (see `sphere_edit.methods`).",
+        "How wanted changes are solved for, or package.module:Class of your own (see `sphere_edit.methods`).",
         "--method",
     ),
     "targets": Setting(
         "closed_loop",
-        "Where wanted changes come from: closed_loop finds them through the written weights in rounds, optimised in a "
-        "model that is not written yet (published), gradient from one backward pass (UltraEdit).",
+        "Where wanted changes come from (see `sphere_edit.targets`).",
         "a text",
         lambda v: isinstance(v, str),
         ("--targets",),
@@ -222,6 +220,13 @@ class EditConfig:
         declared = declarations(settings.get("method", COMMON["method"].default))
         for name in settings:
             if name not in declared:
+                method = str(settings.get("method"))
+                if ":" in method and find_method(method) is None:
+                    module = method.partition(":")[0]
+                    raise ConfigError(
+                        f"method: {method}: expected {module} to be imported before, found it is not, and so its "
+                        f"setting {name!r} is not known"
+                    )
                 raise ConfigError(f"unknown setting {name!r}; known settings are {sorted(declared)}")
         values = {name: setting.default for name, setting in declared.items()} | settings
         for name, value in values.items():

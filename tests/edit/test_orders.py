@@ -15,7 +15,7 @@ from sphere_edit.editing.editor import SphereEditor
 from sphere_edit.editing.engine import Engine
 from sphere_edit.experiments import run as experiment
 from sphere_edit.experiments.run import resume, rollback
-from sphere_edit.experiments.snapshots import look
+from sphere_edit.experiments.snapshots import take
 from sphere_edit.methods import Method
 from sphere_edit.methods.covariance import key_covariances
 from sphere_edit.model.structure import find_structure
@@ -309,12 +309,12 @@ def test_a_look_is_at_the_copies(make, tmp_path):
     text.write_text("Nobody saw the river in the night. " * 12)
     editor, facts = make(**_COPIES), tiny.facts(4)
     editor.edit(facts)
-    seen = look(editor, facts, "after", str(text), 100, lambda *_: None)
+    seen = take(editor, facts, "after", str(text), 100, lambda *_: None)
     editor.hand_over()
     copies = SphereEditor(editor.model, editor.tokenizer, editor.config)
-    assert seen == look(copies, facts, "after", str(text), 100, lambda *_: None)
+    assert seen == take(copies, facts, "after", str(text), 100, lambda *_: None)
     editor.revert()
-    assert seen != look(editor, facts, "after", str(text), 100, lambda *_: None)
+    assert seen != take(editor, facts, "after", str(text), 100, lambda *_: None)
 
 
 @pytest.fixture

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
 from typer.testing import CliRunner
 
+import sphere_edit
 from sphere_edit.cli.app import app
 from sphere_edit.cli.options import settings
 from sphere_edit.config import ConfigError, EditConfig
@@ -22,6 +26,7 @@ _OWN = """
 from pathlib import Path
 
 import torch
+from sphere_edit.config import ConfigError, positive
 from sphere_edit.methods import Method
 from sphere_kernels import LowRankUpdate
 
@@ -30,8 +35,18 @@ NUMBER = 1
 
 
 class Ridge(Method):
+    settings = {"own_ridge": positive(1.0, "λ of the solve.")}
+
+    @classmethod
+    def check(cls, config):
+        if config.own_ridge > 10 and config.sphere:
+            raise ConfigError(f"own_ridge: expected at most 10 with sphere, got {config.own_ridge!r}")
+
+    def __init__(self, config, covariances):
+        self._ridge = config.own_ridge
+
     def solve(self, layer, keys, residuals):
-        system = keys @ keys.T + torch.eye(len(keys))
+        system = keys @ keys.T + self._ridge * torch.eye(len(keys))
         return LowRankUpdate(residuals.T.contiguous(), torch.linalg.solve(system, keys))
 """
 
@@ -184,3 +199,44 @@ def test_code_that_fails_while_it_is_imported(own):
     (own / "mine" / "own.py").write_text("1 / 0")
     with pytest.raises(ConfigError, match=r"mine.own:Ridge cannot be imported \(ZeroDivisionError: division by zero\)"):
         settings("auto", None, [], {"method": "mine.own:Ridge"})
+
+
+def test_its_own_settings_are_checked_recorded_and_resumed(stopped, own):
+    assert run_folder.read_config(stopped)["settings"]["own_ridge"] == 1.0
+    how = (*_RUN, "--method", "mine.own:Ridge", "--set")
+    for pair, message in (
+        ("own_ridge=0", "own_ridge: expected a number above 0, got 0"),
+        ("own_ridge=11", "own_ridge: expected at most 10 with sphere, got 11"),
+        ("own_bridge=1", "unknown setting 'own_bridge'; known settings are"),
+    ):
+        assert message in _error(_call(*how, pair, "--out", "new"))
+    assert "own_ridge: the run was begun with 1.0, got 2" in _error(
+        _call("run", "--resume", stopped, "--trust-remote-code", "--set", "own_ridge=2")
+    )
+    deltas = {}
+    for value in ("1.0", "9"):
+        assert _call(*how, f"own_ridge={value}", "--out", f"with-{value}").exit_code == 0
+        deltas[value] = (own / f"with-{value}" / run_folder.DELTAS).read_bytes()
+    assert _call("run", "--resume", stopped, "--trust-remote-code").exit_code == 0
+    assert (stopped / run_folder.DELTAS).read_bytes() == deltas["1.0"] != deltas["9"]
+    listed = _call("settings", "--method", "mine.own:Ridge")
+    assert listed.exit_code == 0 and "own_ridge" in listed.stdout, listed.output
+
+
+def test_a_method_is_one_file_in_the_folder_of_methods(own):
+    """In a copy of the package with that file and nothing else: listed, refused where it does not fit, and run."""
+    copy = shutil.copytree(Path(sphere_edit.__file__).parent, own / "copy" / "sphere_edit")
+    text = _OWN.replace("class Ridge(Method):", 'class Ridge(Method, name="mine"):')
+    (copy / "methods" / "mine.py").write_text(text)
+    paths = os.pathsep.join(path for path in (str(own / "copy"), os.environ.get("PYTHONPATH")) if path)
+
+    def call(*args):
+        command = [sys.executable, "-m", "sphere_edit", *map(str, args)]
+        return subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+
+    assert "own_ridge" in call("settings", "--method", "mine").stdout
+    refused = call(*_RUN, "--out", "new", "--set", "own_ridge=2")
+    assert "own_ridge: alphaedit has no use for it, only mine; expected 1.0" in " ".join(refused.stderr.split())
+    done = call(*_RUN, "--out", "run", "--method", "mine", "--set", "own_ridge=2")
+    assert done.returncode == 0, done.stderr
+    assert run_folder.read_config(own / "run")["settings"]["method"] == "mine"

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sphere_edit.cli.options import check_same, check_same_requests, load_as, numbers, settings
+from sphere_edit.cli.options import (
+    check_same,
+    check_same_requests,
+    load_as,
+    settings,
+    split_options,
+    with_declared_options,
+)
 from sphere_edit.cli.terminal import (
     ability_table,
     bars,
@@ -25,14 +32,14 @@ from sphere_edit.cli.terminal import (
     plain_errors,
     plan_table,
     requests_table,
+    resume_hint,
     say,
     scores_table,
+    settings_table,
     spectrum_table,
-    way_on,
 )
-from sphere_edit.config import TARGETS, ConfigError, EditConfig
+from sphere_edit.config import METHODS, TARGETS, ConfigError, EditConfig, unused_settings
 from sphere_edit.data.requests import EditRequest, conflicts, duplicates, settle_conflicts
-from sphere_edit.methods import METHODS
 from sphere_edit.methods.importing import import_method
 from sphere_edit.model.loading import load_by_name
 from sphere_edit.runs.journal import resume_command
@@ -90,6 +97,7 @@ OutModelOption = Annotated[Path, typer.Option("--out", "-o", help="New folder fo
 
 
 @app.command("run")
+@with_declared_options
 def run_command(
     context: typer.Context,
     data: Annotated[str | None, _DATA] = None,
@@ -107,35 +115,10 @@ def run_command(
         typer.Option("--preset", help=f"One of {', '.join(PRESETS)}; by default the model's own, else auto."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings, e.g. a run's config.yaml.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(METHODS)}, or package.module:Class of your own.")
-    ] = None,
-    targets: Annotated[
-        str | None, typer.Option(help=f"Where the wanted changes come from: {', '.join(TARGETS)}.")
-    ] = None,
-    layers: Annotated[str | None, typer.Option(help="Blocks to edit, e.g. 4,5,6,7,8.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Facts solved for together.")] = None,
-    sphere: Annotated[bool | None, typer.Option("--sphere/--no-sphere", help="SPHERE's projection.")] = None,
-    null_space: Annotated[
-        bool | None, typer.Option("--null-space/--no-null-space", help="AlphaEdit's null-space projection.")
-    ] = None,
-    energy_ratio: Annotated[
-        float | None, typer.Option("--energy-ratio", "--eta", help="Share of energy in the principal directions.")
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(help="How much of an update within them is suppressed.")] = None,
-    subspace: Annotated[str | None, typer.Option(help="current or pretrained principal directions.")] = None,
-    refresh_every: Annotated[int | None, typer.Option(help="Batches between two refreshes of them.")] = None,
-    directions: Annotated[str | None, typer.Option(help="exact, or tracked from batch to batch.")] = None,
-    covariance_text: Annotated[str | None, typer.Option(help="Text of the key covariance: builtin, or a file.")] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of everything drawn while editing; world-facts has its own, as in world-facts:seed=1."),
-    ] = None,
-    guard: Annotated[
-        str | None,
+    set_: Annotated[
+        list[str] | None,
         typer.Option(
-            help="What becomes of a batch whose energies, update or facts learned stand out: warn, skip (leave its "
-            "facts out), stop, or off. May differ with --resume."
+            "--set", metavar="NAME=VALUE", help="Any other setting (see sphere-edit settings); may be repeated."
         ),
     ] = None,
     on_conflict: Annotated[
@@ -145,45 +128,6 @@ def run_command(
             "so), or refuse the run."
         ),
     ] = "skip",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, as in config.yaml; may be repeated."),
-    ] = None,
-    perplexity_text: Annotated[str, typer.Option(help="Text of the perplexity: heldout, or a file.")] = "heldout",
-    save_model: Annotated[bool, typer.Option("--save-model", help="Also write the edited model to OUT/model.")] = False,
-    checkpoint_every: Annotated[
-        int, typer.Option(help="Batches between two copies of the whole state, of which two are kept.", min=1)
-    ] = 10,
-    curve_every: Annotated[
-        int, typer.Option(help="Batches between two evaluations on the way, of the report's curves; 0 for none.", min=0)
-    ] = 0,
-    curve_sample: Annotated[
-        int, typer.Option(help="Requests scored there at most: of those so far, the first, and the newest each.", min=1)
-    ] = 200,
-    curve_answers: Annotated[
-        int,
-        typer.Option(help="Requests of each of these that the model also answers by itself (see --answers).", min=0),
-    ] = 0,
-    score_sample: Annotated[
-        int | None, typer.Option(help="Requests scored before and after, drawn at random; by default all.", min=1)
-    ] = None,
-    answers: Annotated[
-        bool, typer.Option("--answers", help="Also let it answer their prompts by itself: exact, and contains.")
-    ] = False,
-    judge: JudgeOption = None,
-    judge_model: JudgeModelOption = None,
-    harness: Annotated[
-        str | None,
-        typer.Option(
-            help="Tasks of general ability, some of boolq, rte, nq, gsm8k; scored before, after and with --curve-every."
-        ),
-    ] = None,
-    harness_data: Annotated[
-        str | None, typer.Option(help="Folder of their files; SPHERE_EDIT_DATA by default.")
-    ] = None,
-    harness_limit: Annotated[int | None, typer.Option(help="The first N records of each task only.", min=1)] = None,
-    harness_ends: Annotated[bool, typer.Option("--harness-ends", help="Score them before and after only.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run at OUT when done.")] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check all of it, say what would be done and what it takes, and write nothing."),
@@ -192,6 +136,7 @@ def run_command(
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     trust_remote_code: RemoteOption = False,
+    **declared_options: Any,
 ) -> None:
     """Edit a model with the facts of a data set, and write a run folder with a report; the model given never changes.
 
@@ -201,22 +146,7 @@ def run_command(
     Example: sphere-edit run --model smollm2-135m --data world-facts --limit 40 --out runs/demo
     """
     with plain_errors(1 if dry_run else 2):
-        named = {
-            "method": method,
-            "targets": targets,
-            "layers": None if layers is None else numbers(layers),
-            "batch_size": batch_size,
-            "sphere": sphere,
-            "null_space": null_space,
-            "energy_ratio": energy_ratio,
-            "alpha": alpha,
-            "subspace": subspace,
-            "refresh_every": refresh_every,
-            "directions": directions,
-            "covariance_text": covariance_text,
-            "seed": seed,
-            "guard": guard,
-        }
+        named, of_run = split_options(declared_options)
         if going_on is not None:
             if dry_run:
                 raise ConfigError(f"--dry-run: expected a new run, got --resume {going_on}")
@@ -234,27 +164,8 @@ def run_command(
         from sphere_edit.runs import run_folder
         from sphere_edit.runs.spec import RunOptions
 
-        options = RunOptions(
-            model,
-            data,
-            out,
-            perplexity_text=perplexity_text,
-            checkpoint_every=checkpoint_every,
-            curve_every=curve_every,
-            curve_sample=curve_sample,
-            curve_answers=curve_answers,
-            score_sample=score_sample,
-            answers=answers,
-            judge=judge,
-            judge_model=judge_model,
-            harness=() if harness is None else tuple(name.strip() for name in harness.split(",")),
-            harness_data=harness_data,
-            harness_limit=harness_limit,
-            harness_ends=harness_ends,
-            save_model=save_model,
-            overwrite=overwrite,
-            given={"limit": limit, "order": order, "preset": preset_name, "dtype": dtype, "on_conflict": on_conflict},
-        )
+        given = {"limit": limit, "order": order, "preset": preset_name, "dtype": dtype, "on_conflict": on_conflict}
+        options = RunOptions(model, data, out, given=given, **of_run)
 
         def read() -> list[EditRequest]:
             found = load_requests(options.data_name, limit=limit, order=order, on_note=note)
@@ -266,7 +177,7 @@ def run_command(
         if dry_run:
             _rehearse(options, chosen, read, loaded_model)
             return
-        with run_folder.new_run(out, overwrite) as journal:
+        with run_folder.new_run(out, options.overwrite) as journal:
             journal.on_note = note
             if journal.folder != out.resolve():
                 say(f"{out} stays until this run is complete; till then it is in {journal.folder}")
@@ -274,7 +185,7 @@ def run_command(
                 note(f"{left} holds an unfinished run; go on with: {resume_command(left)}; or remove it")
             requests = read()
             loaded, tokenizer = loaded_model()
-            with bars() as progress, way_on(journal):
+            with bars() as progress, resume_hint(journal):
                 run(loaded, tokenizer, requests, chosen, options, on_progress=progress, journal=journal)
         _say_result(out)
 
@@ -339,7 +250,7 @@ def _resume(folder: Path, given: dict[str, Any], chosen: dict[str, Any], trust_r
             model = given.get("model", recorded["model"])
             loaded, tokenizer = load_as(model, recorded, trust_remote_code)
             say(f"{folder}: going on after batch {journal.batches}")
-            with bars() as progress, way_on(journal):
+            with bars() as progress, resume_hint(journal):
                 guard = chosen.get("guard")
                 resume(loaded, tokenizer, folder, on_progress=progress, journal=journal, guard=guard)
     _say_result(target)
@@ -476,6 +387,21 @@ def evaluate_command(
         event = {"event": "evaluation", "when": "now", "scores": scores, "perplexity": finite(value)}
         console.print(scores_table([event]))
         _write_json(as_json, {"model": model, "data": data, **event, **written})
+
+
+@app.command("settings")
+def settings_command(
+    preset_name: Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}.")] = "auto",
+    method: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(METHODS)}, or package.module:Class of your own.")
+    ] = None,
+    targets: Annotated[str | None, typer.Option(help=f"One of {', '.join(TARGETS)}.")] = None,
+) -> None:
+    """List the settings of a method and its targets: their values in a preset, what each may be, and what it does."""
+    with plain_errors():
+        chosen = settings(preset_name, None, [], {"method": method, "targets": targets})
+        title = f"{chosen.method}, {chosen.targets} targets, preset {preset_name}"
+        console.print(settings_table(title, chosen, unused_settings(chosen.method, chosen.targets)))
 
 
 @app.command("data")

@@ -1,20 +1,88 @@
-"""What the options of ``sphere-edit`` mean together, and against those of a run that goes on."""
+"""Make the options of ``sphere-edit run`` from what declares them; combine them, and check them on resume."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
 
-from sphere_edit.config import OPEN, ConfigError, EditConfig, as_recorded
+import typer
+
+from sphere_edit.config import METHODS, OPEN, TARGETS, ConfigError, EditConfig, as_recorded, declarations
 from sphere_edit.data.requests import EditRequest
 from sphere_edit.methods import method_class
 from sphere_edit.methods.importing import import_method
 from sphere_edit.model.loading import load_by_name
-from sphere_edit.runs.spec import recorded_options
+from sphere_edit.runs.spec import declared, recorded_options
 from sphere_edit.settings import given_settings
 from sphere_edit.targets.presets import on_preset
+
+
+def with_declared_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes ``**given``, with an option for every setting that has flags and every option of a run.
+
+    Settings that are not given are None: their preset decides.
+    """
+    known = {"method": METHODS, "targets": TARGETS}
+    settings = {
+        name: _parameter(
+            name,
+            None,
+            setting.doc + (f" One of {', '.join(known[name])}." if name in known else ""),
+            setting.flags,
+            str if name == "layers" else type(setting.default),
+        )
+        for name, setting in declarations().items()
+        if setting.flags
+    }
+    options = {
+        one.name: _parameter(
+            one.name,
+            one.default or None if one.name == "harness" else one.default,
+            one.metadata["doc"],
+            one.metadata.get("flags", ()),
+            _KINDS[str(one.type).split(" | ")[0]],
+            one.metadata.get("least"),
+            one.metadata.get("metavar"),
+        )
+        for one in declared()
+    }
+    signature = inspect.signature(command, eval_str=True)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    made: Any = functools.wraps(command)(lambda **given: command(**given))
+    made.__signature__ = signature.replace(parameters=[*own, *settings.values(), *options.values()])
+    return cast(Callable[..., None], made)
+
+
+def split_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `with_declared_options` adds: settings by name, None where not given; and arguments of `RunOptions`."""
+    of_run = {one.name: given[one.name] for one in declared()}
+    tasks = of_run["harness"]
+    of_run["harness"] = () if tasks is None else tuple(name.strip() for name in tasks.split(","))
+    named = {name: value for name, value in given.items() if name not in of_run}
+    if named["layers"] is not None:
+        named["layers"] = numbers(named["layers"])
+    return named, of_run
+
+
+_KINDS = {"str": str, "int": int, "bool": bool, "tuple[str, ...]": str}
+
+
+def _parameter(
+    name: str,
+    default: Any,
+    doc: str,
+    flags: Sequence[str],
+    kind: type,
+    least: int | None = None,
+    metavar: str | None = None,
+) -> inspect.Parameter:
+    option = typer.Option(*flags, help=doc.replace("`", ""), min=least, metavar=metavar)
+    annotation = Annotated[kind if default is not None else kind | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def settings(

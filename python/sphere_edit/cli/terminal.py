@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from safetensors import SafetensorError
 
+from sphere_edit.config import EditConfig, declarations
 from sphere_edit.data.loading import Loaded
 from sphere_edit.data.requests import FIELDS, Conflict, EditRequest
 from sphere_edit.editing.guard import told
@@ -64,7 +65,7 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def way_on(journal: Journal) -> Iterator[None]:
+def resume_hint(journal: Journal) -> Iterator[None]:
     """Where a run ends before its end, say what is safe and how to go on."""
     try:
         yield
@@ -221,6 +222,19 @@ def data_table(
     }
     for what, lines in rows.items():
         table.add_row(what, escape("\n".join(lines)))
+    return table
+
+
+def settings_table(title: str, chosen: EditConfig, unused: Container[str]) -> Table:
+    """Settings with their values, what each may be, and what it does."""
+    table = Table(title=title, show_lines=True)
+    table.add_column("setting", no_wrap=True)
+    for heading in ("value", "may be", "what it does"):
+        table.add_column(heading, overflow="fold")
+    for name, setting in declarations(chosen.method).items():
+        if name not in unused:
+            value = chosen.to_dict()[name]
+            table.add_row(name, escape(str(value)), setting.expected, escape(setting.doc.replace("`", "")))
     return table
 
 

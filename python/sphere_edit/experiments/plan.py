@@ -158,7 +158,7 @@ def _first(editor: SphereEditor, to_measure: Sequence[int], tokens: int) -> Iter
         yield f"values of {config.value_anchor} other facts"
 
 
-def _looks(edits: int, options: RunOptions, config: EditConfig) -> int:
+def _evaluations(edits: int, options: RunOptions, config: EditConfig) -> int:
     """Evaluations on the way."""
     count = -(-edits // config.batch_size)
     return -(-count // options.curve_every) if options.curve_every else 0
@@ -166,12 +166,12 @@ def _looks(edits: int, options: RunOptions, config: EditConfig) -> int:
 
 def _evaluated(requests: Sequence[EditRequest], scored: int, options: RunOptions, config: EditConfig) -> Iterator[str]:
     yield f"{scored} requests before and after" + (", with the model's own answers" if options.answers else "")
-    if looks := _looks(len(requests), options, config):
+    if number := _evaluations(len(requests), options, config):
         groups = "of those so far, of the first and of the newest"
         own = f", with the model's own answers to {options.curve_answers}" if options.curve_answers else ""
-        yield f"{looks} times on the way: at most {options.curve_sample} {groups}{own}"
+        yield f"{number} times on the way: at most {options.curve_sample} {groups}{own}"
     if options.harness:
-        when = "each time" if looks and not options.harness_ends else "before and after"
+        when = "each time" if number and not options.harness_ends else "before and after"
         yield f"{', '.join(options.harness)} by lm-evaluation-harness {when}"
 
 
@@ -192,8 +192,8 @@ def _times(
 
     once, count = _seconds_each(passes, requests)
     score, _ = _seconds_each(lambda chosen: evaluate(model, tokenizer, chosen), requests)
-    looks = _looks(len(requests), options, config)
-    asked = 2 * scored + looks * min(len(requests), 3 * options.curve_sample)
+    on_the_way = _evaluations(len(requests), options, config)
+    asked = 2 * scored + on_the_way * min(len(requests), 3 * options.curve_sample)
     if tokens:
         yield f"covariance: about {duration(token * tokens)}"
     least, most = _passes(config)
@@ -204,7 +204,7 @@ def _times(
         f"edits: about {between}, {least if least == most else f'{least} to {most}'} passes a fact; solving, "
         "projecting and measuring come on top"
     )
-    evaluated = score * asked + token * (2 + looks) * options.perplexity_tokens
+    evaluated = score * asked + token * (2 + on_the_way) * options.perplexity_tokens
     skipped = {"the answers": options.answers or options.curve_answers, "the harness": options.harness}
     left = [name for name, asked in skipped.items() if asked]
     without = f", without {' and '.join(left)}" if left else ""

@@ -22,14 +22,14 @@ from sphere_edit.editing.guard import GuardError
 from sphere_edit.evaluation.harness import ability_scores, read_tasks, task_files
 from sphere_edit.evaluation.judge import Endpoint, check_judge
 from sphere_edit.events import Event
-from sphere_edit.experiments.snapshots import Look, compare, curve, look, sample
+from sphere_edit.experiments.snapshots import Snapshot, compare, curve, sample, take
 from sphere_edit.files import file_sha256
 from sphere_edit.model.text import text_path, token_windows
 from sphere_edit.report.page import write_report
 from sphere_edit.runs import run_folder
 from sphere_edit.runs.deltas import switch, write_deltas
 from sphere_edit.runs.journal import Journal, RunError, resume_command
-from sphere_edit.runs.spec import LEAST_COUNTS, RunOptions
+from sphere_edit.runs.spec import RunOptions, check_counts
 
 _RESULT = (run_folder.DELTAS, run_folder.REPORT, run_folder.MODEL)  # what holds for the last batch only
 
@@ -60,7 +60,7 @@ def run(
     check_options(requests, options)
     opened = nullcontext(journal) if journal else run_folder.new_run(options.out, options.overwrite)
     with opened as journal:
-        work = _Work(model, tokenizer, requests, config, journal, on_event, on_progress)
+        work = RunSession(model, tokenizer, requests, config, journal, on_event, on_progress)
         check_run(work.editor, requests, options.perplexity_text)
         run_folder.write_config(journal.folder, _record(work.editor, options, len(requests), journal.folder))
         run_folder.write_jsonl(journal.folder / run_folder.REQUESTS, [request.to_dict() for request in requests])
@@ -74,12 +74,7 @@ def check_options(requests: Sequence[EditRequest], options: RunOptions) -> None:
     """Raise ValueError unless there is something to edit, every count can be, and the harness's tasks are there."""
     if not requests:
         raise ValueError(f"{options.data_name}: no requests; expected at least one edit")
-    for name, least in LEAST_COUNTS.items():
-        value = getattr(options, name)
-        if name == "score_sample" and value is None:
-            continue
-        if value is None or value < least:
-            raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
+    check_counts(options)
     if options.curve_answers and not options.curve_every:
         raise ValueError(f"curve_answers {options.curve_answers}: expected curve_every with it, got 0")
     check_judge(options.judge, options.judge_model, options.answers)
@@ -119,7 +114,7 @@ def resume(
         RunError: another model, or another machine that does not give the same bits; nothing has been changed then.
     """
     with nullcontext(journal) if journal else run_folder.existing_run(folder) as journal:
-        work = _Work.of_run(model, tokenizer, journal, on_event, on_progress, guard)
+        work = RunSession.of_run(model, tokenizer, journal, on_event, on_progress, guard)
         if not run_folder.is_finished(journal):
             return work.go()
         switch(journal.folder, work.editor.structure, "after")
@@ -152,8 +147,8 @@ def rollback(
     """
     with nullcontext(journal) if journal else run_folder.existing_run(folder) as journal:
         check_batch(journal, to_batch)
-        journal.way_on = f"sphere-edit rollback {shlex.quote(str(journal.folder))} --to-batch {to_batch}"
-        work = _Work.of_run(model, tokenizer, journal, None, on_progress)
+        journal.resume_hint = f"sphere-edit rollback {shlex.quote(str(journal.folder))} --to-batch {to_batch}"
+        work = RunSession.of_run(model, tokenizer, journal, None, on_progress)
         if to_batch == journal.batches and run_folder.has_deltas(journal):
             switch(journal.folder, work.editor.structure, "after")
             return None
@@ -175,7 +170,7 @@ def check_batch(journal: Journal, number: int) -> None:
         )
 
 
-class _Work:
+class RunSession:
     """One process at work on a run."""
 
     def __init__(
@@ -212,7 +207,7 @@ class _Work:
         on_event: OnEvent | None,
         on_progress: OnProgress | None,
         guard: str | None = None,
-    ) -> _Work:
+    ) -> RunSession:
         record = run_folder.read_config(journal.folder)
         requests, settings = run_folder.read_requests(journal.folder), EditConfig.from_run(record["settings"])
         settings = settings.replace(guard=guard or run_folder.guard_of(journal, settings.guard))
@@ -232,7 +227,7 @@ class _Work:
             known = self.write_events(before)
             self.edit()
             self.write_deltas()
-            after = self.look("after")
+            after = self.snapshot("after")
             for event in (*after.events, *compare(self.scored, before, after)):
                 self.emit(event)
             self.finish(known)
@@ -257,7 +252,7 @@ class _Work:
             finally:
                 torch.set_num_threads(threads)
 
-    def prepare(self) -> Look:
+    def prepare(self) -> Snapshot:
         """See that all is as it was when the run began; the look from before the first edit, kept or taken now."""
         for change in run_folder.environment_changes(self.record):
             self.journal.on_note(f"since the run began, {change}")
@@ -267,13 +262,13 @@ class _Work:
             self.check_unchanged(record["fingerprints"])
             fault = self.journal.fault_of(record)
             if fault is None:
-                return Look.read(self.journal.path(record))
+                return Snapshot.read(self.journal.path(record))
             self.journal.on_note(f"{fault}; evaluating again")
-        found = self.look("before")
+        found = self.snapshot("before")
         events = self.prepared + found.events
         for event in events:
             self.on_event(event)
-        return Look(events, found.per_request, found.said)
+        return Snapshot(events, found.per_request, found.said)
 
     def check_unchanged(self, fingerprints: dict[str, str]) -> None:
         changes, found = run_folder.environment_changes(self.record), self.fingerprints()
@@ -286,7 +281,7 @@ class _Work:
                     f"{self.record['model']!r}"
                 )
 
-    def repair(self, before: Look) -> None:
+    def repair(self, before: Snapshot) -> None:
         """The first change to the folder, once nothing can be amiss with model and machine."""
         self.journal.repair()
         record = self.journal.last("before")
@@ -313,11 +308,11 @@ class _Work:
         asked = {f"task {name}": file_sha256(path) for name, path in files.items()}
         return self.editor.fingerprints() | {"perplexity text": file_sha256(text)} | asked
 
-    def look(self, when: str) -> Look:
+    def snapshot(self, when: str) -> Snapshot:
         text, tokens = self.record["perplexity_text"], self.record["perplexity_tokens_at_most"]
         url, answers = self.record.get("judge"), self.record.get("answers", False)
         judge = Endpoint(url, self.record["judge_model"], self.folder / run_folder.JUDGED) if url else None
-        found = look(self.editor, self.scored, when, text, tokens, self.progress, answers, judge)
+        found = take(self.editor, self.scored, when, text, tokens, self.progress, answers, judge)
         found.events[0] |= self.ability()
         return found
 
@@ -356,7 +351,7 @@ class _Work:
         self.watch()
         self.tell(done, len(parts))
         for number, batch in enumerate(parts[done:], done + 1):
-            with self.way_on():
+            with self.resume_hint():
                 self.editor.edit(batch)
             self.tell(number, len(parts))
             self.watch()
@@ -368,7 +363,7 @@ class _Work:
         self.progress("edits", self.editor.edits, len(self.requests))
 
     @contextmanager
-    def way_on(self) -> Iterator[None]:
+    def resume_hint(self) -> Iterator[None]:
         """What the guard stops at: what is safe, and how to go on."""
         try:
             yield
@@ -415,7 +410,7 @@ class _Work:
             log.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
         self.on_event(event)
 
-    def write_events(self, before: Look) -> list[Event]:
+    def write_events(self, before: Snapshot) -> list[Event]:
         """Make ``metrics.jsonl`` of what is kept: the events up to the last batch."""
         later = [event for record in self.journal.records for event in record.get("events", [])]
         known = before.events + later
@@ -438,23 +433,9 @@ def _record(editor: SphereEditor, options: RunOptions, edits: int, folder: Path)
         "model": options.model_name,
         "data": options.data_name,
         "edits": edits,
-        "perplexity_text": options.perplexity_text,
-        "perplexity_tokens_at_most": options.perplexity_tokens,
         "dtype": str(editor.weights()[editor.config.layers[0]].dtype),
         "device": str(editor.structure.device),
-        "checkpoint_every": options.checkpoint_every,
-        "save_model": options.save_model,
-        "curve_every": options.curve_every,
-        "curve_sample": options.curve_sample,
-        "curve_answers": options.curve_answers,
-        "score_sample": options.score_sample,
-        "answers": options.answers,
-        "judge": options.judge,
-        "judge_model": options.judge_model,
-        "harness": list(options.harness),
-        "harness_data": options.harness_data,
-        "harness_limit": options.harness_limit,
-        "harness_ends": options.harness_ends,
+        **options.recorded(),
         "replaces": None if folder.name == target else target,
         "given": options.given,
         "settings": editor.config.to_dict(),

@@ -29,7 +29,7 @@ _NEURONS = 32
 
 
 @dataclass(frozen=True)
-class Look:
+class Snapshot:
     """One look at a model.
 
     Args:
@@ -47,11 +47,11 @@ class Look:
             temporary.write_text(json.dumps(vars(self), allow_nan=False), encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path) -> Look:
+    def read(cls, path: Path) -> Snapshot:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def look(
+def take(
     editor: SphereEditor,
     requests: Sequence[EditRequest],
     when: str,
@@ -60,8 +60,8 @@ def look(
     progress: Callable[[str, int, int], None],
     answers: bool = False,
     judge: Judge | None = None,
-) -> Look:
-    """Look at the editor's model as it would be handed over.
+) -> Snapshot:
+    """Snapshot at the editor's model as it would be handed over.
 
     Args:
         when: ``before`` or ``after``.
@@ -80,7 +80,7 @@ def look(
         value = perplexity(model, tokenizer, text, tokens)
         event = {"event": "evaluation", "when": when, "scores": found.to_dict(), "perplexity": finite(value)}
         completed = complete(model, tokenizer, [prompt for _, prompt in sample_prompts(requests)], _SAMPLE_TOKENS)
-        return Look([event, *_spectra(editor, when), *_cosines(editor, when)], found.per_request, completed)
+        return Snapshot([event, *_spectra(editor, when), *_cosines(editor, when)], found.per_request, completed)
 
 
 def sample(requests: Sequence[EditRequest], count: int | None, seed: str) -> list[EditRequest]:
@@ -133,7 +133,7 @@ def _by_group(
     return {name: found.subset([places[id(r)] for r in group]).to_dict() for name, group in groups.items()}
 
 
-def compare(requests: Sequence[EditRequest], before: Look, after: Look) -> Iterator[Event]:
+def compare(requests: Sequence[EditRequest], before: Snapshot, after: Snapshot) -> Iterator[Event]:
     """What became of each request, and of each completion."""
     for request, was, now in zip(requests, before.per_request, after.per_request, strict=True):
         yield {"event": "request", "id": request.id, "before": was, "after": now}

@@ -35,21 +35,29 @@ from sphere_edit.methods.importing import import_method
 from sphere_edit.model.loading import load_by_name
 from sphere_edit.runs import run_folder
 from sphere_edit.runs.journal import InUse, RunError, locked
-from sphere_edit.runs.spec import LEAST_COUNTS, RunOptions, recorded_options
+from sphere_edit.runs.spec import RunOptions, declared, recorded_options
 from sphere_edit.settings import read_yaml
 from sphere_edit.targets.presets import on_preset, preset
 
 Say = Callable[[str], None]
 OnProgress = Callable[[str, int, int], None]
 
-_COUNTS = {"limit": 1, "threads": 1, **LEAST_COUNTS}
+# Options of a run that a study may have for all of its runs.
+_OPTIONS = {
+    one.name: one
+    for one in declared()
+    if one.name in ("perplexity_text", "checkpoint_every", "score_sample", "answers") or one.name.startswith("curve_")
+}
+_COUNTS = {"limit": 1, "threads": 1} | {
+    name: one.metadata["least"] for name, one in _OPTIONS.items() if "least" in one.metadata
+}
 _KIND_NAMES = {dict: "names with values", list: "a list", bool: "true or false"}
 _KINDS = {"settings": dict, "runs": dict, "make_model": list, "answers": bool}
 
 
 @dataclass(frozen=True)
 class Study:
-    """See the module's text; all as it is written there, ``name`` is that of the file."""
+    """See the module's text, whose fields these are; ``name`` is the file's, ``options`` are those of its runs."""
 
     name: str
     title: str
@@ -62,13 +70,7 @@ class Study:
     dtype: str = "auto"
     threads: int = 1
     preset: str = "auto"
-    perplexity_text: str = "heldout"
-    curve_every: int = 0
-    curve_sample: int = 200
-    curve_answers: int = 0
-    score_sample: int | None = None
-    checkpoint_every: int = 10
-    answers: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -84,7 +86,7 @@ class Study:
         found = read_yaml(path.read_text(encoding="utf-8"), str(path))
         if not isinstance(found, dict):
             raise ConfigError(f"{path}: expected the fields of a study, found {type(found).__name__}")
-        known = [f.name for f in fields(cls) if f.name != "name"]
+        known = [f.name for f in fields(cls) if f.name not in ("name", "options")] + list(_OPTIONS)
         for name in found:
             if name not in known:
                 raise ConfigError(f"{path}: unknown field {name!r}; known fields are {', '.join(known)}")
@@ -93,7 +95,8 @@ class Study:
                 raise ConfigError(f"{path}: field {name!r} is missing")
         for name, value in found.items():
             _check(path, name, value)
-        study = cls(path.stem, **found)
+        options = {name: found.pop(name) for name in _OPTIONS if name in found}
+        study = cls(path.stem, options=options, **found)
         for name, own in study.runs.items():
             if not isinstance(name, str) or not slug(name):
                 raise ConfigError(f"{path}: a run's name must have letters or digits from a to z, got {name!r}")
@@ -121,19 +124,13 @@ class Study:
         method_class(config)  # the method's name is known
         return config
 
-    def options(self, path: Path) -> RunOptions:
+    def run_options(self, path: Path) -> RunOptions:
         """What a run in folder ``path`` does besides editing."""
         return RunOptions(
             expanded(self.model),
             expanded(self.data),
             path,
-            perplexity_text=expanded(self.perplexity_text),
-            checkpoint_every=self.checkpoint_every,
-            curve_every=self.curve_every,
-            curve_sample=self.curve_sample,
-            curve_answers=self.curve_answers,
-            score_sample=self.score_sample,
-            answers=self.answers,
+            **{name: expanded(value) for name, value in self.options.items()},
             given={name: getattr(self, name) for name in ("limit", "order", "preset", "dtype")},
         )
 
@@ -143,11 +140,11 @@ class Study:
         Raises:
             RunError: naming what differs.
         """
-        record, options, config = run_folder.read_config(path), self.options(path), self.config(run)
+        record, options, config = run_folder.read_config(path), self.run_options(path), self.config(run)
         settings = config.to_dict()
         settings |= {name: record["settings"].get(name) for name, value in OPEN.items() if settings[name] == value}
         expected = {"model": options.model_name, "data": options.data_name, **options.given, "threads": self.threads}
-        expected |= {name: getattr(options, name) for name in ("perplexity_text", "answers", *LEAST_COUNTS)} | settings
+        expected |= {name: getattr(options, name) for name in _OPTIONS} | settings
         found = {**record, **recorded_options(record), **defaults(), **as_recorded(record["settings"])}
         for name, value in expected.items():
             if found.get(name) != value:
@@ -234,7 +231,7 @@ def finished(path: Path) -> bool:
 
 
 def _make(study: Study, name: str, path: Path, trusted: bool, say: Say, on_progress: OnProgress | None) -> None:
-    options = study.options(path)
+    options = study.run_options(path)
 
     def loaded() -> tuple[Any, Any]:
         return load_by_name(options.model_name, study.dtype, "cpu", study.threads, trusted)

@@ -112,7 +112,7 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
             run["less_base"] = {"base": base, **_differences(ends[name], ends[base])}
             run["less_base"] |= _difference_of_first(run["curve"], found[base]["curve"])
     shown = {f.name: getattr(study, f.name) for f in fields(study) if f.name not in ("runs", "settings")}
-    if not study.curve_answers:
+    if not study.options.get("curve_answers"):
         del shown["curve_answers"]  # as earlier studies are stored
     return {"study": shown, "runs": found}
 

@@ -97,7 +97,7 @@ class Journal:
     Attributes:
         records: in order.
         fault: what is wrong with the first step that does not hold, or None.
-        way_on: the command that an error names to go on with.
+        resume_hint: the command that an error names to go on with.
         on_note: called with what a user should hear: faults found, and what is done about them.
 
     Raises:
@@ -109,7 +109,7 @@ class Journal:
         self.records: list[Record] = []
         self.fault: str | None = None
         self.on_note: Callable[[str], None] = warnings.warn
-        self.way_on = resume_command(folder)
+        self.resume_hint = resume_command(folder)
         self._marks: list[tuple[int, bytes]] = [(0, b"")]  # where each record's line ends, and its chain
         self._file: int | None = None
         self._read()
@@ -240,7 +240,7 @@ class Journal:
         except OSError as error:
             raise RunError(
                 f"{self.folder / file} could not be written ({error.strerror or error}); batches kept safe: "
-                f"{self.batches}; go on with: {self.way_on}"
+                f"{self.batches}; go on with: {self.resume_hint}"
             ) from error
 
     def _read(self) -> None:
