@@ -112,7 +112,7 @@ def test_threshold_that_leaves_nothing():
 
 def test_null_space_basis():
     covariance = _covariance()
-    space = null_space(covariance, 0.06, 0)
+    space = null_space({0: covariance}, 0, 0.06)
     basis = space.kept
     m = basis.shape[1]
     assert 0 < m < _D
@@ -120,7 +120,7 @@ def test_null_space_basis():
     torch.testing.assert_close(basis @ basis.T, _projector(covariance, 0.06))
     whole = torch.cat([basis, space.removed], 1)
     torch.testing.assert_close(whole @ whole.T, torch.eye(_D, dtype=torch.float64))
-    assert null_space(covariance, 1e9, 0).kept.shape == (_D, _D)
+    assert null_space({0: covariance}, 0, 1e9).kept.shape == (_D, _D)
 
 
 def test_unknown_method():

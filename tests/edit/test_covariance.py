@@ -233,3 +233,22 @@ def test_another_map_of_the_block_misses(tokenizer, text, tmp_path, measured):
         got = key_covariances(model, tokenizer, find_structure(model, modules), (1, 2), config, tmp_path / "c")
         widths.append(len(got[1]))
     assert widths == [80, tiny.HIDDEN, 80] and measured == [(1, 2), (1, 2)]
+
+
+def test_eigenvectors_are_computed_once_and_kept(tokenizer, text, tmp_path, monkeypatch):
+    model, calls, eigh = tiny.make_model("llama"), [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(len(matrix)) or eigh(matrix))
+
+    def seen():
+        return _get(model, tokenizer, tmp_path / "c", text).eigh(1)
+
+    first = seen()
+    assert calls == [80] and all(torch.equal(a, b) for a, b in zip(first, seen(), strict=True)) and calls == [80]
+    assert all(
+        torch.equal(a, b) for a, b in zip(first, eigh(_get(model, tokenizer, tmp_path / "c", text)[1]), strict=True)
+    )
+    (kept,) = (tmp_path / "c").glob("*.eigh.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-8])
+    assert all(torch.equal(a, b) for a, b in zip(first, seen(), strict=True)) and calls == [80, 80]
+    _get(model, tokenizer, tmp_path / "c", text, tokens=200)  # other keys, other eigenvectors
+    assert not torch.equal(_get(model, tokenizer, tmp_path / "c", text, tokens=200).eigh(1)[0], first[0])

@@ -316,7 +316,7 @@ class SphereEditor:
         self.check_parts()
         contexts = generate_contexts(self.model, self.tokenizer, config.contexts, config.context_length, config.seed)
         writer = BatchWriter(self.model, self.tokenizer, self.structure, config, contexts, self._on_progress)
-        covariances = {}
+        covariances: Mapping[int, Tensor] = {}
         if not method_class(config).trains:
             covariances = key_covariances(
                 self.model,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sphere_edit.config import EditConfig, flag, positive
+from sphere_edit.methods.covariance import KeyCovariances
 from sphere_edit.methods.history import WithHistory
 from sphere_kernels import LowRankUpdate
 from sphere_kernels.streaming import NullSpace, RecursiveLeastSquares
@@ -44,7 +45,7 @@ class AlphaEdit(WithHistory, name="alphaedit"):
         super().__init__(config, covariances)
         self.null_space_rank: dict[int, int] = {}
         for layer, covariance in covariances.items():
-            space = null_space(covariance, config.null_space_threshold, layer) if config.null_space else None
+            space = null_space(covariances, layer, config.null_space_threshold) if config.null_space else None
             d = len(covariance)
             self.null_space_rank[layer] = d if space is None or space.removed is None else d - space.removed.shape[1]
             # Keys are about as long as those of the covariance's text; a hundred times longer ones are seen.
@@ -60,9 +61,12 @@ class AlphaEdit(WithHistory, name="alphaedit"):
         self._right(layer, keys)
 
 
-def null_space(covariance: Tensor, threshold: float, layer: int) -> NullSpace:
-    """Eigenvectors of the covariance ``[d, d]``, kept where their eigenvalues are below ``threshold``."""
-    values, vectors = torch.linalg.eigh(covariance)
+def null_space(covariances: Mapping[int, Tensor], layer: int, threshold: float) -> NullSpace:
+    """Eigenvectors of a layer's covariance ``[d, d]``, kept where their eigenvalues are below ``threshold``."""
+    if isinstance(covariances, KeyCovariances):
+        values, vectors = covariances.eigh(layer)
+    else:
+        values, vectors = torch.linalg.eigh(covariances[layer])
     small = values < threshold
     if not small.any():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Second moment of the keys of each edited layer, ``E[k kᵀ]``, over text; kept on disk.
+"""Second moment of the keys of each edited layer, ``E[k kᵀ]``, over text; kept on disk, as are its eigenvectors.
 
 A file's name says model, layer and text, and ends in a hash of what determines it: the model's weights up to the
 layer, the layer, the text and how much of it was read. An edited or another model therefore never meets a wrong file.
@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sphere_edit.config import EditConfig
-from sphere_edit.files import file_sha256, replacing, tensor_bytes
+from sphere_edit.files import file_sha256, replacing, tensor_bytes, tensor_sha256
 from sphere_edit.model.inference import frozen
 from sphere_edit.model.partial_forward import record
 from sphere_edit.model.structure import ModelStructure
@@ -55,7 +55,7 @@ def key_covariances(
     config: EditConfig,
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[int, Tensor]:
+) -> KeyCovariances:
     """``{layer: [d, d]}`` fp64 on the model's device, from the cache or by one pass over the text.
 
     Args:
@@ -73,10 +73,34 @@ def key_covariances(
         moments = _measure(model, tokenizer, structure, missing, config, progress)
         for layer in missing:
             moment = moments.sums[layer] / moments.tokens
-            _save(paths[layer], moment, {**described[layer], "tokens": str(moments.tokens)})
+            _save(paths[layer], {"moment": moment}, {**described[layer], "tokens": str(moments.tokens)})
             found[layer] = moment
         _warn_if_few(moments.tokens, max(len(moment) for moment in moments.sums.values()))
-    return {layer: moment.to(structure.device) for layer, moment in found.items() if moment is not None}
+    moved = {layer: moment.to(structure.device) for layer, moment in found.items() if moment is not None}
+    return KeyCovariances(moved, paths)
+
+
+class KeyCovariances(dict[int, Tensor]):
+    """Second moments of keys by layer, ``[d, d]`` fp64, with eigendecompositions that are kept beside their files.
+
+    Args:
+        paths: by layer the file that holds the moment.
+    """
+
+    def __init__(self, moments: Mapping[int, Tensor], paths: Mapping[int, Path]) -> None:
+        super().__init__(moments)
+        self._paths = paths
+
+    def eigh(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Eigenvalues ``[d]``, ascending, and eigenvectors ``[d, d]``, as `torch.linalg.eigh` gives them."""
+        moment = self[layer]
+        path, described = self._paths[layer].with_suffix(".eigh.safetensors"), {"moment": tensor_sha256(moment)}
+        found = _load(path, described, "values", "vectors")
+        if found is None:
+            values, vectors = torch.linalg.eigh(moment)
+            _save(path, {"values": values, "vectors": vectors}, described)
+            return values, vectors
+        return found[0].to(moment.device), found[1].to(moment.device)
 
 
 def covariances_to_measure(
@@ -92,7 +116,8 @@ def _cached(
 ) -> tuple[dict[int, Path], dict[int, Tensor | None]]:
     """By layer the file, and the moment where the file has it."""
     paths = {layer: _path(cache, own, model, config.covariance_text) for layer, own in described.items()}
-    return paths, {layer: _load(paths[layer], own) for layer, own in described.items()}
+    found = {layer: _load(paths[layer], own, "moment") for layer, own in described.items()}
+    return paths, {layer: None if own is None else own[0] for layer, own in found.items()}
 
 
 def _described(
@@ -169,23 +194,23 @@ def _path(cache: Path, described: dict[str, str], model: Any, text: str) -> Path
     return next(cache.glob(f"*-{key}.safetensors"), made)
 
 
-def _load(path: Path, described: dict[str, str]) -> Tensor | None:
-    """A cached moment; None if there is none or the file is damaged (it is then measured anew)."""
+def _load(path: Path, described: dict[str, str], *names: str) -> list[Tensor] | None:
+    """Cached tensors; None if there is no file or it is damaged (they are then computed anew)."""
     if not path.exists():
         return None
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            moment: Tensor = file.get_tensor("moment")
+            found: list[Tensor] = [file.get_tensor(name) for name in names]
     except (SafetensorError, OSError, KeyError):
         return None
     same = all(metadata.get(key) == value for key, value in described.items())
-    return moment if same and bool(torch.isfinite(moment).all()) else None
+    return found if same and all(bool(torch.isfinite(tensor).all()) for tensor in found) else None
 
 
-def _save(path: Path, moment: Tensor, metadata: dict[str, str]) -> None:
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     with replacing(path) as temporary:
-        save_file({"moment": moment.cpu().contiguous()}, temporary, metadata)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
 class KeyMoments:
