@@ -49,7 +49,7 @@ def _compare(make, tokenizer, monkeypatch, family="llama", dtype=torch.float32, 
             wanted = dense.edit(batch)
         for layer, delta in wanted.items():
             done = record.layers[layer]
-            update, weight = done.left.double() @ done.right.double(), editor.weights()[layer]
+            update, weight = done.update.left.double() @ done.update.right.double(), editor.weights()[layer]
             assert delta.norm() > 1e-3
             assert (update - delta).norm() < close * delta.norm(), "the update is not the dense one"
             assert (weight - twin.weights()[layer]).double().norm() < close * delta.norm()

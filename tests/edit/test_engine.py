@@ -11,6 +11,7 @@ import torch
 from sphere_edit.data.records import ReplayError
 from sphere_edit.model.inference import frozen
 from sphere_edit.targets.keys import LayerPass
+from sphere_kernels import LowRankUpdate
 
 _SETTINGS = {
     "default": {},
@@ -118,7 +119,7 @@ def test_records_can_be_handed_over(make):
     for record, own in zip(taken, other.edit(tiny.facts(6)).records, strict=True):
         for layer, done in record.layers.items():
             assert done.sha256 == own.layers[layer].sha256
-            assert all(x.dtype == torch.float32 for x in (done.keys, done.left, done.right))
+            assert all(x.dtype == torch.float32 for x in (done.keys, done.update.left, done.update.right))
         kinds = [event["event"] for event in record.events]
         assert kinds == ["energy"] * 3 + ["batch"]
 
@@ -132,9 +133,10 @@ def test_replay_refuses_what_is_not_the_next_batch_here(make):
         fresh.replay(second)
     with pytest.raises(ReplayError, match=r"layers \[1, 2, 3\] cannot follow .* \[1, 2\]"):
         other.replay(first)
-    bits = first.layers[2].right.clone()
+    taken = first.layers[2].update
+    bits = taken.right.clone()
     bits[0, 0] += 1e-4
-    altered = {**first.layers, 2: dataclasses.replace(first.layers[2], right=bits)}
+    altered = {**first.layers, 2: dataclasses.replace(first.layers[2], update=LowRankUpdate(taken.left, bits))}
     with pytest.raises(ReplayError, match=r"layer 2: .* SHA-256"):
         fresh.replay(dataclasses.replace(first, layers=altered))
     assert tiny.same(fresh.model, before) and fresh.batches == 0
@@ -202,7 +204,7 @@ def test_sixteen_bit_weights_are_the_rounded_master(dtype, make):
         exact = editor.original_weights()[layer].double()
         for record in records:
             done = record.layers[layer]
-            exact += done.left.double() @ done.right.double()
+            exact += done.update.left.double() @ done.update.right.double()
         master = editor.state_dict()[f"engine.weight.{layer}.master"]
         assert master.dtype == torch.float32
         torch.testing.assert_close(master.double(), exact, atol=1e-5, rtol=1e-5)
@@ -221,7 +223,7 @@ def test_keys_after_all_layers_are_those_solved_with(family, make):
         for layer in editor.config.layers:
             walk.advance(layer)
             torch.testing.assert_close(walk.keys(), record.layers[layer].keys, atol=1e-5, rtol=1e-5)
-    assert all(float((done.left @ done.right).norm()) > 1e-3 for done in record.layers.values())
+    assert all(float((done.update.left @ done.update.right).norm()) > 1e-3 for done in record.layers.values())
 
 
 def test_memit_keeps_no_history(make):

@@ -105,7 +105,7 @@ def test_skip_leaves_the_facts_out_and_goes_on(times, dtype, targets, make, monk
     skipped = result.records[6]
     assert skipped.number == 7 and skipped.requests == ["6"] and skipped.skipped
     assert [record.number for record in result.records if record.skipped] == [7]
-    assert all(len(done.keys) == 0 and len(done.right) == 0 for done in skipped.layers.values())
+    assert all(len(done.keys) == 0 and len(done.update.right) == 0 for done in skipped.layers.values())
     energies = {e["batch"]: e["energy"] for e in result.events if e["event"] == "energy" and e["layer"] == 2}
     assert energies[7] == energies[6]
     json.dumps(result.events, allow_nan=False)

@@ -138,7 +138,9 @@ def test_prune_prunes_in_the_loop(make):
     limits = {layer: torch.linalg.matrix_norm(weight, 2) for layer, weight in editor.weights().items()}
     before = {layer: weight.clone() for layer, weight in editor.weights().items()}
     records = editor.edit(tiny.facts(6)).records
-    assert all(done.left.shape[1] > len(record.requests) for record in records for done in record.layers.values())
+    assert all(
+        done.update.left.shape[1] > len(record.requests) for record in records for done in record.layers.values()
+    )
     for layer, weight in editor.weights().items():
         held = torch.linalg.matrix_norm(weight - before[layer], 2)
         assert limits[layer] < held < limits[layer] + 10

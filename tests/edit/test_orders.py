@@ -181,7 +181,7 @@ def test_what_is_projected_within_a_ridge_is_the_least_in_a_norm(make, seen):
     p = torch.eye(done.keys.shape[1], dtype=torch.float64) - 0.8 * plain.principal_projector(before, 0.5)
     k = done.keys.double().T
     want = torch.linalg.solve(k @ k.T + editor.config.ridge * torch.linalg.inv(p), k)  # [d, b]
-    assert (done.right.double() - want.T).norm() < 1e-4 * want.norm()
+    assert (done.update.right.double() - want.T).norm() < 1e-4 * want.norm()
 
 
 def test_a_method_that_does_not_solve_is_not_projected_in_its_solve(make, monkeypatch):
@@ -202,9 +202,11 @@ def test_what_is_projected_within_the_solve_still_says_what_is_asked(changes, ma
         editor = make(project=project, alpha=1.0, layers=(2,), batch_size=4, **changes)
         (record,) = editor.edit(tiny.facts(4)).records
         spared, before = record.layers[2], editor.original_weights()[2]
-        inside = spared.right.double() @ plain.principal_projector(before, editor.config.energy_ratio)
-        assert inside.norm() < 1e-5 * spared.right.norm()
-        missed[project] = (spared.keys @ spared.right.T @ spared.left.T - spared.left.T).norm() / spared.left.norm()
+        inside = spared.update.right.double() @ plain.principal_projector(before, editor.config.energy_ratio)
+        assert inside.norm() < 1e-5 * spared.update.right.norm()
+        missed[project] = (
+            spared.keys @ spared.update.right.T @ spared.update.left.T - spared.update.left.T
+        ).norm() / spared.update.left.norm()
     assert missed["solve"] < 0.9 * missed["layer"]
 
 

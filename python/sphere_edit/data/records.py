@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sphere_edit.data.requests import EditRequest
 from sphere_edit.events import Event
+from sphere_edit.updates import Update
 from sphere_kernels import LowRankUpdate
 
 
@@ -18,22 +19,20 @@ class LayerRecord:
 
     Attributes:
         keys: ``[b, d]``, what was solved with.
-        left: ``[n, k]``, or None.
-        right: ``[k, d]``, projected: the weight took ``left @ right``; without ``left``, ``[n, d]``, what it took.
+        update: ``[n, d]`` or its factors, projected: what the weight took.
         sha256: of the weight afterwards; of its fp32 master where the model has 16 bits. All tensors fp32 on the CPU.
         gradients: ``[b, n]``, with ``keys`` what the statistics of gradient targets have taken; None for others.
     """
 
     keys: Tensor
-    left: Tensor | None
-    right: Tensor
+    update: Update
     sha256: str
     gradients: Tensor | None = None
 
     @property
     def empty(self) -> bool:
         """Whether the weight took nothing: neither keys nor an update."""
-        return len(self.keys) == 0 and self.left is not None and self.left.shape[1] == 0
+        return len(self.keys) == 0 and isinstance(self.update, LowRankUpdate) and self.update.left.shape[1] == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +74,12 @@ class EditResult:
     events: list[Event] = field(default_factory=list)
 
     @property
-    def updates(self) -> dict[int, list[LowRankUpdate | Tensor]]:
+    def updates(self) -> dict[int, list[Update]]:
         """Per edited layer the updates in the order they were added, one a batch."""
-        found: dict[int, list[LowRankUpdate | Tensor]] = {}
+        found: dict[int, list[Update]] = {}
         for record in self.records:
             for layer, done in record.layers.items():
-                update = done.right if done.left is None else LowRankUpdate(done.left, done.right)
-                found.setdefault(layer, []).append(update)
+                found.setdefault(layer, []).append(done.update)
         return found
 
 

@@ -14,10 +14,11 @@ from sphere_edit.data.records import LayerRecord, ReplayError
 from sphere_edit.evaluation.weights import Measures
 from sphere_edit.events import Event
 from sphere_edit.files import tensor_sha256
-from sphere_edit.methods import Update, make_method
+from sphere_edit.methods import make_method
 from sphere_edit.methods.revive import Revive
 from sphere_edit.state import add_prefix, strip_prefix
 from sphere_edit.targets.gradient import Lifelong
+from sphere_edit.updates import Update, factors, moved, norm
 from sphere_kernels import LowRankUpdate
 from sphere_kernels.streaming import HypersphereState
 
@@ -163,7 +164,7 @@ class Engine:
         for layer, (update, _) in found.items():
             weight = self.states[layer].weight
             self._before[layer] = weight.clone()
-            weight.copy_(self.states[layer].updated(*_factors(update)))
+            weight.copy_(self.states[layer].updated(*factors(update)))
         self._tried = found
         clock.lap("update")
 
@@ -200,13 +201,13 @@ class Engine:
             if isinstance(solved, LowRankUpdate)
             else state.project(solved).float()
         )
-        before, projected = _norm(solved), _norm(update)
+        before, projected = norm(solved), norm(update)
         suppressed = {"suppressed": 1 - (projected / before) ** 2 if before else 0.0}
         if self._protected:
             update = self._protected[layer](update)
-            suppressed["protected"] = 1 - (_norm(update) / projected) ** 2 if projected else 0.0
+            suppressed["protected"] = 1 - (norm(update) / projected) ** 2 if projected else 0.0
         update = self.method.restrain(layer, update, state.master, self._originals[layer])
-        event: Event = {"update_norm": _norm(update), **suppressed}
+        event: Event = {"update_norm": norm(update), **suppressed}
         if state.alpha:
             event |= {"rank": int(state.rank), "energy_ratio": float(state.held_ratio)}
         if state.renewal:
@@ -215,17 +216,16 @@ class Engine:
         return update, event
 
     def _put(self, layer: int, keys: Tensor, update: Update, event: Event, clock: Clock) -> tuple[LayerRecord, Event]:
-        state, (left, right) = self.states[layer], _factors(update)
-        self._add(layer, left, right)
+        state = self.states[layer]
+        self._add(layer, update)
         event = self.energy(layer) | event
         event["weight_norm"] = self.weight_norm(layer)
         clock.lap("update")
         event |= self.measures.of_batch(layer, self.batches + 1, self._undo[layer], state, update)
         clock.lap("measure")
-        factor = None if left is None else left.cpu()
         gradients = self.lifelong.seen(layer)
         gradients = None if gradients is None else gradients.cpu()
-        record = LayerRecord(keys.float().cpu(), factor, right.cpu(), tensor_sha256(state.master), gradients)
+        record = LayerRecord(keys.float().cpu(), moved(update, "cpu"), tensor_sha256(state.master), gradients)
         clock.lap("record")
         return record, event
 
@@ -243,7 +243,7 @@ class Engine:
                     raise ReplayError(f"layer {layer}: the record has no gradients, which the running statistics take")
                 self.lifelong.see(layer, record.keys.to(device), record.gradients.to(device))
             self.method.remember(layer, self._entering(layer, record.keys.to(device)))
-            self._add(layer, None if record.left is None else record.left.to(device), record.right.to(device))
+            self._add(layer, moved(record.update, device))
         found = tensor_sha256(state.master)
         if found != record.sha256:
             raise ReplayError(
@@ -255,7 +255,7 @@ class Engine:
         """The record of a layer in a batch that is left out: states and history stay as they are."""
         n, d = (master := self.states[layer].master).shape
         keys, left, right = (torch.empty(shape, dtype=torch.float32) for shape in ((0, d), (n, 0), (0, d)))
-        return LayerRecord(keys, left, right, tensor_sha256(master))
+        return LayerRecord(keys, LowRankUpdate(left, right), tensor_sha256(master))
 
     def finished(self, layer: int) -> Tensor:
         """The weight as the method hands it over, ``[n, d]``."""
@@ -298,14 +298,10 @@ class Engine:
         """The keys ``[b, d]`` as the method is to solve for them."""
         return self.states[layer].project(keys).to(keys.dtype) if self._projects_keys else keys
 
-    def _add(self, layer: int, left: Tensor | None, right: Tensor) -> None:
+    def _add(self, layer: int, update: Update) -> None:
         state = self.states[layer]
         self._undo[layer] = {name: value.clone() for name, value in state.state_dict().items()}
-        state.update_(left, right)
-
-
-def _factors(update: Update) -> tuple[Tensor | None, Tensor]:
-    return (update.left, update.right) if isinstance(update, LowRankUpdate) else (None, update)
+        state.update_(*factors(update))
 
 
 def _alpha(config: EditConfig) -> float:
@@ -322,11 +318,3 @@ def check_finite(what: str, *tensors: Tensor) -> None:
     """Raise FloatingPointError where there is NaN or infinity."""
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise FloatingPointError(f"{what} holds NaN or infinity; the weights are left as they were")
-
-
-def _norm(update: Update) -> float:
-    """Frobenius norm; of ``left @ right`` from the small Gram matrices."""
-    if isinstance(update, Tensor):
-        return float(update.double().norm())
-    left, right = update.left.double(), update.right.double()
-    return float(((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt())

@@ -12,7 +12,7 @@ from torch import Tensor
 from sphere_edit.config import EditConfig
 from sphere_edit.evaluation.metrics import finite
 from sphere_edit.events import Event
-from sphere_edit.methods import Update
+from sphere_edit.updates import Update
 from sphere_kernels import LowRankUpdate, hyperspherical_energy
 from sphere_kernels.rows import EPSILON, row_chunks
 from sphere_kernels.streaming import HypersphereState

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from sphere_edit.config import METHODS, ConfigError, EditConfig
-from sphere_edit.methods.base import Method, Update
+from sphere_edit.methods.base import Method
+from sphere_edit.updates import Update
 
 __all__ = ["METHODS", "Method", "Update", "make_method", "method_class"]
 

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sphere_edit.config import METHODS, EditConfig, Setting
+from sphere_edit.updates import Update
 from sphere_kernels import LowRankUpdate
-
-Update = Tensor | LowRankUpdate  # of a weight: [n, d], or factors [n, b] and [b, d]; fp32
 
 
 class Method:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sphere_edit.config import ConfigError, EditConfig, choice
-from sphere_edit.methods.base import Update
 from sphere_edit.methods.memit import Memit
+from sphere_edit.updates import Update
 from sphere_kernels import LowRankUpdate, principal_directions, sparse_projection
 
 

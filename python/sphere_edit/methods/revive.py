@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sphere_edit.methods.base import Update
+from sphere_edit.updates import Update
 from sphere_kernels import LowRankUpdate
 
 

@@ -58,6 +58,7 @@ from sphere_edit.runs.journal import (
     locked,
     resume_command,
 )
+from sphere_edit.updates import factors, of_factors
 
 CONFIG, REQUESTS, BEFORE, JUDGED, METRICS, DELTAS, REPORT, MODEL = (
     "config.yaml",
@@ -289,15 +290,16 @@ def read_requests(run: Path) -> list[EditRequest]:
 
 
 def write_batch(journal: Journal, batch: BatchRecord) -> None:
-    """Keep a batch: per layer ``4.keys``, ``4.left``, ``4.right`` and ``4.gradients`` of its `LayerRecord`, as far
-    as it has them, and ``random_state``.
+    """Keep a batch: per layer of its `LayerRecord` ``4.keys``, ``4.gradients`` and the update's factors ``4.left``
+    and ``4.right`` (a matrix is right), as far as it has them, and ``random_state``.
 
     Its events, which hold times, go into the journal's line: the same batch gives the same file."""
     tensors = {"random_state": batch.random_state}
     for layer, done in batch.layers.items():
-        tensors |= {f"{layer}.keys": done.keys, f"{layer}.right": done.right}
-        if done.left is not None:
-            tensors[f"{layer}.left"] = done.left
+        left, right = factors(done.update)
+        tensors |= {f"{layer}.keys": done.keys, f"{layer}.right": right}
+        if left is not None:
+            tensors[f"{layer}.left"] = left
         if done.gradients is not None:
             tensors[f"{layer}.gradients"] = done.gradients
     facts = {
@@ -314,8 +316,7 @@ def read_batch(journal: Journal, record: Record) -> BatchRecord:
     layers = {
         int(layer): LayerRecord(
             tensors[f"{layer}.keys"],
-            tensors.get(f"{layer}.left"),
-            tensors[f"{layer}.right"],
+            of_factors(tensors.get(f"{layer}.left"), tensors[f"{layer}.right"]),
             sha256,
             tensors.get(f"{layer}.gradients"),
         )

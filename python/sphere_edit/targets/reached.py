@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sphere_edit.data.records import LayerRecord
 from sphere_edit.events import Event
+from sphere_edit.updates import applied
 
 ENOUGH = 0.75  # what SPHERE and the null space take of healthy runs leaves more, a norm after the MLP less
 _NAMED = 5
@@ -40,11 +41,9 @@ def share_written(
         keys: ``{layer: [facts, d]}``, from a pass of the written model.
         wanted: ``{layer: [facts, n]}``.
     """
-    pairs = []
-    for layer, record in done.items():
-        got = keys[layer].cpu() @ record.right.T
-        pairs.append((got if record.left is None else got @ record.left.T, wanted[layer].cpu()))
-    return share_reached(pairs)
+    return share_reached(
+        [(applied(record.update, keys[layer].cpu()), wanted[layer].cpu()) for layer, record in done.items()]
+    )
 
 
 def missed(event: Event) -> str | None:
