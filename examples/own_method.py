@@ -5,17 +5,17 @@ Run: python examples/own_method.py
 The same method from the shell, in the folder that holds ``mymethods``::
 
     cd examples
-    sphere-edit run --method mymethods.capped:CappedRidge --data world-facts --limit 20 --out capped
+    sphere-edit run --method mymethods.capped:CappedRidge --set cap=0.006 --data world-facts --limit 20 --out capped
 
 A settings file may name a method, too, but its code runs only if you say so: ``--trust-remote-code``.
 """
 
-from mymethods.capped import CappedRidge  # imported first: the name alone, as in a file, runs no code
+import mymethods.capped  # noqa: F401: imported first, for the name alone runs no code
 
 from sphere_edit import SphereEditor, load_model, load_requests, preset
 
 model, tokenizer = load_model("smollm2-135m")
-config = preset("smollm2-135m").replace(method="mymethods.capped:CappedRidge", batch_size=2)
+config = preset("smollm2-135m").replace(method="mymethods.capped:CappedRidge", cap=0.006, batch_size=2)
 editor = SphereEditor(model, tokenizer, config)
 before = editor.original_weights()
 result = editor.edit(load_requests("world-facts", limit=4))
@@ -23,7 +23,6 @@ result = editor.edit(load_requests("world-facts", limit=4))
 for layer, weight in editor.weights().items():
     share = float((weight - before[layer]).norm() / before[layer].norm())
     print(f"layer {layer}: moved by {share:.2%} of its norm in {editor.batches} batches")
-    assert share <= 1.01 * editor.batches * CappedRidge.CAP
 for request in result.requests:
     ids = tokenizer(request.text, return_tensors="pt")
     written = model.generate(**ids, max_new_tokens=4, do_sample=False)

@@ -107,6 +107,8 @@ def test_the_shell_runs_ones_own_method_as_the_example_says(root, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "nothing stands in the way" in done.stdout + done.stderr
     assert "mymethods.capped:CappedRidge" in done.stdout
+    refused = subprocess.run([*command, "--set", "cap=2"], cwd=root / folder, env=env, text=True, capture_output=True)
+    assert refused.returncode == 1 and "cap: expected" in refused.stderr
 
 
 def test_every_example_is_short_and_listed(root):
