@@ -10,12 +10,13 @@ The same method from the shell, in the folder that holds ``mymethods``::
 A settings file may name a method, too, but its code runs only if you say so: ``--trust-remote-code``.
 """
 
-import mymethods.capped  # noqa: F401: imported first, for the name alone runs no code
+from mymethods.capped import CappedRidge  # the name alone, as in a file of settings, would run no code
 
 from sphere_edit import SphereEditor, load_model, load_requests, preset
 
 model, tokenizer = load_model("smollm2-135m")
-config = preset("smollm2-135m").replace(method="mymethods.capped:CappedRidge", cap=0.006, batch_size=2)
+name = f"{CappedRidge.__module__}:{CappedRidge.__name__}"  # mymethods.capped:CappedRidge
+config = preset("smollm2-135m").replace(method=name, cap=0.006, batch_size=2)
 editor = SphereEditor(model, tokenizer, config)
 before = editor.original_weights()
 result = editor.edit(load_requests("world-facts", limit=4))
