@@ -1,4 +1,5 @@
-"""Builds the compiled modules; everything else about the distribution is in pyproject.toml.
+"""Builds the compiled modules, and the parts of the metadata that know where the repository is; pyproject.toml says the
+rest.
 
 Native code sees no torch header, so torch is not needed here. The CUDA module is built where a toolkit is found;
 SPHERE_KERNELS_CUDA=1 demands it, 0 leaves it out, and SPHERE_KERNELS_CUDA_ARCHS lists its architectures.
@@ -6,6 +7,7 @@ SPHERE_KERNELS_CUDA=1 demands it, 0 leaves it out, and SPHERE_KERNELS_CUDA_ARCHS
 
 import os
 import platform
+import re
 import shutil
 import sys
 from glob import glob
@@ -16,6 +18,15 @@ from setuptools import setup
 
 sys.path.insert(0, "csrc/cuda")
 import toolkit  # noqa: E402
+
+# The repository's address, and the only place that has it. Until there is one, a reserved name stands here.
+REPOSITORY = "https://example.org/sphere-kernels"
+URLS = {
+    "Repository": REPOSITORY,
+    "Documentation": f"{REPOSITORY}/tree/HEAD/docs",
+    "Changelog": f"{REPOSITORY}/blob/HEAD/CHANGELOG.md",
+    "Issues": f"{REPOSITORY}/issues",
+}
 
 NO_COMPILER = """
 sphere-kernels builds a small C++17 module, and the compiler {compiler!r} was not found.
@@ -39,6 +50,23 @@ if CUDA not in ("auto", "0", "1"):
 NVCC = toolkit.find_nvcc() if CUDA != "0" and sys.platform == "linux" else None
 if CUDA == "1" and NVCC is None:
     raise SystemExit("SPHERE_KERNELS_CUDA=1, but no nvcc was found: name it by CUDACXX, or put it on the PATH (Linux)")
+
+
+def long_description() -> str:
+    """README.md for a package index, which has no files beside it: relative links get the address of the repository."""
+    code = r"^```.*?^```|`[^`\n]+`"
+    link = r'(?P<before>\]\(|^\[[^\]\n]+\]: *|(?:href|src|srcset)=")(?!https?:|mailto:)(?P<target>[^\s)"]+)'
+
+    def absolute(found: re.Match[str]) -> str:
+        target = found["target"]
+        if target is None:  # code
+            return found[0]
+        if not target.startswith("#"):
+            target = f"/{'raw' if target.endswith(('.svg', '.png', '.jpg')) else 'blob'}/HEAD/{target}"
+        return found["before"] + REPOSITORY + target
+
+    readme = Path("README.md").read_text(encoding="utf-8")
+    return re.sub(f"{code}|{link}", absolute, readme, flags=re.MULTILINE | re.DOTALL)
 
 
 class BuildExt(build_ext):
@@ -92,4 +120,10 @@ cuda = Pybind11Extension(
     extra_link_args=["-Wl,-s"],
 )
 
-setup(ext_modules=[cpu, cuda] if NVCC else [cpu], cmdclass={"build_ext": BuildExt})
+setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    project_urls=URLS,
+    ext_modules=[cpu, cuda] if NVCC else [cpu],
+    cmdclass={"build_ext": BuildExt},
+)

@@ -5,7 +5,7 @@ from sphere_kernels.energy import hyperspherical_energy, orthogonal_energy
 from sphere_kernels.gram import gram, gram_update_energy_
 from sphere_kernels.projection import LowRankUpdate, apply_projected_update_, sparse_projection
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LowRankUpdate",
