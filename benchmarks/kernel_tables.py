@@ -24,8 +24,9 @@ OVERHEAD = 30  # microseconds
 REST = ["plain, MB", "ours, MB", "our error"]
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(head) - 1)
+def table(head: list[str], rows: list[list[str]], after_first: str = "---:") -> str:
+    """A table in Markdown; ``after_first`` is the rule of the columns after the first, which is on the left."""
+    rule = ["---"] + [after_first] * (len(head) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
 
 

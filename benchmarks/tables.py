@@ -11,11 +11,14 @@ from typing import Any
 
 from benchmarks import kernel_tables, streaming_tables
 from benchmarks.kernel_tables import filled, table
+from sphere_edit.config import METHODS, TARGETS, declarations
 from sphere_edit.evaluation.metrics import SCORES
+from sphere_edit.events import KINDS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGE = ROOT / "docs/benchmarks.md"
+REFERENCE = ROOT / "docs" / "reference.md"
 STUDIES = Path(__file__).parent / "study" / "README.md"
 
 
@@ -211,9 +214,35 @@ def render_studies(page: str) -> str:
     return filled(page, write, "results")
 
 
+def settings() -> str:
+    """Every setting of a run, and who has a use for it."""
+    rows = []
+    for name, setting in declarations().items():
+        users = [one for one, method in METHODS.items() if name in method.settings]
+        users += [f"{one} targets" for one, targets in TARGETS.items() if name in targets.settings]
+        default = "none" if setting.default == () else str(setting.default).lower()
+        rows.append([f"`{name}`", f"`{default}`", setting.expected, ", ".join(users), setting.doc])
+    return table(["setting", "default", "may be", "only for", "what it does"], rows, "---")
+
+
+def events() -> str:
+    """Every event and its fields."""
+    rows = []
+    for kind, known in KINDS.items():
+        for name, one in known.items():
+            types = " or ".join("null" if of is type(None) else of.__name__ for of in one.types)
+            rows.append([f"`{kind}`", f"`{name}`", types, "" if one.always else "sometimes", one.doc])
+    return table(["event", "field", "type", "there", "meaning"], rows, "---")
+
+
+def render_reference(page: str) -> str:
+    """``page`` with the tables of settings and events written anew."""
+    return filled(page, lambda name: {"settings": settings, "events": events}[name]())
+
+
 def main(check: bool) -> int:
     changed = 0
-    for path, write in ((PAGE, render), (STUDIES, render_studies)):
+    for path, write in ((PAGE, render), (STUDIES, render_studies), (REFERENCE, render_reference)):
         old = path.read_text()
         new = write(old)
         changed += old != new

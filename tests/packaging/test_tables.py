@@ -32,6 +32,11 @@ def test_the_page_of_studies_has_their_tables_and_plots():
         assert study_results.tables(json.loads(path.with_suffix(".json").read_text())) == path.read_text()
 
 
+def test_the_reference_is_what_the_code_declares():
+    page = tables.REFERENCE.read_text()
+    assert tables.render_reference(page) == page and "| `ridge` | `10.0` |" in page and "| `guard` | `why` |" in page
+
+
 def test_the_page_of_models_is_the_stored_rows():
     page = models.PAGE.read_text()
     assert models.render(page) == page

@@ -21,7 +21,7 @@ from sphere_edit.editing.editor import SphereEditor
 from sphere_edit.editing.guard import GuardError
 from sphere_edit.evaluation.harness import ability_scores, read_tasks, task_files
 from sphere_edit.evaluation.judge import Endpoint, check_judge
-from sphere_edit.events import Event
+from sphere_edit.events import SCHEMA, Event
 from sphere_edit.experiments.snapshots import Snapshot, compare, curve, sample, take
 from sphere_edit.files import file_sha256
 from sphere_edit.model.text import text_path, token_windows
@@ -415,7 +415,8 @@ class RunSession:
         later = [event for record in self.journal.records for event in record.get("events", [])]
         known = before.events + later
         with self.journal.writing(run_folder.METRICS):
-            run_folder.write_jsonl(self.folder / run_folder.METRICS, known)
+            schema = {"event": "schema", "version": SCHEMA}
+            run_folder.write_jsonl(self.folder / run_folder.METRICS, [schema, *known])
         return known
 
     def write_deltas(self) -> None:

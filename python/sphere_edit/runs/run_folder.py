@@ -36,6 +36,7 @@ import sphere_kernels
 from sphere_edit.data.reading import read_records
 from sphere_edit.data.records import BatchRecord, LayerRecord
 from sphere_edit.data.requests import EditRequest
+from sphere_edit.events import SCHEMA
 from sphere_edit.files import (
     file_sha256,
     flush,
@@ -270,7 +271,11 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
-    """The events of a run; a torn last line is named."""
+    """The events of a run, without the line that names their schema.
+
+    Raises:
+        RunError: a line is not JSON, as a torn last one; or the schema is later than `SCHEMA`.
+    """
     path = run / METRICS
     events = []
     try:
@@ -282,6 +287,10 @@ def read_events(run: Path) -> list[dict[str, Any]]:
                     raise RunError(f"{path}, line {number}: not JSON ({error})") from error
     except OSError as error:
         raise RunError(f"{run} has no readable {METRICS}: {error}") from error
+    if events and isinstance(events[0], dict) and events[0].get("event") == "schema":
+        version = events.pop(0).get("version")
+        if not isinstance(version, int) or version > SCHEMA:
+            raise RunError(f"{path} has schema {version!r}, of a later version; expected at most {SCHEMA}")
     return events
 
 
