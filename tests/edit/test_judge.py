@@ -190,3 +190,16 @@ def test_nothing_is_begun_without_the_judge(tmp_path):
             done = CliRunner().invoke(app, [*way, *options])
             assert done.exit_code == 2 and message in done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_whose_judge_fails_keeps_its_scores(server, tmp_path):
+    model, tokenizer = tiny.make_model("llama"), tiny.make_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    server.reply = lambda prompt: "yes" if len(server.asked) < 4 else (b"", 503)
+    ask = ["--answers", "--judge", server.url, "--judge-model", "small", "--json", str(tmp_path / "kept.json")]
+    done = CliRunner().invoke(app, ["evaluate", str(tmp_path / "model"), "--data", "world-facts", "--limit", "4", *ask])
+    assert done.exit_code == 2 and "503" in done.output
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert kept["scores"]["efficacy_success"]["n"] == 4 and kept["perplexity"] > 1
+    assert [one["reply"] for one in kept["judged"]] == ["yes"] * len(kept["judged"]) and kept["judged"]

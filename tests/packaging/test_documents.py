@@ -42,6 +42,7 @@ def code(text: str) -> str:
 
 
 @functools.cache
+@functools.cache
 def help_of(*arguments: str) -> str:
     env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     program = "from sphere_edit.cli.app import main; main()"

@@ -372,21 +372,24 @@ def evaluate_command(
             found = evaluate(loaded, tokenizer, requests, lambda done, n: progress("scores", done, n))
             value = perplexity(loaded, tokenizer, perplexity_text)
             scores, written = found.to_dict(), dict[str, Any]()
-            if answers:
-                tell = functools.partial(progress, "answers")
-                said, written["answers"] = evaluate_answers(
-                    loaded, tokenizer, requests, chat=chat, progress=tell, judge=judged
-                )
-                scores |= said.to_dict()
+            try:
+                if answers:
+                    tell = functools.partial(progress, "answers")
+                    said, written["answers"] = evaluate_answers(
+                        loaded, tokenizer, requests, chat=chat, progress=tell, judge=judged
+                    )
+                    scores |= said.to_dict()
+                if generate:
+                    tell = functools.partial(progress, "texts")
+                    texts = generate_texts(loaded, tokenizer, chosen, progress=tell)
+                    scores |= score_texts(chosen, texts, about, tfidf).to_dict()
+                    written["texts"] = {r.id: own for r, own in zip(chosen, texts, strict=True)}
+            finally:  # a judge that fails on the way takes nothing with it
                 if judged is not None:
                     written["judged"] = judged.verdicts
-            if generate:
-                texts = generate_texts(loaded, tokenizer, chosen, progress=lambda done, n: progress("texts", done, n))
-                scores |= score_texts(chosen, texts, about, tfidf).to_dict()
-                written["texts"] = {r.id: own for r, own in zip(chosen, texts, strict=True)}
-        event = {"event": "evaluation", "when": "now", "scores": scores, "perplexity": finite(value)}
+                event = {"event": "evaluation", "when": "now", "scores": scores, "perplexity": finite(value)}
+                _write_json(as_json, {"model": model, "data": data, **event, **written})
         console.print(scores_table([event]))
-        _write_json(as_json, {"model": model, "data": data, **event, **written})
 
 
 @app.command("settings")
