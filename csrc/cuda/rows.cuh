@@ -22,7 +22,7 @@ __device__ inline double power_of_two(double norm, int shift) {
 
 __device__ inline void store_row(const RowData& data, int64_t place, double norm, double factor) {
     data.norm[place] = norm;
-    data.lack[place] = lack_of(norm);
+    data.deficit[place] = deficit_of(norm);
     // An overflowed norm must not turn a finite row into a plausible zero row.
     data.scale[place] = 1 / (factor * (norm + EPSILON + (norm - norm)));
 }

@@ -14,8 +14,6 @@ inline int energy_side(int64_t n, bool fast) { return fast && n > LARGE ? LARGE 
 // Of packed rows: 16-byte copies of any type.
 inline int64_t packed_width(int64_t d) { return std::max<int64_t>(1, ceil_div(d, 16)) * 16; }
 
-inline int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
-
 inline RowData take_row_data(Workspace& workspace, int64_t count) {
     return {workspace.take<double>(count), workspace.take<double>(count), workspace.take<double>(count)};
 }

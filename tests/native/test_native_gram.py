@@ -13,8 +13,9 @@ from cases import DTYPES, EXPONENTS, VARIANTS, crowded, randn, update_inputs, up
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sphere_kernels import gram, gram_update_energy_, native
-from sphere_kernels.products import products_for
+from sphere_kernels import gram, gram_update_energy_
+from sphere_kernels._backends import native
+from sphere_kernels._products import products_for
 
 WIDE = (torch.float64, torch.float32)
 native_gram = functools.partial(gram, impl="native")

@@ -14,7 +14,7 @@ from guards import far_apart, guarded, poisoned  # noqa: E402
 
 def guard_what_is_made() -> None:
     """All memory that the launches ask for, filled with NaN, and their schedules."""
-    from sphere_kernels.triton_kernels import schedule
+    from sphere_kernels._backends.triton import schedule
 
     empty, zeros = torch.Tensor.new_empty, torch.Tensor.new_zeros
     torch.Tensor.new_empty = lambda self, *a, **k: guarded(poisoned(empty(self, *a, **k)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sphere_kernels import gpu, rows
+from sphere_kernels._backends import gpu
+from sphere_kernels._common import rows
 
 INTERPRETED = tl.constexpr(gpu.interpreted())
 EPSILON = tl.constexpr(rows.EPSILON)
@@ -84,8 +85,26 @@ def finite_or_nan(x):
     return x + (x - x)
 
 
+# What is known of the rows of weights, ``row_data [3, batch, n]`` fp64: their norms, their deficits, see `deficit_of`,
+# and the scales that make unit rows of the packed ones, or of what Gram matrices hold.
+NORM = tl.constexpr(0)
+DEFICIT = tl.constexpr(1)
+SCALE = tl.constexpr(2)
+
+
 @triton.jit
-def lack_of(norm):
+def row_of(p_row_data, KIND: tl.constexpr, plane, o_rows):
+    """Places in ``row_data``, ``plane`` apart for each of `NORM`, `DEFICIT` and `SCALE`."""
+    if KIND == NORM:
+        return p_row_data + o_rows
+    elif KIND == DEFICIT:
+        return p_row_data + (o_rows + plane)
+    else:
+        return p_row_data + (o_rows + plane + plane)
+
+
+@triton.jit
+def deficit_of(norm):
     """``1 - |unit row|^2``, without cancellation; fp64."""
     length = norm + EPSILON
     return (norm + length) * EPSILON / (length * length)
