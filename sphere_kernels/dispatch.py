@@ -83,6 +83,27 @@ def operations() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
+def has_backward(op: str, impl: str) -> bool:
+    """Whether a gradient flows through an implementation of an operation."""
+    derivative = operation(op).derivative
+    return derivative == PLAIN or (derivative is not None and impl in operation(derivative).implementations)
+
+
+def table() -> list[tuple[str, str, tuple[torch.dtype, ...], bool]]:
+    """All implementations, as rows of operation, implementation, dtypes of the leading tensor, and `has_backward`.
+
+    An operation that only serves as another's derivative has no rows: it is that one's backward pass.
+    """
+    derivatives = {other.derivative for name, other in _REGISTRY.items() if other.derivative != name}
+    return [
+        (op, impl, _REGISTRY[op].dtypes, has_backward(op, impl))
+        for op in operations()
+        if op not in derivatives
+        for impl in ("reference", "native", "triton", "cuda")
+        if impl in _REGISTRY[op].implementations
+    ]
+
+
 def refusal(op: str, impl: str, device_type: str, dtype: torch.dtype, shape: Iterable[int]) -> str | None:
     """Why ``impl`` cannot run ``op`` on such a tensor; None when it can."""
     known = operation(op)

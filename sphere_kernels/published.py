@@ -47,7 +47,7 @@ class SoftProjector:
 
 
 class Projected(NamedTuple):
-    """What the published function returns.
+    """Result of the published function.
 
     Attributes:
         B_proj: the projected update, ``[..., d]`` as B.

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-// What the CPU's code and the CUDA kernels both run.
+// Marks functions that the CPU's code and the CUDA kernels both call.
 #ifdef __CUDACC__
 #define SHARED_CODE __host__ __device__
 #else

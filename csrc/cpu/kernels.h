@@ -39,8 +39,8 @@ struct NearPairs {
     void (*add)(NearPairs* self, const NearPair& pair);
 };
 
-// What is compiled once per instruction set. `Panels` are rows packed for the micro-kernel: groups of `lanes` rows,
-// depth-major within a group, so that one layout serves as both operands of a product.
+// The functions that are compiled once per instruction set. `Panels` are rows packed for the micro-kernel: groups of
+// `lanes` rows, depth-major within a group, so that one layout serves as both operands of a product.
 template <class T>
 struct Kernels {
     int lanes;

@@ -11,7 +11,7 @@ inline double riesz_slope(double square, double s) {  // -f_s'(t) / t from t^2; 
     return s == 0 ? 1 / square : s * riesz_value(square, s) / square;
 }
 
-// What is taken from every pair's energy before it is summed: the value at a right angle where the sums are of fp32.
+// The constant subtracted from every pair's energy before the sums: the value at a right angle, for sums in fp32.
 inline double baseline(const Riesz& riesz) { return fast_exponent(riesz) ? riesz_value(2, riesz.s) : 0; }
 
 // Coefficient of the unit row in the gradient of the energy between a row and its own negative.

@@ -10,7 +10,7 @@
 
 namespace sphere {
 
-// What the kernels need to know about each row, from its norm.
+// Row data for the kernels, from the norms.
 template <class T>
 struct RowData {
     std::vector<double> norm, scale, deficit, upstream;
@@ -64,7 +64,7 @@ struct RowData {
     }
 };
 
-// What the energies are before `Kernels::energy`: the baseline of every pair, and a row with its own negative.
+// Energies before `Kernels::energy` adds to them: every pair's baseline, and each row's pair with its own negative.
 template <class T>
 void start_energies(const RowData<T>& data, const Riesz& riesz, double* energies) {
     const double others = double(data.norm.size() - 1) * baseline(riesz);

@@ -13,7 +13,7 @@ enum class Precision { ieee, tf32x3, tf32 };  // how fp32 operands are multiplie
 
 using Stream = void*;
 
-// What CUDA said of a launch; code 0: nothing.
+// CUDA's answer to a launch; code 0: no error.
 struct Status {
     int code;
     const char* kernel;

@@ -7,7 +7,7 @@
 // Tiles of a symmetric matrix of inner products, and the sums of the energies of their pairs i < j.
 namespace sphere::cuda {
 
-// What is known of rows, of all matrices together: norms, deficits 1 - |unit row|^2, scales that make unit rows of the
+// Row data, of all matrices together: norms, deficits 1 - |unit row|^2, scales that make unit rows of the
 // packed ones.
 struct RowData {
     double* norm;

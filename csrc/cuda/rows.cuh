@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
     }
 }
 
-// What is known of rows from the diagonal of their inner products.
+// Row data from the diagonal of the rows' inner products.
 template <class T>
 __global__ void __launch_bounds__(ROW_THREADS) diagonal_rows_kernel(const T* diagonal, int64_t count, RowData data) {
     const int64_t place = block_index() * ROW_THREADS + threadIdx.x;

@@ -1,4 +1,4 @@
-"""What the CUDA backends share: the compiled module, whether it can run, and how it is called."""
+"""The CUDA module: whether it can run, and how it is called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Triton backends share before triton is imported: whether they can run, their precision, their memory."""
+"""The Triton backends before triton is imported: whether they can run, their precision, their memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the native backends share: the compiled module, the instruction set that runs, and tensors as it sees them."""
+"""The compiled CPU module: whether it can run, its instruction set, and tensors as it sees them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def instruction_set() -> str:
 
 
 def tier_and_threads() -> tuple[int, int]:
-    """What every kernel is told: the index of the instruction set, and torch's number of threads."""
+    """Index of the instruction set and torch's number of threads, the last arguments of every kernel."""
     return BUILT.index(instruction_set()), torch.get_num_threads()
 
 

@@ -1,1 +1,1 @@
-"""What several operations share, in plain torch: argument checks, unit rows, tiles and pairs of the Gram matrix."""
+"""Shared by several operations, in plain torch: argument checks, unit rows, tiles and pairs of the Gram matrix."""

@@ -18,7 +18,7 @@ def products() -> Products:
 
 
 def _exact(product: Callable[..., Any]) -> Callable[..., Any]:
-    """Whatever autocast is in force."""
+    """The product outside any autocast."""
     return lambda *tensors: dispatch.outside_autocast(product, tensors[0].device.type)(*tensors)
 
 

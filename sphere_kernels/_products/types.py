@@ -1,4 +1,4 @@
-"""What an implementation of the products brings."""
+"""The type of an implementation of the products."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class _Tiles:
         return len(self.partial) * len(self.schedule)
 
     def arguments(self, matrix: Tensor) -> dict[str, Any]:
-        """What the kernels of tiles have in common."""
+        """The arguments that both kernels of tiles take."""
         batch, tiles, n = self.partial.shape
         return {
             "p_row_data": self.row_data,

@@ -11,7 +11,7 @@ from sphere_kernels._backends.triton.pairs import store_sums, tile_energies
 
 @triton.jit
 def store_mirrored(p_out, stride, b_tile, o_i, o_j, n):
-    """Write what a tile has on and above the diagonal to both of its places."""
+    """Write a tile's elements on and above the diagonal to both of their places."""
     b_tile = b_tile.to(p_out.dtype.element_ty)
     p_tile = p_out + o_i[:, None] * stride + o_j[None, :]
     tl.store(p_tile, b_tile, mask=(o_j < n)[None, :] & (o_i[:, None] <= o_j[None, :]))
@@ -21,7 +21,7 @@ def store_mirrored(p_out, stride, b_tile, o_i, o_j, n):
 
 @triton.jit
 def upper_tile(p_gram, stride, o_i, o_j, n):
-    """What a tile has of a symmetric matrix on and above the diagonal; zeros below."""
+    """A tile of a symmetric matrix on and above the diagonal; zeros below."""
     m_tile = (o_i[:, None] <= o_j[None, :]) & (o_j < n)[None, :]
     return tl.load(p_gram + o_i[:, None] * stride + o_j[None, :], mask=m_tile, other=0.0)
 

@@ -66,7 +66,7 @@ class Plan:
         return cls(arch, "half" if half else asked, torch.float32)
 
     def precision(self, kind: str) -> str:
-        """What a product of blocks is told."""
+        """How blocks are multiplied in a kernel of this kind."""
         if self.operands not in gpu.PRECISIONS or (kind == "general slopes" and self.operands == "tf32x3"):
             return "ieee"  # the latter for lack of registers: fp64 slopes take what three products would
         return self.operands

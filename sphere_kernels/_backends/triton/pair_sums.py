@@ -1,4 +1,4 @@
-"""Energies from the sums of tiles: what the energy of a weight and that of a Gram matrix have in common."""
+"""Energies of rows from the sums of tiles, for weights and for Gram matrices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sphere_kernels._backends.triton.pairs import energy_sum_kernel
 
 
 def options(s: float, distance: str, half_space: bool) -> dict[str, Any]:
-    """What defines the energy of a pair, as the kernels have it."""
+    """Definition of a pair's energy, as arguments of the kernels."""
     return {"S": s, "ANGULAR": distance == "angular", "HALF_SPACE": half_space}
 
 
