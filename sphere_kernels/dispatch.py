@@ -99,7 +99,7 @@ def table() -> list[tuple[str, str, tuple[torch.dtype, ...], bool]]:
         (op, impl, _REGISTRY[op].dtypes, has_backward(op, impl))
         for op in operations()
         if op not in derivatives
-        for impl in ("reference", "native", "triton", "cuda")
+        for impl in IMPLS[1:]
         if impl in _REGISTRY[op].implementations
     ]
 
