@@ -15,19 +15,14 @@ constexpr double PI = 3.14159265358979323846;
 // In an unnamed namespace, since files of several instruction sets include it.
 namespace {
 
-// x^y for x > 0. CUDA's pow takes too many registers.
-SHARED_CODE inline double power(double x, double y) {
-#if defined(__CUDACC__) || defined(CUDA_CPU_SHIM)
-    return exp(log(x) * y);
-#else
-    return pow(x, y);
-#endif
-}
-
 SHARED_CODE inline double riesz_value(double square, double s) {  // f_s(t) from t^2
     if (s == 1) return 1 / sqrt(square);
     if (s == 2) return 1 / square;
-    return s == 0 ? -0.5 * log(square) : power(square, -0.5 * s);
+#if defined(__CUDACC__) || defined(CUDA_CPU_SHIM)  // where pow takes too many registers
+    return s == 0 ? -0.5 * log(square) : exp(log(square) * (-0.5 * s));
+#else
+    return s == 0 ? -0.5 * log(square) : pow(square, -0.5 * s);
+#endif
 }
 
 // NaN stays, and what a lower infinity leaves is no plausible number.
