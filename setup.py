@@ -16,8 +16,8 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
-sys.path.insert(0, "csrc/cuda")
-import toolkit  # noqa: E402
+sys.path.insert(0, "tools")
+import cuda_toolkit  # noqa: E402
 
 # The repository's address, and the only place that has it. Until there is one, a reserved name stands here.
 REPOSITORY = "https://example.org/sphere-kernels"
@@ -47,7 +47,7 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 CUDA = os.environ.get("SPHERE_KERNELS_CUDA") or "auto"
 if CUDA not in ("auto", "0", "1"):
     raise SystemExit(f"SPHERE_KERNELS_CUDA must be auto, 0 or 1, got {CUDA!r}")
-NVCC = toolkit.find_nvcc() if CUDA != "0" and sys.platform == "linux" else None
+NVCC = cuda_toolkit.find_nvcc() if CUDA != "0" and sys.platform == "linux" else None
 if CUDA == "1" and NVCC is None:
     raise SystemExit("SPHERE_KERNELS_CUDA=1, but no nvcc was found: name it by CUDACXX, or put it on the PATH (Linux)")
 
@@ -83,8 +83,9 @@ class BuildExt(build_ext):
             raise SystemExit(NO_COMPILER.format(compiler=compiler[0]))
         try:
             if cuda in self.extensions:
-                cuda.depends = cuda.extra_objects = toolkit.objects(NVCC)
-        except toolkit.NoCuda as error:
+                cuda.extra_objects = cuda_toolkit.objects(NVCC)
+                cuda.depends += cuda.extra_objects
+        except cuda_toolkit.NoCuda as error:
             if CUDA == "1":
                 raise SystemExit(f"SPHERE_KERNELS_CUDA=1, but {error}") from None
             print(f"warning: no CUDA module: {error}", file=sys.stderr)
@@ -98,13 +99,14 @@ class BuildExt(build_ext):
         super().build_extensions()
 
 
+HEADERS = glob("csrc/common/*.h") + glob("csrc/bindings/*.h")
 cpu = Pybind11Extension(
     "sphere_kernels._cpu",
     sources=[
         *(path for path in sorted(glob("csrc/cpu/*.cpp")) if X86_64 or Path(path).stem not in TIERS),
         "csrc/bindings/cpu_module.cpp",
     ],
-    depends=sorted(glob("csrc/cpu/*.h") + glob("csrc/cpu/*.inl")),
+    depends=sorted([*HEADERS, *glob("csrc/cpu/*.h"), *glob("csrc/cpu/*.inl")]),
     include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=["-O3", "-Wall", "-Wextra", *OPENMP],
@@ -113,6 +115,7 @@ cpu = Pybind11Extension(
 cuda = Pybind11Extension(
     "sphere_kernels._cuda",
     sources=["csrc/bindings/cuda_module.cpp"],
+    depends=[*HEADERS, "csrc/cuda/launch.h"],
     include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=["-O3", "-Wall", "-Wextra"],

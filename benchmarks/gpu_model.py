@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_instructions import RESULT
-from sphere_kernels.triton_kernels import configs, schedule
+from sphere_kernels._backends.triton import configs, schedule
 
 # The datasheet of the H100 SXM, dense rates.
 MATRIX = {"tf32": 494e12, "half": 989e12, "double": 67e12}  # flop/s

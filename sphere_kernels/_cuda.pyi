@@ -1,4 +1,4 @@
-from sphere_kernels.native import View
+from sphere_kernels._backends.native import View
 
 emulated: bool
 

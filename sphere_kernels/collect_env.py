@@ -134,7 +134,7 @@ def _devices() -> Section:
 
 
 def _native() -> Section:
-    native = importlib.import_module("sphere_kernels.native")
+    native = importlib.import_module("sphere_kernels._backends.native")
     if native.cpu is None:
         return {"sphere_kernels._cpu": native.failure}
     try:
@@ -146,7 +146,7 @@ def _native() -> Section:
 
 
 def _cuda() -> Section:
-    cuda = importlib.import_module("sphere_kernels.cuda")
+    cuda = importlib.import_module("sphere_kernels._backends.cuda")
     if cuda.cuda is None:
         return {"sphere_kernels._cuda": cuda.failure}
     toolkit = cuda.cuda.toolkit()

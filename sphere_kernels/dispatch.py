@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -22,30 +24,58 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an operation."""
+    """One way to compute an operation.
 
-    run: Callable[..., Any]
+    Attributes:
+        place: the function, ``"module:name"``; the module is imported at the first call.
+        supports: see `Supports`.
+    """
+
+    place: str
     supports: Supports
 
-
-_REGISTRY: dict[str, dict[str, Implementation]] = {}
-
-
-def runs_everywhere(device_type: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
-    """The ``supports`` of plain torch code."""
-    return None
+    @functools.cached_property
+    def run(self) -> Callable[..., Any]:
+        module, _, name = self.place.partition(":")
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function
 
 
-def register(op: str, impl: str, supports: Supports = runs_everywhere) -> Callable[[Function], Function]:
-    """Decorator: make a function the implementation ``impl`` of ``op``."""
-    if impl not in NAMED:
-        raise ValueError(f"impl must be one of {', '.join(NAMED)}, got {impl!r}")
+@dataclass(frozen=True)
+class Operation:
+    """An operation and the ways to compute it.
 
-    def add(run: Function) -> Function:
-        _REGISTRY.setdefault(op, {})[impl] = Implementation(run, supports)
-        return run
+    Attributes:
+        implementations: by name, each one of `NAMED`.
+        dtypes: those that its leading tensor may have.
+        derivative: the operation that computes its gradient, `PLAIN` where torch does for every implementation; None:
+            it is not differentiable.
+        missing: why an implementation does not exist, by its name, where there is more to say than that.
+    """
 
-    return add
+    implementations: dict[str, Implementation]
+    dtypes: tuple[torch.dtype, ...]
+    derivative: str | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+PLAIN = "torch"
+_REGISTRY: dict[str, Operation] = {}
+
+
+def register(name: str, operation: Operation) -> None:
+    """Add an operation; those of this package stand in `sphere_kernels._backends.operations`."""
+    for impl in operation.implementations:
+        if impl not in NAMED:
+            raise ValueError(f"impl must be one of {', '.join(NAMED)}, got {impl!r}")
+    _REGISTRY[name] = operation
+
+
+def operation(op: str) -> Operation:
+    """The operation of this name; raises ValueError for an unknown one."""
+    if op not in _REGISTRY:
+        raise ValueError(f"op must be one of {', '.join(operations())}, got {op!r}")
+    return _REGISTRY[op]
 
 
 def operations() -> tuple[str, ...]:
@@ -53,12 +83,33 @@ def operations() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
+def has_backward(op: str, impl: str) -> bool:
+    """Whether a gradient flows through an implementation of an operation."""
+    derivative = operation(op).derivative
+    return derivative == PLAIN or (derivative is not None and impl in operation(derivative).implementations)
+
+
+def table() -> list[tuple[str, str, tuple[torch.dtype, ...], bool]]:
+    """All implementations, as rows of operation, implementation, dtypes of the leading tensor, and `has_backward`.
+
+    An operation that only serves as another's derivative has no rows: it is that one's backward pass.
+    """
+    derivatives = {other.derivative for name, other in _REGISTRY.items() if other.derivative != name}
+    return [
+        (op, impl, _REGISTRY[op].dtypes, has_backward(op, impl))
+        for op in operations()
+        if op not in derivatives
+        for impl in IMPLS[1:]
+        if impl in _REGISTRY[op].implementations
+    ]
+
+
 def refusal(op: str, impl: str, device_type: str, dtype: torch.dtype, shape: Iterable[int]) -> str | None:
     """Why ``impl`` cannot run ``op`` on such a tensor; None when it can."""
-    implementations = _implementations(op)
-    if impl not in implementations:
-        return "this build has no such implementation"
-    return implementations[impl].supports(device_type, dtype, tuple(shape))
+    known = operation(op)
+    if impl not in known.implementations:
+        return known.missing.get(impl, "this build has no such implementation")
+    return known.implementations[impl].supports(device_type, dtype, tuple(shape))
 
 
 def available(op: str, device_type: str, dtype: torch.dtype, shape: Iterable[int]) -> tuple[str, ...]:
@@ -110,15 +161,9 @@ def implementation(op: str, impl: str, tensor: Tensor) -> Callable[..., Any]:
         raise ValueError(f"SPHERE_KERNELS_IMPL must be one of {', '.join(IMPLS)}, got {requested!r}")
     device_type = tensor.device.type
     chosen = select(op, requested, device_type, tensor.dtype, tensor.shape)
-    return outside_autocast(_REGISTRY[op][chosen].run, device_type)
+    return outside_autocast(_REGISTRY[op].implementations[chosen].run, device_type)
 
 
 def outside_autocast(run: Function, device_type: str) -> Function:
     """A function that runs outside any autocast; entering a context costs microseconds, so only where there is one."""
     return torch.autocast(device_type, enabled=False)(run) if torch.is_autocast_enabled(device_type) else run
-
-
-def _implementations(op: str) -> dict[str, Implementation]:
-    if op not in _REGISTRY:
-        raise ValueError(f"op must be one of {', '.join(operations())}, got {op!r}")
-    return _REGISTRY[op]

@@ -17,7 +17,7 @@ class Variable:
 
     @property
     def value(self) -> str:
-        """What the environment says now; unset and empty both mean the default."""
+        """The value in force now; unset and empty both mean the default."""
         return os.environ.get(self.name) or self.default
 
 

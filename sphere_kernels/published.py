@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sphere_kernels import checks
+from sphere_kernels._common import checks
 from sphere_kernels.directions import principal_directions
 from sphere_kernels.projection import sparse_projection as project
 
@@ -47,7 +47,7 @@ class SoftProjector:
 
 
 class Projected(NamedTuple):
-    """What the published function returns.
+    """Result of the published function.
 
     Attributes:
         B_proj: the projected update, ``[..., d]`` as B.

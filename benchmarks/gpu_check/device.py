@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sphere_kernels import dispatch, gpu
+from sphere_kernels import dispatch
+from sphere_kernels._backends import gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPLS = ("triton", "cuda")  # the implementations under test, where they can run

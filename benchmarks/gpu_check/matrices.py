@@ -34,7 +34,7 @@ from sphere_kernels import (
     gram_update_energy_,
     sparse_projection,
 )
-from sphere_kernels.products import products_for
+from sphere_kernels._products import products_for
 
 import cases as inputs  # isort: skip  (of the kernel tests, see yardstick)
 import oracle  # isort: skip

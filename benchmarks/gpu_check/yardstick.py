@@ -13,7 +13,8 @@ from torch import Tensor
 
 from benchmarks.gpu_check.cases import Row, Wrong
 from benchmarks.gpu_check.device import ROOT, HostNumbers, Target, environment
-from sphere_kernels import dispatch, gpu
+from sphere_kernels import dispatch
+from sphere_kernels._backends import gpu
 
 sys.path.insert(0, str(ROOT / "tests/kernels"))  # the oracle and the inputs of the kernel tests
 

@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/views.h"
 #include "cpu/features.h"
 #include "cpu/gram.h"
 #include "cpu/pair_energy.h"
@@ -14,18 +15,6 @@ namespace py = pybind11;
 using namespace sphere;
 
 namespace {
-
-// Python's view of matrices [count, rows, cols]: (address, type, shape and strides), checked there.
-Batch as_batch(const py::tuple& t) {
-    const auto at = [&](size_t i) { return t[i].cast<int64_t>(); };
-    const Type type = static_cast<Type>(t[1].cast<int>());
-    return {{reinterpret_cast<void*>(t[0].cast<uintptr_t>()), type, at(3), at(4), at(6), at(7)}, at(2), at(5)};
-}
-
-template <class T>
-T* as_pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 // Runs f with a float or a double, without the interpreter's lock.
 template <class F>
@@ -107,18 +96,36 @@ PYBIND11_MODULE(_cpu, m) {
         },
         "from -= factor factor^T, both of one type; columns of the symmetric `from` are neighbours.");
     m.def(
+        "gram_energy",
+        [](const py::tuple& gram, const py::object& weight, double s, bool angular, bool half_space, int tier,
+           int threads, uintptr_t energies) {
+            const Batch grams = as_batch(gram);
+            const OptionalBatch weights(weight);
+            const int64_t n = grams.first.rows;
+            in_precision(grams.first.type == Type::float64, [&](auto t) {
+                for_each_matrix(grams.count, n, threads, [&](int64_t i, int each) {
+                    const Matrix rows = weights.batch[i];
+                    gram_energy<decltype(t)>(grams[i], weights.there ? &rows : nullptr, {s, angular, half_space}, tier,
+                                             each, as_pointer<double>(energies) + i * n);
+                });
+            });
+        },
+        "Energy of every neuron whose inner products gram holds, to fp64 energies[count, rows]. Columns of gram are "
+        "neighbours.");
+    m.def(
         "gram_update_energy",
         [](const py::tuple& gram, const py::tuple& left, const py::tuple& cross, const py::tuple& inner,
            const py::object& weight, double s, bool angular, bool half_space, int tier, int threads,
            uintptr_t energies) {
             const Batch grams = as_batch(gram), lefts = as_batch(left), crosses = as_batch(cross);
-            const Batch inners = as_batch(inner), weights = weight.is_none() ? Batch{} : as_batch(weight);
+            const Batch inners = as_batch(inner);
+            const OptionalBatch weights(weight);
             const int64_t n = grams.first.rows;
             in_precision(grams.first.type == Type::float64, [&](auto t) {
                 for_each_matrix(grams.count, n, threads, [&](int64_t i, int each) {
-                    const Matrix rows = weights.count ? weights[i] : Matrix{};
+                    const Matrix rows = weights.batch[i];
                     gram_update_energy<decltype(t)>(grams[i], lefts[i], crosses[i], inners[i],
-                                                    weights.count ? &rows : nullptr, {s, angular, half_space}, tier,
+                                                    weights.there ? &rows : nullptr, {s, angular, half_space}, tier,
                                                     each, as_pointer<double>(energies) + i * n);
                 });
             });
@@ -130,11 +137,11 @@ PYBIND11_MODULE(_cpu, m) {
         [](const py::tuple& update, const py::tuple& basis, double alpha, const py::object& left, const py::tuple& out,
            bool accumulate, bool wide, int tier, int threads) {
             const Batch updates = as_batch(update), bases = as_batch(basis), outs = as_batch(out);
-            const Batch lefts = left.is_none() ? Batch{} : as_batch(left);
+            const OptionalBatch lefts(left);
             in_precision(wide, [&](auto t) {
                 for_each_matrix(outs.count, outs.first.rows, threads, [&](int64_t i, int each) {
-                    const Matrix factor = lefts.count ? lefts[i] : Matrix{};
-                    project<decltype(t)>(updates[i], bases[i], alpha, lefts.count ? &factor : nullptr, outs[i],
+                    const Matrix factor = lefts.batch[i];
+                    project<decltype(t)>(updates[i], bases[i], alpha, lefts.there ? &factor : nullptr, outs[i],
                                          accumulate, tier, each);
                 });
             });
@@ -143,14 +150,16 @@ PYBIND11_MODULE(_cpu, m) {
         "or fp32, rounded once to the type of out.");
     m.def(
         "product",
-        [](const py::tuple& left, const py::tuple& right, const py::tuple& out, bool wide, int tier, int threads) {
+        [](const py::tuple& left, const py::tuple& right, const py::tuple& out, bool accumulate, bool wide, int tier,
+           int threads) {
             const Batch a = as_batch(left), b = as_batch(right), to = as_batch(out);
+            const int64_t work = to.first.rows * to.first.cols * a.first.cols;
             in_precision(wide, [&](auto t) {
                 for_each_matrix(to.count, to.first.rows, threads, [&](int64_t i, int each) {
                     product<decltype(t)>(kernels<decltype(t)>(tier), {a[i]}, {transposed(b[i])}, 1, to[i], nullptr,
-                                         false, each);
+                                         accumulate, threads_for(work, each));
                 });
             });
         },
-        "out = left right, in fp64 or fp32, rounded once to the type of out.");
+        "out = (accumulate ? out : 0) + left right, in fp64 or fp32, rounded once to the type of out.");
 }

@@ -4,33 +4,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/views.h"
 #include "cuda/launch.h"
 
 namespace py = pybind11;
 using namespace sphere;
 
 namespace {
-
-// Python's view of matrices [count, rows, cols]: (address, type, shape and strides), checked there.
-cuda::Batch as_batch(const py::tuple& t) {
-    const auto at = [&](size_t i) { return t[i].cast<int64_t>(); };
-    const Type type = static_cast<Type>(t[1].cast<int>());
-    return {{reinterpret_cast<void*>(t[0].cast<uintptr_t>()), type, at(3), at(4), at(6), at(7)}, at(2), at(5)};
-}
-
-template <class T>
-T* as_pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-// What there may be or not.
-struct Optional {
-    cuda::Batch batch;
-    bool there;
-
-    explicit Optional(const py::object& t) : batch(t.is_none() ? cuda::Batch{} : as_batch(t)), there(!t.is_none()) {}
-    const cuda::Batch* get() const { return there ? &batch : nullptr; }
-};
 
 // Launches without the interpreter's lock.
 template <class F>
@@ -74,7 +54,7 @@ PYBIND11_MODULE(_cuda, m) {
         "pair_energy",
         [](const py::tuple& weight, double s, bool angular, bool half_space, int precision, uintptr_t workspace,
            uintptr_t energies, uintptr_t stream) {
-            const cuda::Batch rows = as_batch(weight);
+            const Batch rows = as_batch(weight);
             launch([&] {
                 return cuda::pair_energy(rows, {s, angular, half_space}, cuda::Precision(precision),
                                          as_pointer<void>(workspace), as_pointer<double>(energies),
@@ -93,8 +73,8 @@ PYBIND11_MODULE(_cuda, m) {
         [](const py::tuple& gram, const py::tuple& first, const py::tuple& second, uintptr_t diagonal,
            const py::object& weight, double s, bool angular, bool half_space, int precision, uintptr_t workspace,
            uintptr_t energies, uintptr_t stream) {
-            const cuda::Batch grams = as_batch(gram), a = as_batch(first), b = as_batch(second);
-            const Optional rows(weight);
+            const Batch grams = as_batch(gram), a = as_batch(first), b = as_batch(second);
+            const OptionalBatch rows(weight);
             launch([&] {
                 return cuda::gram_update_energy(grams, a, b, as_pointer<void>(diagonal), rows.get(),
                                                 {s, angular, half_space}, cuda::Precision(precision),
@@ -109,8 +89,8 @@ PYBIND11_MODULE(_cuda, m) {
         "product",
         [](const py::tuple& left, const py::tuple& right, const py::object& addend, const py::tuple& out, double factor,
            bool accumulate, bool wide, int precision, uintptr_t stream) {
-            const cuda::Batch a = as_batch(left), b = as_batch(right), to = as_batch(out);
-            const Optional more(addend);
+            const Batch a = as_batch(left), b = as_batch(right), to = as_batch(out);
+            const OptionalBatch more(addend);
             launch([&] {
                 return cuda::product(a, b, more.get(), to, factor, accumulate, wide, cuda::Precision(precision),
                                      as_pointer<void>(stream));

@@ -49,6 +49,16 @@ struct TileIndex {
     int64_t row, col, rows, cols;
 };
 
+// The tiles, on and above the diagonal, of the group of rows from p on and columns from q on.
+inline std::vector<TileIndex> tiles_of(int64_t n, const Blocking& cut, int64_t p, int64_t q) {
+    std::vector<TileIndex> tiles;
+    const int64_t p_end = std::min(n, p + cut.group), q_end = std::min(n, q + cut.group);
+    for (int64_t i = p; i < p_end; i += cut.tile)
+        for (int64_t j = std::max(i, q); j < q_end; j += cut.tile)
+            tiles.push_back({i, j, std::min(cut.tile, p_end - i), std::min(cut.tile, q_end - j)});
+    return tiles;
+}
+
 // matrix[j, i] = matrix[i, j] for the pairs i < j of a tile.
 template <class T>
 void mirror(T* matrix, const TileIndex& at, int64_t ld) {
@@ -103,14 +113,10 @@ void symmetric_product(const Kernels<T>& kernels, const Matrix& a, const Matrix&
     // A tile is finished at once where the depth is whole; else all tiles of a group wait for the last of its blocks.
     const int64_t tile_size = std::min(cut.tile_size(), round_up(rows, kernels.lanes) * TILE);
     Buffer<T> products((whole ? threads : cut.tiles()) * tile_size);
-    std::vector<TileIndex> tiles;
     for (int64_t p = 0; p < n; p += cut.group)
         for (int64_t q = p; q < n; q += cut.group) {
             const int64_t p_end = std::min(n, p + cut.group), q_end = std::min(n, q + cut.group);
-            tiles.clear();
-            for (int64_t i = p; i < p_end; i += cut.tile)
-                for (int64_t j = std::max(i, q); j < q_end; j += cut.tile)
-                    tiles.push_back({i, j, std::min(cut.tile, p_end - i), std::min(cut.tile, q_end - j)});
+            const auto tiles = tiles_of(n, cut, p, q);
             int64_t k = 0;
             do {  // once even for depth 0, which gives zeros
                 const int64_t depth = std::min(cut.depth, a.cols - k);

@@ -10,7 +10,8 @@ struct CpuFeature {
     bool usable;
 };
 
-// What this processor and its operating system let a program use. Empty on an architecture we know nothing about.
+// The features that this processor and its operating system let a program use. Empty on an architecture we know nothing
+// about.
 std::vector<CpuFeature> cpu_features();
 
 }  // namespace sphere

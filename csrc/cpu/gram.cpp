@@ -1,7 +1,5 @@
 #include "cpu/gram.h"
 
-#include <cmath>
-
 #include "cpu/blocks.h"
 #include "cpu/product.h"
 #include "cpu/riesz.h"
@@ -46,6 +44,33 @@ void subtract_gram(const Matrix& from, const Matrix& factor, int tier, int threa
 }
 
 template <class T>
+void gram_energy(const Matrix& gram, const Matrix* weight, const Riesz& riesz, int tier, int threads,
+                 double* energies) {
+    const Kernels<T>& kernel = kernels<T>(tier);
+    const int64_t n = gram.rows, ld = gram.row_stride;
+    threads = threads_for(16 * n * n, threads);
+    const T* const elements = static_cast<const T*>(gram.data);
+    const auto data = RowData<T>::of_gram(elements, n, ld);
+    start_energies(data, riesz, energies);
+    const Blocking cut = blocking<T>(n, 0, GROUP_ROWS, false);
+    TileSums sums(cut);
+    const UnitRows<T> rows = data.view(weight, false);
+    Buffer<T> cosines(threads * cut.tile_size());
+    for (int64_t p = 0; p < n; p += cut.group)
+        for (int64_t q = p; q < n; q += cut.group) {
+            const auto tiles = tiles_of(n, cut, p, q);
+            parallel_for(int64_t(tiles.size()), threads, [&](int64_t t, int worker) {
+                const TileIndex& at = tiles[size_t(t)];
+                T* c = cosines.get() + worker * cut.tile_size();
+                const PairTile<T> tile{c, at.row, at.col, at.rows, at.cols};
+                kernel.cosines(elements, ld, tile, rows.scale, c);
+                kernel.energy(tile, rows, riesz, sums.rows(t), sums.cols(t));
+            });
+            sums.add_to(energies, tiles);
+        }
+}
+
+template <class T>
 void gram_update_energy(const Matrix& gram, const Matrix& left, const Matrix& cross, const Matrix& inner,
                         const Matrix* weight, const Riesz& riesz, int tier, int threads, double* energies) {
     const Kernels<T>& kernel = kernels<T>(tier);
@@ -59,7 +84,6 @@ void gram_update_energy(const Matrix& gram, const Matrix& left, const Matrix& cr
     const Matrix c_matrix{half.get(), Type::float64, n, b, b, 1};
     product(kernels<double>(tier), {left}, {transposed(inner)}, 0.5, c_matrix, &cross, false, threads);
     Buffer<T> first(n * 2 * b), second(n * 2 * b);
-    RowData<T> data(n);
     constexpr int64_t CHUNK = 64;
     parallel_for(ceil_div(n, CHUNK), threads, [&](int64_t chunk, int) {
         std::vector<double> row(static_cast<size_t>(b));
@@ -74,13 +98,9 @@ void gram_update_energy(const Matrix& gram, const Matrix& left, const Matrix& cr
             }
             T& diagonal = elements[i * ld + i];
             diagonal = T(double(diagonal) + 2 * change);
-            const double square = double(diagonal) + double(diagonal - diagonal);  // infinity becomes NaN
-            data.norm[size_t(i)] = std::sqrt(square < 0 ? 0 : square);             // below zero is a rounding error
         }
     });
-    data.from_norms();
-    for (size_t i = 0; i < size_t(n); ++i)  // what rounding left of the inner products of a zero row is no direction
-        if (data.norm[i] == 0) data.scale[i] = 0;
+    const auto data = RowData<T>::of_gram(elements, n, ld);
     start_energies(data, riesz, energies);
     const Blocking cut = blocking<T>(n, 2 * b, GROUP_ROWS, false);
     TileSums sums(cut);
@@ -101,6 +121,8 @@ template void gram<float>(const Matrix&, bool, int, int, float*);
 template void gram<double>(const Matrix&, bool, int, int, double*);
 template void subtract_gram<float>(const Matrix&, const Matrix&, int, int);
 template void subtract_gram<double>(const Matrix&, const Matrix&, int, int);
+template void gram_energy<float>(const Matrix&, const Matrix*, const Riesz&, int, int, double*);
+template void gram_energy<double>(const Matrix&, const Matrix*, const Riesz&, int, int, double*);
 template void gram_update_energy<float>(const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix*,
                                         const Riesz&, int, int, double*);
 template void gram_update_energy<double>(const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix*,

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cpu/matrix.h"
+#include "common/matrix.h"
 
 namespace sphere {
 
@@ -12,6 +12,11 @@ void gram(const Matrix& weight, bool normalize, int tier, int threads, T* out);
 // read; the result is exactly symmetric. Both are of type T.
 template <class T>
 void subtract_gram(const Matrix& from, const Matrix& factor, int tier, int threads);
+
+// Energy of every neuron whose inner products `gram` holds; of it, whose columns are neighbours, only the upper
+// triangle is read. A weight, if given, has the rows: near pairs are recomputed from them.
+template <class T>
+void gram_energy(const Matrix& gram, const Matrix* weight, const Riesz& riesz, int tier, int threads, double* energies);
 
 // gram += cross left^T + left cross^T + left inner left^T, and the energy of every neuron whose inner products the
 // result holds. Of `gram`, whose columns are neighbours, only the upper triangle is read. All are of type T but the

@@ -2,14 +2,11 @@
 
 #include <cstdint>
 
-#include "cpu/matrix.h"
+#include "common/matrix.h"
 
 namespace sphere {
 
-constexpr int64_t TILE = 192;     // rows and columns of the largest tile: a multiple of every tier's micro-tile
-constexpr double EPSILON = 1e-8;  // unit row: w / (|w| + EPSILON)
-constexpr double NEAR = 1e-3;     // squared distances below it are recomputed from the difference of the rows
-constexpr double CLAMP = 1e-12;   // the smallest squared distance
+constexpr int64_t TILE = 192;  // rows and columns of the largest tile: a multiple of every tier's micro-tile
 
 // Unit rows of a weight, without storing them. A null weight: only inner products are known.
 template <class T>
@@ -17,8 +14,8 @@ struct UnitRows {
     const Matrix* weight;
     bool own_scale;            // the scales are those of the weight's rows; if not, near pairs are scaled anew
     const double* scale;       // [n] 1 / (|w| + EPSILON); NaN where the norm overflows
-    const double* lack;        // [n] 1 - |unit row|^2
-    const T* half_lack;        // [n] half of it
+    const double* deficit;     // [n] 1 - |unit row|^2
+    const T* half_deficit;     // [n] half of it
     const double* upstream;    // [n] gradient of the energy of each row, in the backward pass
     const T* narrow_upstream;  // [n] the same
 };
@@ -37,13 +34,13 @@ struct NearPair {
     double slope;
 };
 
-// Receives them.
+// Sink for the near pairs that `slopes` finds.
 struct NearPairs {
     void (*add)(NearPairs* self, const NearPair& pair);
 };
 
-// What is compiled once per instruction set. `Panels` are rows packed for the micro-kernel: groups of `lanes` rows,
-// depth-major within a group, so that one layout serves as both operands of a product.
+// The functions that are compiled once per instruction set. `Panels` are rows packed for the micro-kernel: groups of
+// `lanes` rows, depth-major within a group, so that one layout serves as both operands of a product.
 template <class T>
 struct Kernels {
     int lanes;
@@ -75,6 +72,9 @@ struct Kernels {
     // each near pair,  slope (sign unit_j - unit_i). Writes slopes [rows, ld] (zero for row >= col), sums of `radial`.
     void (*slopes)(const PairTile<T>& tile, const UnitRows<T>& rows, const Riesz& riesz, T* slopes, int64_t ld,
                    double* row_sums, double* col_sums, NearPairs* near);
+
+    // c = inner products of the unit rows, from those of the rows in gram; on the pairs row < col.
+    void (*cosines)(const T* gram, int64_t ld, const PairTile<T>& tile, const double* scale, T* c);
 
     // gram += c on the pairs row < col, where c becomes the inner products of the unit rows.
     void (*update)(T* c, const PairTile<T>& tile, const double* scale, T* gram, int64_t ld);

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cpu/matrix.h"
+#include "common/matrix.h"
 
 namespace sphere {
 

@@ -44,7 +44,7 @@ double exact_square(const UnitRows<T>& rows, int64_t i, int64_t j, int sign) {
 // |unit_i - sign unit_j|^2, and whether that is a near pair.
 template <class T>
 INLINE double euclidean_square(const UnitRows<T>& rows, double g, int64_t i, int64_t j, int sign, bool& near) {
-    const double square = 2 - 2 * sign * g - (rows.lack[i] + rows.lack[j]);
+    const double square = 2 - 2 * sign * g - (rows.deficit[i] + rows.deficit[j]);
     near = square < NEAR;
     return clamped(near && rows.weight ? exact_square(rows, i, j, sign) : square);
 }
@@ -63,7 +63,7 @@ INLINE Folded folded_angle(const UnitRows<T>& rows, double g, int64_t i, int64_t
     const double square = 2 - 2 * fabs(g);
     if (!(square < NEAR && rows.weight)) return {angle_from(square), sign, square < NEAR};
     const double exact = exact_square(rows, i, j, sign);
-    return {angle_from(exact + rows.lack[i] + rows.lack[j]), sign, true};
+    return {angle_from(exact + rows.deficit[i] + rows.deficit[j]), sign, true};
 }
 
 template <class T>
@@ -153,8 +153,8 @@ INLINE void visit(const PairTile<T>& tile, const UnitRows<T>& rows, double unit,
                 const T* g = tile.gram + (r + q) * TILE + c;
                 if constexpr (S != 0)
                     if (inside) {
-                        const Vector<T> lack = rows.half_lack[i] + load(rows.half_lack + first);
-                        const Vector<T> u = load(g) + lack, rest = lack - (u - load(g));
+                        const Vector<T> deficit = rows.half_deficit[i] + load(rows.half_deficit + first);
+                        const Vector<T> u = load(g) + deficit, rest = deficit - (u - load(g));
                         if (!any_below(1 - u, T(NEAR / 2))) {
                             const Vector<T> value = far(i, r + q, c, u, rest);
                             totals[q] += value;
@@ -237,6 +237,24 @@ void slopes_tile(const PairTile<T>& tile, const UnitRows<T>& rows, const Riesz& 
 }
 
 template <class T>
+INLINE T cosine(T product, double scale, double other) {
+    const double x = product;
+    return T((x + (x - x)) * scale * other);  // infinity becomes NaN
+}
+
+template <class T>
+void cosine_tile(const T* gram, int64_t ld, const PairTile<T>& tile, const double* scale, T* c) {
+    for (int64_t r = 0; r < tile.rows; ++r, c += TILE) {
+        const int64_t i = tile.first_row + r;
+        const double own = scale[i];
+        const double* others = scale + tile.first_col;
+        const T* row = gram + i * ld + tile.first_col;
+        for (int64_t j = i < tile.first_col ? 0 : i + 1 - tile.first_col; j < tile.cols; ++j)
+            c[j] = cosine(row[j], own, others[j]);
+    }
+}
+
+template <class T>
 void update_tile(T* c, const PairTile<T>& tile, const double* scale, T* gram, int64_t ld) {
     for (int64_t r = 0; r < tile.rows; ++r, c += TILE) {
         const int64_t i = tile.first_row + r;
@@ -245,8 +263,7 @@ void update_tile(T* c, const PairTile<T>& tile, const double* scale, T* gram, in
         T* row = gram + i * ld + tile.first_col;
         for (int64_t j = i < tile.first_col ? 0 : i + 1 - tile.first_col; j < tile.cols; ++j) {
             row[j] += c[j];
-            const double x = row[j];
-            c[j] = T((x + (x - x)) * own * others[j]);  // infinity becomes NaN
+            c[j] = cosine(row[j], own, others[j]);
         }
     }
 }

@@ -8,9 +8,9 @@ namespace sphere {
 
 // Constants, so that loading the module runs no code of a tier that the machine lacks.
 template <class T>
-static constexpr Kernels<T> kernels_of_tier = {LANES<T>,       row_norms<T>,    read_row<T>,
-                                               pack<T>,        tile_product<T>, store_tile<T>,
-                                               energy_tile<T>, slopes_tile<T>,  update_tile<T>};
+static constexpr Kernels<T> kernels_of_tier = {LANES<T>,        row_norms<T>,  read_row<T>,    pack<T>,
+                                               tile_product<T>, store_tile<T>, energy_tile<T>, slopes_tile<T>,
+                                               cosine_tile<T>,  update_tile<T>};
 
 extern const Kernels<float> TIER_KERNELS(float);
 extern const Kernels<double> TIER_KERNELS(double);

@@ -11,7 +11,7 @@ namespace sphere {
 // "avx512".
 std::vector<std::string> built_tiers();
 
-// Those of them that this processor and its operating system can run.
+// The built tiers that this processor and its operating system can run.
 std::vector<std::string> usable_tiers();
 
 // The kernels of a usable tier by its index in `built_tiers`; throws std::invalid_argument for any other.

@@ -10,13 +10,13 @@
 
 namespace sphere {
 
-// What the kernels need to know about each row, from its norm.
+// Row data for the kernels, from the norms.
 template <class T>
 struct RowData {
-    std::vector<double> norm, scale, lack, upstream;
-    std::vector<T> half_lack, narrow_upstream;
+    std::vector<double> norm, scale, deficit, upstream;
+    std::vector<T> half_deficit, narrow_upstream;
 
-    explicit RowData(int64_t n) : norm(size_t(n)), scale(size_t(n)), lack(size_t(n)), half_lack(size_t(n)) {}
+    explicit RowData(int64_t n) : norm(size_t(n)), scale(size_t(n)), deficit(size_t(n)), half_deficit(size_t(n)) {}
 
     static RowData of(const Kernels<T>& kernels, const Matrix& weight, int threads) {
         RowData data(weight.rows);
@@ -29,23 +29,42 @@ struct RowData {
         return data;
     }
 
+    // Of rows whose inner products are gram[n, n], of which the diagonal is read.
+    static RowData of_gram(const T* gram, int64_t n, int64_t ld) {
+        RowData data(n);
+        for (int64_t i = 0; i < n; ++i) {
+            const T diagonal = gram[i * ld + i];
+            const double square = double(diagonal) + double(diagonal - diagonal);  // infinity becomes NaN
+            data.norm[size_t(i)] = std::sqrt(square < 0 ? 0 : square);             // below zero is a rounding error
+        }
+        data.from_norms();
+        for (size_t i = 0; i < size_t(n); ++i)  // what rounding left of a zero row's inner products is no direction
+            if (data.norm[i] == 0) data.scale[i] = 0;
+        return data;
+    }
+
     void from_norms() {
         for (size_t i = 0; i < norm.size(); ++i) {
             const double length = norm[i] + EPSILON;
             // An overflowed norm must not turn a finite row into a plausible zero row.
             scale[i] = 1 / (length + (norm[i] - norm[i]));
-            lack[i] = lack_of(norm[i]);
-            half_lack[i] = T(0.5 * lack[i]);
+            deficit[i] = deficit_of(norm[i]);
+            half_deficit[i] = T(0.5 * deficit[i]);
         }
     }
 
     UnitRows<T> view(const Matrix* weight, bool own_scale = true) const {
-        return {weight,           own_scale,       scale.data(),          lack.data(),
-                half_lack.data(), upstream.data(), narrow_upstream.data()};
+        return {weight,
+                own_scale,
+                scale.data(),
+                deficit.data(),
+                half_deficit.data(),
+                upstream.data(),
+                narrow_upstream.data()};
     }
 };
 
-// What the energies are before `Kernels::energy`: the baseline of every pair, and a row with its own negative.
+// Energies before `Kernels::energy` adds to them: every pair's baseline, and each row's pair with its own negative.
 template <class T>
 void start_energies(const RowData<T>& data, const Riesz& riesz, double* energies) {
     const double others = double(data.norm.size() - 1) * baseline(riesz);

@@ -1,12 +1,10 @@
 #pragma once
 
+#include "common/matrix.h"
 #include "cpu/kernels.h"
-#include "cpu/matrix.h"
 #include "cpu/parallel.h"
 
 namespace sphere {
-
-inline int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 
 template <class T>
 constexpr Type type_of = sizeof(T) == sizeof(float) ? Type::float32 : Type::float64;
@@ -18,18 +16,6 @@ inline Matrix part(const Matrix& m, int64_t row, int64_t rows, int64_t col, int6
 }
 
 inline Matrix transposed(const Matrix& m) { return {m.data, m.type, m.cols, m.rows, m.col_stride, m.row_stride}; }
-
-// Matrices of one shape in one piece of memory.
-struct Batch {
-    Matrix first;
-    int64_t count, stride;
-
-    Matrix operator[](int64_t i) const {
-        Matrix m = first;
-        m.data = static_cast<char*>(first.data) + i * stride * size_of(first.type);
-        return m;
-    }
-};
 
 // Calls f(index, threads) for every matrix of a batch: small ones side by side, each on one thread; large ones in turn.
 template <class F>

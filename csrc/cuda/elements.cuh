@@ -51,12 +51,4 @@ __device__ inline void set_element(void* data, Type type, int64_t offset, T x) {
         narrow(x, static_cast<__half*>(data)[offset]);
 }
 
-// One matrix; a batch without data has none.
-__device__ inline Matrix matrix_of(const Batch& batch, int64_t index) {
-    Matrix m = batch.first;
-    const int64_t size = m.type == Type::float64 ? 8 : m.type == Type::float32 ? 4 : 2;
-    if (m.data) m.data = static_cast<char*>(m.data) + index * batch.stride * size;
-    return m;
-}
-
 }  // namespace sphere::cuda

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/matrix.h"
+#include "common/matrix.h"
 
 // The operations on a CUDA device. No torch and no CUDA header: addresses are the device's, memory for what lies
 // between kernels is the caller's, and every launch goes to the current device and the stream given. Sizes may be zero.
@@ -13,13 +13,7 @@ enum class Precision { ieee, tf32x3, tf32 };  // how fp32 operands are multiplie
 
 using Stream = void*;
 
-// Matrices of one shape; strides count elements and may have any value.
-struct Batch {
-    Matrix first;
-    int64_t count, stride;
-};
-
-// What CUDA said of a launch; code 0: nothing.
+// CUDA's answer to a launch; code 0: no error.
 struct Status {
     int code;
     const char* kernel;

@@ -23,7 +23,7 @@ __device__ inline double length_of(const Matrix& weight, int64_t row) {
 // products in gram (null data: none) where those are not near, or from these alone.
 __device__ inline double exact_value(const Matrix& weight, double length_i, const Matrix& gram, const RowData& data,
                                      const Riesz& riesz, int64_t before, int64_t i, int64_t j) {
-    double lack = data.lack[before + i] + data.lack[before + j], minus = 0, plus = 0;
+    double deficit = data.deficit[before + i] + data.deficit[before + j], minus = 0, plus = 0;
     if (weight.data) {
         const double length_j = length_of(weight, j);
         for (int64_t k = threadIdx.x % 32; k < weight.cols; k += 32) {
@@ -39,12 +39,12 @@ __device__ inline double exact_value(const Matrix& weight, double length_i, cons
     if (gram.data) {
         const double m = element(gram.data, gram.type, i * gram.row_stride + j * gram.col_stride);
         const double twice = 2 * finite_or_nan(m) * data.scale[before + i] * data.scale[before + j];
-        const double far_minus = (2 - twice) - lack, far_plus = (2 + twice) - lack;
-        const double near = riesz.angular ? NEAR - lack : NEAR;  // in terms of angles, lengths are 1
+        const double far_minus = (2 - twice) - deficit, far_plus = (2 + twice) - deficit;
+        const double near = riesz.angular ? NEAR - deficit : NEAR;  // in terms of angles, lengths are 1
         if (!weight.data || !(far_minus < near)) minus = far_minus;
         if (!weight.data || !(far_plus < near)) plus = far_plus;
     }
-    return pair_value(minus, plus, lack, riesz);
+    return pair_value(minus, plus, deficit, riesz);
 }
 
 // The infinite ones among the sums of tiles; baseline: what the tiles took for a pair's unit, or 0. Weight or gram may
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(SUM_THREADS, 1)
     for (int lane = 0; lane < 32; ++lane) {
         if (!(met >> lane & 1)) continue;  // the whole warp
         const int64_t entry = first + lane, i = entry % n, tile = entry / n % tiles, m = entry / (n * tiles);
-        const Matrix rows = matrix_of(weight, m), products = matrix_of(gram, m);
+        const Matrix rows = weight[m], products = gram[m];
         const double length = rows.data ? length_of(rows, i) : 0;
         double sum = 0;
         for (int64_t j = tile * side; j < n && j < (tile + 1) * side; ++j) {

@@ -7,11 +7,11 @@
 // Tiles of a symmetric matrix of inner products, and the sums of the energies of their pairs i < j.
 namespace sphere::cuda {
 
-// What is known of rows, of all matrices together: norms, what their squares lack to 1, factors that make unit rows of
-// the packed ones.
+// Row data, of all matrices together: norms, deficits 1 - |unit row|^2, scales that make unit rows of the
+// packed ones.
 struct RowData {
     double* norm;
-    double* lack;
+    double* deficit;
     double* scale;
 };
 
@@ -33,7 +33,7 @@ class TileEnergies {
     using Number = std::conditional_t<FAST, float, double>;
     static constexpr int WARPS = THREADS / 32, ACROSS = SIDE / 32;
     struct Row {
-        Number lack, scale;
+        Number deficit, scale;
     };
 
   public:
@@ -97,17 +97,17 @@ class TileEnergies {
     __device__ static Row row(const RowData& data, int64_t matrix, int64_t i, int64_t n) {
         if (i >= n) return {};
         const int64_t place = matrix * n + i;
-        return {Number((FAST ? 0.5 : 1.0) * data.lack[place]), Number(data.scale[place])};
+        return {Number((FAST ? 0.5 : 1.0) * data.deficit[place]), Number(data.scale[place])};
     }
 
     template <class Sum>
     __device__ static Number energy(Sum product, const Row& i, const Row& j, const Riesz& riesz) {
         if constexpr (FAST) {
-            return excess((product * i.scale) * j.scale, i.lack + j.lack, riesz.s == 2);
+            return excess((product * i.scale) * j.scale, i.deficit + j.deficit, riesz.s == 2);
         } else {
-            const double twice = (double(product) * (2 * i.scale)) * j.scale, lack = i.lack + j.lack;
-            const double minus = (2 - twice) - lack, plus = (2 + twice) - lack;
-            return is_near(minus, plus, lack, riesz) ? infinity() : pair_value(minus, plus, lack, riesz);
+            const double twice = (double(product) * (2 * i.scale)) * j.scale, deficit = i.deficit + j.deficit;
+            const double minus = (2 - twice) - deficit, plus = (2 + twice) - deficit;
+            return is_near(minus, plus, deficit, riesz) ? infinity() : pair_value(minus, plus, deficit, riesz);
         }
     }
 };

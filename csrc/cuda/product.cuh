@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(Sums<MATH, PRODUCT_SIDE>::THREADS, 1)
     CUDA_DYN_SMEM(unsigned char, shared);
     const TileIndex tile = rectangle_tile(block_index() % (down * across), down, across);
     const int64_t first_row = tile.row * PRODUCT_SIDE, first_col = tile.col * PRODUCT_SIDE;
-    const Matrix a = matrix_of(left, matrix), b = matrix_of(right, matrix);
+    const Matrix a = left[matrix], b = right[matrix];
     Sums<MATH, PRODUCT_SIDE> sums;
     using Shares = Share<Sum, THREADS>;
     Shares share_a(a, first_row), share_b(b, first_col);
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(Sums<MATH, PRODUCT_SIDE>::THREADS, 1)
     Sum* result = reinterpret_cast<Sum*>(shared);
     sums.template store<PITCH>(result);
     __syncthreads();
-    const Matrix to = matrix_of(out, matrix), more = matrix_of(addend, matrix);
+    const Matrix to = out[matrix], more = addend[matrix];
     const bool along = to.row_stride != 1;
     for (int place = threadIdx.x; place < PRODUCT_SIDE * PRODUCT_SIDE; place += THREADS) {
         const int row = along ? place / PRODUCT_SIDE : place % PRODUCT_SIDE;

@@ -22,7 +22,7 @@ __device__ inline double power_of_two(double norm, int shift) {
 
 __device__ inline void store_row(const RowData& data, int64_t place, double norm, double factor) {
     data.norm[place] = norm;
-    data.lack[place] = lack_of(norm);
+    data.deficit[place] = deficit_of(norm);
     // An overflowed norm must not turn a finite row into a plausible zero row.
     data.scale[place] = 1 / (factor * (norm + EPSILON + (norm - norm)));
 }
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
     }
 }
 
-// What is known of rows from the diagonal of their inner products.
+// Row data from the diagonal of the rows' inner products.
 template <class T>
 __global__ void __launch_bounds__(ROW_THREADS) diagonal_rows_kernel(const T* diagonal, int64_t count, RowData data) {
     const int64_t place = block_index() * ROW_THREADS + threadIdx.x;

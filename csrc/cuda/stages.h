@@ -3,7 +3,7 @@
 #include "cuda/launching.cuh"
 #include "cuda/pairs.cuh"
 
-// What the energy of a weight and that of an updated Gram matrix have in common, before and after their tiles.
+// Steps before and after the tiles, for the energy of a weight and that of an updated Gram matrix alike.
 namespace sphere::cuda {
 
 constexpr int LARGE = 128, SMALL = 64;  // sides of tiles
@@ -14,13 +14,11 @@ inline int energy_side(int64_t n, bool fast) { return fast && n > LARGE ? LARGE 
 // Of packed rows: 16-byte copies of any type.
 inline int64_t packed_width(int64_t d) { return std::max<int64_t>(1, ceil_div(d, 16)) * 16; }
 
-inline int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
-
 inline RowData take_row_data(Workspace& workspace, int64_t count) {
     return {workspace.take<double>(count), workspace.take<double>(count), workspace.take<double>(count)};
 }
 
-// What is taken from the energy of every pair before it is summed.
+// The constant subtracted from the energy of every pair before the sums.
 inline double baseline(const Riesz& riesz, bool fast) { return !fast ? 0.0 : riesz.s == 1 ? std::sqrt(0.5) : 0.5; }
 
 // See rows_pack_kernel; packed[count, rows, packed_width(cols)] of the type of weight.

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sphere_kernels import dispatch, gpu
-from sphere_kernels.directions import native, reference  # noqa: F401  (register themselves)
+from sphere_kernels import dispatch
 from sphere_kernels.directions.types import PrincipalDirections
 from sphere_kernels.directions.validation import check_directions
-
-gpu.register("sphere_kernels.directions.triton", "principal_directions")
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sphere_kernels._products import Products
 from sphere_kernels.directions import subspace, tracked
 from sphere_kernels.directions.small_side import SmallSide, spread, unit_rows
 from sphere_kernels.directions.spectrum import choose_rank, noise_floor, trace
 from sphere_kernels.directions.types import PrincipalDirections
-from sphere_kernels.products import Products
 
 
 @dataclass(frozen=True)

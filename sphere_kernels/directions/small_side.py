@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sphere_kernels._common.rows import EPSILON, UnitRows, compute_dtype
+from sphere_kernels._products import Products
 from sphere_kernels.directions.validation import check_norms
-from sphere_kernels.products import Products
-from sphere_kernels.rows import EPSILON, UnitRows, compute_dtype
 
 POLISHED_PAST = 8  # largest over smallest eigenvalue; up to there U^T V L^-1/2 is about as orthonormal as QR leaves it
 

@@ -1,4 +1,4 @@
-"""How many eigenvalues count."""
+"""The number of eigenvalues that count."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ MARGIN = 64  # times eps: what the share has to pass the ratio by, so that round
 
 @dataclass(frozen=True)
 class Tracked:
-    """What `track` found.
+    """Result of `track`.
 
     Attributes:
         vectors: ``[..., m, k]``, V.

@@ -1,10 +1,10 @@
-"""Principal directions with the products of the Triton kernels; the eigenproblem is torch's, on the same device."""
+"""Principal directions with the products of the Triton kernels; torch solves the eigenproblem, on the same device."""
 
 from __future__ import annotations
 
 from functools import partial
 
+from sphere_kernels._products.triton import TRITON
 from sphere_kernels.directions.leading import leading_directions
-from sphere_kernels.triton_kernels.products import TRITON
 
 principal_directions = partial(leading_directions, TRITON)

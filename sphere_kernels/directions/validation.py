@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_kernels import checks
+from sphere_kernels._common import checks
+from sphere_kernels._common.rows import EPSILON, compute_dtype
 from sphere_kernels.directions.types import PrincipalDirections
-from sphere_kernels.rows import EPSILON, compute_dtype
 
 METHODS = ("auto", "eigh", "svd", "subspace", "tracked")
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sphere_kernels import checks
+from sphere_kernels._common import checks
 from sphere_kernels.energy import ops
 from sphere_kernels.energy.validation import check_energy, check_options, ordered_pairs
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sphere_kernels import native
-from sphere_kernels.dispatch import register
-from sphere_kernels.rows import compute_dtype
+from sphere_kernels._backends import native
+from sphere_kernels._common.rows import compute_dtype
 
 
-@register("pair_energy", "native", native.supports)
 def pair_energy(weight: Tensor, s: float, distance: str, half_space: bool) -> Tensor:
     """Energy of every row, ``[..., n]`` fp64."""
     energy = weight.new_empty(weight.shape[:-1], dtype=torch.float64)
@@ -19,7 +17,6 @@ def pair_energy(weight: Tensor, s: float, distance: str, half_space: bool) -> Te
     return energy
 
 
-@register("pair_energy_backward", "native", native.supports)
 def pair_energy_backward(grad: Tensor, weight: Tensor, s: float, distance: str, half_space: bool) -> Tensor:
     """Gradient of ``sum(grad * energy)`` for the weight, in its dtype."""
     grad = grad.double().contiguous().resolve_neg()

@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_kernels import dispatch, gpu
-from sphere_kernels.energy import cuda, native, reference  # noqa: F401  (register themselves)
-from sphere_kernels.library import operation
-
-gpu.register("sphere_kernels.energy.triton", "pair_energy", "pair_energy_backward")
+from sphere_kernels import dispatch
+from sphere_kernels._common.library import operation
 
 
 @operation()

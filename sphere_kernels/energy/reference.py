@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sphere_kernels.dispatch import register
-from sphere_kernels.energy.pairs import (
+from sphere_kernels._common.pairs import (
     angle,
     antipode_square,
     antipode_values,
@@ -19,11 +18,10 @@ from sphere_kernels.energy.pairs import (
     riesz,
     signs,
 )
-from sphere_kernels.energy.tiles import CLAMP, Tile, near_pairs, tiles
-from sphere_kernels.rows import EPSILON, UnitRows, row_chunks
+from sphere_kernels._common.rows import EPSILON, UnitRows, row_chunks
+from sphere_kernels._common.tiles import CLAMP, Tile, near_pairs, tiles
 
 
-@register("pair_energy", "reference")
 def pair_energy(weight: Tensor, s: float, distance: str, half_space: bool) -> Tensor:
     """Energy of every row, ``[..., n]`` fp64."""
     rows = UnitRows.of(weight)
@@ -36,7 +34,6 @@ def pair_energy(weight: Tensor, s: float, distance: str, half_space: bool) -> Te
     return (energy + 0 * rows.norm).reshape(weight.shape[:-1])  # a lone NaN row has no pairs to poison
 
 
-@register("pair_energy_backward", "reference")
 def pair_energy_backward(grad: Tensor, weight: Tensor, s: float, distance: str, half_space: bool) -> Tensor:
     """Gradient of ``sum(grad * energy)`` for the weight, in its dtype.
 

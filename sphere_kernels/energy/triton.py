@@ -7,27 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_kernels import gpu
-from sphere_kernels.triton_kernels import configs
-from sphere_kernels.triton_kernels.launch import WIDE, Packed, cdiv, launch, product
-from sphere_kernels.triton_kernels.near import near_energy_kernel, near_slopes_kernel
-from sphere_kernels.triton_kernels.pairs import energy_sum_kernel, pair_energy_kernel
-from sphere_kernels.triton_kernels.rows import rows_gradient_kernel
-from sphere_kernels.triton_kernels.schedule import rectangle, triangle
-from sphere_kernels.triton_kernels.slopes import pair_slopes_kernel
+from sphere_kernels._backends import gpu
+from sphere_kernels._backends.triton import configs
+from sphere_kernels._backends.triton.launch import WIDE, Packed, cdiv, launch, product
+from sphere_kernels._backends.triton.near import near_slopes_kernel
+from sphere_kernels._backends.triton.pair_sums import energies_of, fast, options
+from sphere_kernels._backends.triton.pairs import pair_energy_kernel
+from sphere_kernels._backends.triton.rows import rows_gradient_kernel
+from sphere_kernels._backends.triton.schedule import rectangle, triangle
+from sphere_kernels._backends.triton.slopes import pair_slopes_kernel
 
 GROUP = 2048  # rows whose slopes with as many others are in memory at a time
 SLOPES = 1 << 23  # of all matrices that are computed at a time
-
-
-def options(s: float, distance: str, half_space: bool) -> dict[str, Any]:
-    """What defines the energy of a pair, as the kernels have it."""
-    return {"S": s, "ANGULAR": distance == "angular", "HALF_SPACE": half_space}
-
-
-def fast(s: float, distance: str, half_space: bool, dtype: torch.dtype) -> bool:
-    """Whether a tile's energies are computed in fp32, as excess over a right angle's."""
-    return distance == "euclidean" and not half_space and s in (1.0, 2.0) and dtype == torch.float32
 
 
 def pair_energy(weight: Tensor, s: float, distance: str, half_space: bool) -> Tensor:
@@ -48,7 +39,7 @@ def pair_energy(weight: Tensor, s: float, distance: str, half_space: bool) -> Te
         config,
         rows,
         p_packed=packed.rows,
-        p_norm=packed.norm,
+        p_row_data=packed.row_data,
         p_schedule=schedule,
         p_partial=partial,
         n=n,
@@ -63,67 +54,7 @@ def pair_energy(weight: Tensor, s: float, distance: str, half_space: bool) -> Te
         BM=config.block,
         BK=config.depth,
     )
-    return energies_of(partial, packed.norm, kind, quick, config.block, rows, None).view(weight.shape[:-1])
-
-
-def energies_of(
-    partial: Tensor,
-    norm: Tensor,
-    kind: dict[str, Any],
-    quick: bool,
-    block: int,
-    weight: Tensor | None,
-    gram: Tensor | None,
-) -> Tensor:
-    """Energies ``[batch, n]`` from the sums of tiles, after those with near pairs were computed anew."""
-    batch, tiles, n = partial.shape
-    strips = cdiv(n, configs.NEAR.block)
-    rows = partial if weight is None else weight
-    matrix = partial if gram is None else gram
-    launch(
-        near_energy_kernel,
-        batch * strips * tiles,
-        configs.NEAR,
-        partial,
-        p_weight=rows,
-        p_gram=matrix,
-        p_norm=norm,
-        p_partial=partial,
-        n=n,
-        d=rows.shape[-1],
-        strips=strips,
-        tiles=tiles,
-        plane=batch * n,
-        stride_matrix=rows.stride(0),
-        stride_row=rows.stride(1),
-        stride_col=rows.stride(2),
-        gram_matrix=matrix.stride(0),
-        gram_row=matrix.stride(1),
-        HAS_WEIGHT=weight is not None,
-        FROM_GRAM=gram is not None,
-        **kind,
-        FAST=quick,
-        BM=block,
-        BR=configs.NEAR.block,
-        BK=configs.NEAR.depth,
-    )
-    energy = partial.new_empty(batch, n)
-    launch(
-        energy_sum_kernel,
-        cdiv(batch * n, configs.SUMS.block),
-        configs.SUMS,
-        partial,
-        p_partial=partial,
-        p_norm=norm,
-        p_energy=energy,
-        total=batch * n,
-        n=n,
-        tiles=tiles,
-        **kind,
-        FAST=quick,
-        BR=configs.SUMS.block,
-    )
-    return energy
+    return energies_of(partial, packed.row_data, kind, quick, config.block, rows, None).view(weight.shape[:-1])
 
 
 def pair_energy_backward(grad: Tensor, weight: Tensor, s: float, distance: str, half_space: bool) -> Tensor:
@@ -159,7 +90,7 @@ def _gradient(upstream: Tensor, rows: Tensor, packed: Packed, kind: dict[str, An
                     slopes,
                     packed.rows[:, b, :d],
                     pull[:, a],
-                    scale=packed.norm[2, :, b],
+                    scale=packed.scale[:, b],
                     accumulate=True,
                 )
     launch(
@@ -199,7 +130,7 @@ def _slopes(
     """Slopes of some rows with others, ``[batch, rows, cols]``, and the same the other way round."""
     batch, tiles, n = partial.shape
     down, across = these.stop - these.start, those.stop - those.start
-    slopes = packed.norm.new_empty(batch, down, across, dtype=packed.plan.dtype)
+    slopes = packed.row_data.new_empty(batch, down, across, dtype=packed.plan.dtype)
     mirror = slopes if these == those else slopes.new_empty(batch, across, down)
     shape = cdiv(down, config.block), cdiv(across, config.block)
     schedule = triangle(shape[0], slopes.device) if these == those else rectangle(*shape, slopes.device)
@@ -209,7 +140,7 @@ def _slopes(
         config,
         slopes,
         p_packed=packed.rows,
-        p_norm=packed.norm,
+        p_row_data=packed.row_data,
         p_upstream=upstream,
         p_schedule=schedule,
         p_partial=partial,
@@ -256,7 +187,7 @@ def _pull_near(
         rows,
         p_weight=rows,
         p_upstream=upstream,
-        p_norm=packed.norm,
+        p_row_data=packed.row_data,
         p_partial=partial,
         p_slopes=slopes,
         p_pull=pull,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sphere_kernels import checks
+from sphere_kernels._common import checks
 
 REDUCTIONS = ("sum", "mean", "none")
 DISTANCES = ("euclidean", "angular")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sphere_kernels.energy.validation import check_options
 from sphere_kernels.gram import ops
-from sphere_kernels.gram.validation import check_gram, check_update
+from sphere_kernels.gram.validation import check_gram, check_kept, check_update
 
 
 def gram(weight: Tensor, *, normalize: bool = False, impl: str = "auto") -> Tensor:
@@ -34,6 +34,43 @@ def gram(weight: Tensor, *, normalize: bool = False, impl: str = "auto") -> Tens
     """
     check_gram(weight, normalize, impl)
     return ops.gram(weight, normalize, impl)
+
+
+@torch.no_grad()
+def gram_energy(
+    gram: Tensor,
+    s: float = 1.0,
+    *,
+    weight: Tensor | None = None,
+    distance: str = "euclidean",
+    half_space: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Energy of the neurons whose inner products a Gram matrix holds; the matrix is only read.
+
+    Args:
+        gram: ``[..., n, n]`` float32 or float64, symmetric, not normalised (`gram` of the weight).
+        s, distance, half_space: as for `hyperspherical_energy`.
+        weight: ``[..., n, d]``, the weight; float64, float32, bfloat16 or float16, same device. It serves the pairs of
+            nearly coincident rows only.
+        impl: implementation, see `sphere_kernels.dispatch.select`; CUDA has none.
+
+    Returns:
+        float64 ``[..., n]``, the energy of each neuron, as ``hyperspherical_energy(reduction="none")``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; an ``impl`` that cannot
+            run.
+
+    Numerics:
+        As `gram_update_energy_` takes the energy of its result. Not differentiable: it runs under ``no_grad``.
+
+    Source:
+        The energy of SPHERE, arXiv 2510.01172, from inner products.
+    """
+    check_kept(gram, weight, impl)
+    check_options(s, distance, half_space)
+    return ops.gram_energy(gram.detach(), weight, float(s), distance, half_space, impl)
 
 
 @torch.no_grad()

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sphere_kernels import cuda
-from sphere_kernels.dispatch import register
+from sphere_kernels._backends import cuda
+from sphere_kernels._backends.native import merged, view, written
 from sphere_kernels.gram.update import update_terms
-from sphere_kernels.native import merged, view, written
 
 
-@register("gram_update_energy_", "cuda", cuda.supports)
 def gram_update_energy_(
     gram: Tensor,
     left: Tensor,

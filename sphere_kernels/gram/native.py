@@ -5,13 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sphere_kernels import native
-from sphere_kernels.dispatch import register
+from sphere_kernels._backends import native
 
-register("gram", "native", native.supports)(native.gram)
+gram = native.gram
 
 
-@register("gram_update_energy_", "native", native.supports)
+def gram_energy(gram: Tensor, weight: Tensor | None, s: float, distance: str, half_space: bool) -> Tensor:
+    """Energy of every neuron, ``[..., n]`` fp64."""
+    matrices, rows = native.merged(gram), None if weight is None else native.merged(weight)
+    if matrices.stride(-1) != 1:
+        matrices = matrices.contiguous()
+    energy = gram.new_empty(gram.shape[:-1], dtype=torch.float64)
+    native.cpu.gram_energy(
+        native.view(matrices),
+        None if rows is None else native.view(rows),
+        s,
+        distance == "angular",
+        half_space,
+        *native.tier_and_threads(),
+        energy.data_ptr(),
+    )
+    return energy
+
+
 def gram_update_energy_(
     gram: Tensor,
     left: Tensor,

@@ -7,13 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_kernels import dispatch, gpu
-from sphere_kernels.gram import cuda, native  # noqa: F401  (register themselves)
+from sphere_kernels import dispatch
+from sphere_kernels._common.library import operation
+from sphere_kernels._common.rows import compute_dtype
 from sphere_kernels.gram.reference import gram_gradient
-from sphere_kernels.library import operation
-from sphere_kernels.rows import compute_dtype
-
-gpu.register("sphere_kernels.gram.triton", "gram", "gram_update_energy_")
 
 
 @operation()
@@ -39,6 +36,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(gram, _backward, setup_context=_save)
+
+
+@operation()
+def gram_energy(gram: Tensor, weight: Tensor | None, s: float, distance: str, half_space: bool, impl: str) -> Tensor:
+    """Energies ``[..., n]`` fp64 of the rows whose inner products ``gram`` holds."""
+    return dispatch.implementation("gram_energy", impl, gram)(gram, weight, s, distance, half_space)
+
+
+@torch.library.register_fake(gram_energy)
+def _(gram: Tensor, *_: Any) -> Tensor:
+    return gram.new_empty(gram.shape[:-1], dtype=torch.float64)
 
 
 @operation(mutates=("gram",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sphere_kernels.rows import one_batch
+from sphere_kernels._common.rows import one_batch
 
 
 def update_terms(gram: Tensor, left: Tensor, cross: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sphere_kernels import checks
-
-GRAM_DTYPES = (torch.float64, torch.float32)
+from sphere_kernels._common import checks
 
 
 def check_gram(weight: Any, normalize: Any, impl: Any) -> None:
@@ -19,14 +16,19 @@ def check_gram(weight: Any, normalize: Any, impl: Any) -> None:
     checks.impl(impl)
 
 
+def check_kept(gram: Any, weight: Any, impl: Any) -> None:
+    """Check the tensors of `gram_energy`."""
+    _check_square(gram)
+    _check_weight(weight, gram)
+    checks.impl(impl)
+
+
 def check_update(gram: Any, left: Any, cross: Any, inner: Any, weight: Any, impl: Any) -> None:
     """Check the tensors of `gram_update_energy_`."""
-    checks.matrix("gram", gram, GRAM_DTYPES)
-    *leading, n, columns = gram.shape
-    if n != columns:
-        raise ValueError(f"gram must be square, [..., n, n], got shape {list(gram.shape)}")
+    _check_square(gram)
     checks.writable("gram", gram)
     checks.matrix("left", left)
+    *leading, n, _ = gram.shape
     b = left.shape[-1]
     for name, factor, shape in (
         ("left", left, [*leading, n, b]),
@@ -36,10 +38,20 @@ def check_update(gram: Any, left: Any, cross: Any, inner: Any, weight: Any, impl
         checks.matrix(name, factor)
         checks.same_dtype(name, factor, "gram", gram)
         _fits(name, factor, shape, gram)
+    _check_weight(weight, gram)
+    checks.impl(impl)
+
+
+def _check_square(gram: Any) -> None:
+    checks.matrix("gram", gram, checks.WIDE)
+    if gram.shape[-2] != gram.shape[-1]:
+        raise ValueError(f"gram must be square, [..., n, n], got shape {list(gram.shape)}")
+
+
+def _check_weight(weight: Any, gram: Tensor) -> None:
     if weight is not None:
         checks.matrix("weight", weight)
-        _fits("weight", weight, [*leading, n, weight.shape[-1]], gram)
-    checks.impl(impl)
+        _fits("weight", weight, [*gram.shape[:-1], weight.shape[-1]], gram)
 
 
 def _fits(name: str, value: Tensor, shape: list[int], gram: Tensor) -> None:

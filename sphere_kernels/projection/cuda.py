@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sphere_kernels import cuda
-from sphere_kernels.dispatch import register
-from sphere_kernels.native import merged, repeated, view, written
-from sphere_kernels.rows import compute_dtype
+from sphere_kernels._backends import cuda
+from sphere_kernels._backends.native import merged, repeated, view, written
+from sphere_kernels._common.rows import compute_dtype
 
 
-@register("sparse_projection", "cuda", cuda.supports)
 def sparse_projection(update: Tensor, basis: Tensor, alpha: float) -> Tensor:
     """``update - alpha (update U) U^T``, rounded once to the dtype of ``update``."""
     out = update.new_empty(update.shape, dtype=update.dtype)
@@ -19,7 +17,6 @@ def sparse_projection(update: Tensor, basis: Tensor, alpha: float) -> Tensor:
     return out
 
 
-@register("apply_projected_update_", "cuda", cuda.supports)
 def apply_projected_update_(weight: Tensor, left: Tensor | None, right: Tensor, basis: Tensor, alpha: float) -> None:
     """``weight += left @ projected(right)``; without ``left``, ``right`` is the update itself."""
     rows = merged(right)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sphere_kernels import native
-from sphere_kernels.dispatch import register
+from sphere_kernels._backends import native
 
 
-@register("sparse_projection", "native", native.supports)
 def sparse_projection(update: Tensor, basis: Tensor, alpha: float) -> Tensor:
     """``update - alpha (update U) U^T``, rounded once to the dtype of ``update``."""
     out = update.new_empty(update.shape, dtype=update.dtype)
@@ -17,7 +15,6 @@ def sparse_projection(update: Tensor, basis: Tensor, alpha: float) -> Tensor:
     return out
 
 
-@register("apply_projected_update_", "native", native.supports)
 def apply_projected_update_(weight: Tensor, left: Tensor | None, right: Tensor, basis: Tensor, alpha: float) -> None:
     """``weight += left @ projected(right)``; without ``left``, ``right`` is the update itself."""
     with native.written(weight) as matrices:

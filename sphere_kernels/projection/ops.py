@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_kernels import dispatch, gpu
-from sphere_kernels.library import operation
-from sphere_kernels.projection import cuda, native, reference  # noqa: F401  (register themselves)
-
-gpu.register("sphere_kernels.projection.triton", "sparse_projection", "apply_projected_update_")
+from sphere_kernels import dispatch
+from sphere_kernels._common.library import operation
 
 
 @operation()

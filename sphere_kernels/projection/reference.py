@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sphere_kernels.dispatch import register
-from sphere_kernels.rows import compute_dtype, row_chunks
+from sphere_kernels._common.rows import compute_dtype, row_chunks
 
 
 def _project(update: Tensor, basis: Tensor, alpha: float) -> Tensor:
     return ((update @ basis) @ basis.mT).mul_(-alpha).add_(update)
 
 
-@register("sparse_projection", "reference")
 def sparse_projection(update: Tensor, basis: Tensor, alpha: float) -> Tensor:
     """``update - alpha (update U) U^T``, rounded once to the dtype of ``update``."""
     wide = compute_dtype(update, basis)
@@ -20,7 +18,6 @@ def sparse_projection(update: Tensor, basis: Tensor, alpha: float) -> Tensor:
     return projected.to(update.dtype).contiguous()  # as the fake promises; matmul's result already is
 
 
-@register("apply_projected_update_", "reference")
 def apply_projected_update_(weight: Tensor, left: Tensor | None, right: Tensor, basis: Tensor, alpha: float) -> None:
     """``weight += left @ projected(right)`` in chunks of rows; without ``left``, ``right`` is the update itself."""
     wide = compute_dtype(weight, right, basis) if left is None else compute_dtype(weight, left, right, basis)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sphere_kernels import gpu
-from sphere_kernels.rows import compute_dtype
-from sphere_kernels.triton_kernels.launch import product
+from sphere_kernels._backends import gpu
+from sphere_kernels._backends.triton.launch import product
+from sphere_kernels._common.rows import compute_dtype
 
 
 def sparse_projection(update: Tensor, basis: Tensor, alpha: float) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sphere_kernels import checks
+from sphere_kernels._common import checks
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sphere_kernels import checks
+from sphere_kernels._common import checks
 from sphere_kernels.directions.types import PrincipalDirections
 from sphere_kernels.projection.types import LowRankUpdate
 

@@ -8,13 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sphere_kernels._common.rows import compute_dtype, row_chunks
+from sphere_kernels._common.tiles import mirror_
+from sphere_kernels._products import products_for
 from sphere_kernels.directions import PrincipalDirections
 from sphere_kernels.directions.leading import Leading, by_eigh
 from sphere_kernels.directions.small_side import SmallSide
 from sphere_kernels.energy import orthogonal_energy
-from sphere_kernels.gram import gram_update_energy_
-from sphere_kernels.products import products_for
-from sphere_kernels.rows import compute_dtype, row_chunks
+from sphere_kernels.gram import gram_energy, gram_update_energy_
 from sphere_kernels.streaming.tracker import Tracker
 from sphere_kernels.streaming.validation import (
     Expected,
@@ -298,13 +299,10 @@ class HypersphereState:
             if self._tracker:
                 self._tracker.forget()
         self.gram = self._products.gram(self.master)
+        if not self._products.symmetric:
+            mirror_(self.gram)
         self._lengths = self.norms
-        *leading, n, _ = self.master.shape
-        nothing = self.master.new_zeros(*leading, n, 0)
-        inner = self.master.new_zeros(*leading, 0, 0)
-        self.neuron_energy = gram_update_energy_(
-            self.gram, nothing, nothing, inner, self.s, weight=self.master, impl=self._impl
-        )
+        self.neuron_energy = gram_energy(self.gram, self.s, weight=self.master, impl=self._impl)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that decides what comes next, bit for bit, by reference: clone what shall outlive an update."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sphere_kernels import checks
-from sphere_kernels.products import products_for
+from sphere_kernels._common import checks
+from sphere_kernels._products import products_for
 from sphere_kernels.streaming.validation import FORMS, check_keys, check_loaded, check_null_space
 
 LONGEST = 1e-3  # of |k|^2 eps / ridge: up to there the solution was within 1e-2 of fp64, at 1e-5 within 1e-4

@@ -17,7 +17,7 @@ _RENEWALS = ("start", "tracked", "short", "check")
 
 
 class Tracker:
-    """What the directions of a weight are tracked from.
+    """The state from which the directions of a weight are tracked.
 
     A state saved before or after a renewal makes it again, bit for bit: until the weight moves on, the block that a
     renewal began from is kept.
@@ -78,7 +78,7 @@ class Tracker:
         self._since, self.renewal, self._next = int(state["since"]), _RENEWALS[int(state["renewal"])], None
 
     def expected(self, state: Mapping[str, Tensor], held: int | None) -> Expected:
-        """What `state_dict` gives, and for so many directions ``held`` what differs then.
+        """Names, dtypes and shapes of a `state_dict`, with ``held`` directions or none.
 
         Raises:
             TypeError, ValueError: a renewal that there is not.

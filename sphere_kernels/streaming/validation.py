@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_kernels import checks
+from sphere_kernels._common import checks
 
 SUBSPACES = ("current", "pretrained")
 DIRECTIONS = ("exact", "tracked")

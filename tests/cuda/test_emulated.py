@@ -17,7 +17,7 @@ pytestmark = [
 ]
 LANES = {
     "blocks": ["tests/cuda/emulated"],
-    "contract": [f"tests/kernels/test_{name}.py" for name in ("energy", "gram_update", "projection")],
+    "contract": [f"tests/kernels/test_{name}.py" for name in ("energy", "gram_update", "projection", "support")],
 }
 
 

@@ -41,18 +41,18 @@ def build():
         pytest.skip(toolchain.missing())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(toolchain.ROOT)
-        patch.syspath_prepend(toolchain.CSRC / "cuda")
+        patch.syspath_prepend(toolchain.ROOT / "tools")
         patch.delenv("SPHERE_KERNELS_CUDA_ARCHS", raising=False)
-        import toolkit
+        import cuda_toolkit
 
-        nvcc = toolkit.find_nvcc()
+        nvcc = cuda_toolkit.find_nvcc()
         if not nvcc:
             assert os.environ.get("SPHERE_KERNELS_CUDA") != "1", "SPHERE_KERNELS_CUDA=1, but no nvcc was found"
             pytest.skip("no CUDA toolkit: nvcc was not found")
-        toolkit.KEPT.mkdir(parents=True, exist_ok=True)
+        cuda_toolkit.KEPT.mkdir(parents=True, exist_ok=True)
         sources = [f"csrc/cuda/{source.name}" for source in toolchain.KERNELS]
         with ThreadPoolExecutor(2) as pool:
-            made = list(pool.map(lambda source: toolkit.compiled(nvcc, source), sources))
+            made = list(pool.map(lambda source: cuda_toolkit.compiled(nvcc, source), sources))
         return nvcc, [Path(target).resolve() for target, _ in made], "".join(log for _, log in made)
 
 
@@ -182,7 +182,7 @@ def test_later_architectures_compile_for_themselves(build, cuobjdump):
 
 def test_the_module_holds_what_was_compiled():
     """SPHERE_KERNELS_CUDA=1 demands the module, as in CI."""
-    from sphere_kernels import cuda
+    from sphere_kernels._backends import cuda
 
     if cuda.cuda is None:
         assert os.environ.get("SPHERE_KERNELS_CUDA") != "1", cuda.failure

@@ -35,7 +35,7 @@ _METHODS = {
 
 @pytest.fixture(params=[20, 1 << 20], ids=["chunks", "whole"])
 def chunked(request, monkeypatch):
-    monkeypatch.setattr("sphere_kernels.rows.CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr("sphere_kernels._common.rows.CHUNK_ELEMENTS", request.param)
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:

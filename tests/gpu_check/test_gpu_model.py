@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_instructions, gpu_model, gpu_page
-from sphere_kernels.triton_kernels import configs, schedule
+from sphere_kernels._backends.triton import configs, schedule
 
 
 def test_the_page_has_the_tables_of_the_model():

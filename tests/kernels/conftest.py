@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sphere_kernels import cuda, gpu
-from sphere_kernels.energy import tiles
+from sphere_kernels._backends import cuda, gpu
+from sphere_kernels._common import tiles
 
 
 @pytest.fixture

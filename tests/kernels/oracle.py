@@ -37,10 +37,10 @@ def distances(weight: Tensor, distance: str) -> Tensor:
         return clamped(difference)
     total = (unit.unsqueeze(-2) + unit.unsqueeze(-3)).square().sum(-1)
     short = EPSILON / (norm + EPSILON)  # 1 - |unit|, without cancellation
-    lack = short * (2 - short)  # 1 - |unit|^2
-    lack = lack.unsqueeze(-1) + lack.unsqueeze(-2)
+    deficit = short * (2 - short)  # 1 - |unit|^2
+    deficit = deficit.unsqueeze(-1) + deficit.unsqueeze(-2)
     # arccos(g) = 2 atan2(sqrt(2 - 2 g), sqrt(2 + 2 g)), good at both ends
-    angle = 2 * torch.atan2((difference + lack).clamp(min=1e-300).sqrt(), (total + lack).clamp(min=1e-300).sqrt())
+    angle = 2 * torch.atan2((difference + deficit).clamp(min=1e-300).sqrt(), (total + deficit).clamp(min=1e-300).sqrt())
     return clamped(angle.square())
 
 

@@ -10,9 +10,9 @@ import torch
 from cases import DTYPES, randn
 
 from sphere_kernels import principal_directions
+from sphere_kernels._products.reference import TORCH
 from sphere_kernels.directions import spectrum
 from sphere_kernels.directions.leading import leading_directions
-from sphere_kernels.products import TORCH
 
 pytestmark = pytest.mark.usefixtures("each_impl")
 

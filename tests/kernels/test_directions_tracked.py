@@ -11,9 +11,9 @@ from cases import DTYPES, randn
 from test_directions_subspace import BAD_STARTS, edited, spiked
 
 from sphere_kernels import principal_directions
+from sphere_kernels._products.reference import TORCH
 from sphere_kernels.directions import leading, spectrum, tracked
 from sphere_kernels.directions.small_side import SmallSide
-from sphere_kernels.products import TORCH
 
 pytestmark = pytest.mark.usefixtures("each_impl")
 

@@ -10,14 +10,25 @@ from sphere_kernels import dispatch, env, gram, hyperspherical_energy, principal
 HERE = ("cpu", torch.float32, (8, 8))
 
 
+def reference(x):
+    return "reference"
+
+
+def native(x):
+    return "native"
+
+
+def toy_of(**supports):
+    places = {impl: dispatch.Implementation(f"{__name__}:{impl}", supports[impl]) for impl in supports}
+    return dispatch.Operation(places, (torch.float32,), missing={"triton": "nobody wrote it"})
+
+
 @pytest.fixture
 def toy(monkeypatch):
     """An operation with a reference and a native implementation that takes fp32 only."""
     monkeypatch.setattr(dispatch, "_REGISTRY", {})
-    dispatch.register("toy", "reference")(lambda x: "reference")
-    dispatch.register("toy", "native", lambda device, dtype, shape: None if dtype == torch.float32 else "fp32 only")(
-        lambda x: "native"
-    )
+    only = {torch.float32: None}
+    dispatch.register("toy", toy_of(reference=lambda *a: None, native=lambda _, dtype, s: only.get(dtype, "fp32 only")))
     return "toy"
 
 
@@ -33,6 +44,8 @@ def test_an_explicit_choice_never_falls_back(toy):
         dispatch.select(toy, "native", "cpu", torch.float64, (8, 8))
     with pytest.raises(ValueError, match="impl='cuda' is not available for toy: .* here: native, reference"):
         dispatch.select(toy, "cuda", *HERE)
+    with pytest.raises(ValueError, match="impl='triton' is not available for toy: nobody wrote it"):
+        dispatch.select(toy, "triton", *HERE)
 
 
 def test_select_ignores_the_environment_and_implementation_does_not(toy, monkeypatch):
@@ -49,7 +62,7 @@ def test_unknown_names(toy):
     with pytest.raises(ValueError, match="op must be one of toy, got 'other'"):
         dispatch.select("other", "auto", *HERE)
     with pytest.raises(ValueError, match="impl must be one of triton, native, reference, cuda, got 'auto'"):
-        dispatch.register(toy, "auto")
+        dispatch.register(toy, toy_of(auto=lambda *a: None))
 
 
 @pytest.mark.parametrize("impl", ("cuda", "triton"))

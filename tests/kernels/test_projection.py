@@ -129,7 +129,7 @@ def test_gradient_through_factors():
 @pytest.mark.parametrize("low_rank", (False, True))
 @pytest.mark.parametrize("chunk", (1, 30, 1 << 20))
 def test_in_place(low_rank, chunk, monkeypatch):
-    monkeypatch.setattr("sphere_kernels.rows.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("sphere_kernels._common.rows.CHUNK_ELEMENTS", chunk)
     factors = LowRankUpdate(randn(2, 9, 3), randn(2, 3, 7, seed=1))
     basis = basis_of(7, 3, 2)
     storage = torch.full((2, 14, 18), float("nan"), dtype=torch.float64)
@@ -161,7 +161,7 @@ def test_in_place_counts_as_a_change_for_autograd():
 
 
 def test_memory_of_a_low_rank_update(largest_tensor, monkeypatch):
-    monkeypatch.setattr("sphere_kernels.rows.CHUNK_ELEMENTS", 1200)
+    monkeypatch.setattr("sphere_kernels._common.rows.CHUNK_ELEMENTS", 1200)
     weight, update, basis = randn(40, 300), LowRankUpdate(randn(40, 2), randn(2, 300)), basis_of(300, 3)
     with largest_tensor:
         sparse_projection(update, basis)

@@ -8,7 +8,14 @@ import oracle
 import torch
 from cases import randn
 
-from sphere_kernels import LowRankUpdate, apply_projected_update_, gram, gram_update_energy_, hyperspherical_energy
+from sphere_kernels import (
+    LowRankUpdate,
+    apply_projected_update_,
+    gram,
+    gram_energy,
+    gram_update_energy_,
+    hyperspherical_energy,
+)
 from sphere_kernels import sparse_projection as project
 
 DIMS = (1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 127, 129)
@@ -42,6 +49,7 @@ def all_figures(leading=(), n=300, d=33, dtype=torch.float32, impl="native", **o
         matrix.clone(),
         gram(weight, normalize=True, impl=impl),
         gram_update_energy_(matrix, *factors, impl=impl),
+        gram_energy(matrix, impl=impl),
     ]
     figures += [matrix, energy(weight, impl=impl, **options), gradient(weight, upstream, impl=impl, **options)]
     figures += [project(weight, basis, impl=impl)]

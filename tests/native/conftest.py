@@ -10,7 +10,8 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))  # the oracle and the shared inputs
 
-from sphere_kernels import env, native  # noqa: E402
+from sphere_kernels import env  # noqa: E402
+from sphere_kernels._backends import native
 
 TIERS = ("scalar", "avx2", "avx512")
 

@@ -13,8 +13,9 @@ from cases import DTYPES, EXPONENTS, VARIANTS, crowded, randn, update_inputs, up
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sphere_kernels import gram, gram_update_energy_, native
-from sphere_kernels.products import products_for
+from sphere_kernels import gram, gram_energy, gram_update_energy_
+from sphere_kernels._backends import native
+from sphere_kernels._products import products_for
 
 WIDE = (torch.float64, torch.float32)
 native_gram = functools.partial(gram, impl="native")
@@ -239,6 +240,19 @@ def test_special_diagonals(tier, distance, half_space):
     expected = gram_update_energy_(matrix.clone(), nothing, nothing, nothing[:0], impl="reference", **options)
     actual = native_update_(matrix, nothing, nothing, nothing[:0], **options)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("distance", "half_space"), VARIANTS)
+@pytest.mark.parametrize("n", (1, 47, 97, 300, 1100))
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_energy_alone_has_the_bits_of_an_update_of_rank_0(tier, dtype, n, distance, half_space):
+    weight = randn(n, 12, dtype=dtype)
+    weight[n // 2] = weight[0] * 2  # a near pair, but for the lone row
+    matrix, nothing = native_gram(weight), torch.zeros(n, 0, dtype=dtype)
+    for rows, s in itertools.product((None, weight), (1.0, 1.5)):
+        options = {"weight": rows, "distance": distance, "half_space": half_space}
+        energies = gram_energy(matrix, s, impl="native", **options)
+        assert torch.equal(energies, native_update_(matrix.clone(), nothing, nothing, nothing[:0], s, **options))
 
 
 @pytest.mark.parametrize(("n", "b"), [(0, 0), (0, 3), (1, 0), (1, 2), (5, 0)])

@@ -17,7 +17,7 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sphere_kernels.triton_kernels.configs import Config
+from sphere_kernels._backends.triton.configs import Config
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import torch
 from aot import Launch, recorded
 
-from sphere_kernels import gpu
+from sphere_kernels._backends import gpu
+from sphere_kernels._backends.triton import configs, pair_sums
+from sphere_kernels._backends.triton import launch as launching
+from sphere_kernels._products.triton import TRITON
 from sphere_kernels.energy import triton as energy
 from sphere_kernels.gram import triton as grams
 from sphere_kernels.projection import triton as projection
-from sphere_kernels.triton_kernels import configs
-from sphere_kernels.triton_kernels import launch as launching
-from sphere_kernels.triton_kernels.products import TRITON
 
 PRECISIONS = {"sm_80": gpu.PRECISIONS, "sm_90": gpu.PRECISIONS, "sm_100": gpu.PRECISIONS, "gfx942": ("ieee", "tf32")}
 SIZES = (96, configs.MEDIUM + 128)  # rows, of the table's classes but the smallest
@@ -35,7 +35,7 @@ def recording(monkeypatch, arch: str, precision: str) -> Iterator[dict[Launch, N
         patch.setenv("SPHERE_KERNELS_DOT", precision)
         patch.setattr(gpu, "architecture", lambda device: arch)
         patch.setattr(energy, "GROUP", 1 << 20)  # its parts differ in what 16 divides only
-        for module in (launching, energy, grams):
+        for module in (launching, pair_sums, energy, grams):
             patch.setattr(module, "launch", note)
         yield seen
 
@@ -83,7 +83,7 @@ def distinct(found: dict[Launch, None]) -> list[Launch]:
 
 
 def energies(weight: torch.Tensor, *variants: tuple[float, str, bool]) -> None:
-    """Energies, gradients and updates in these variants."""
+    """Energies, gradients and Gram matrices in these variants."""
     for variant in variants:
         energy.pair_energy(weight, *variant)
         energy.pair_energy_backward(weight.new_zeros(weight.shape[:-1]), weight, *variant)
@@ -91,3 +91,4 @@ def energies(weight: torch.Tensor, *variants: tuple[float, str, bool]) -> None:
             square = weight.new_zeros(*weight.shape[:-1], weight.shape[-2])
             factor, inner = square[..., :48], square[..., :48, :48]
             grams.gram_update_energy_(square, factor, factor, inner, weight, *variant)
+            grams.gram_energy(square, weight, *variant)

@@ -19,7 +19,7 @@ import aot  # noqa: E402
 import record  # noqa: E402
 import triton  # noqa: E402
 
-from sphere_kernels.triton_kernels import configs  # noqa: E402
+from sphere_kernels._backends.triton import configs  # noqa: E402
 
 TABLE = Path(__file__).parents[2] / "benchmarks/results/triton_aot.json"
 pytestmark = pytest.mark.slow

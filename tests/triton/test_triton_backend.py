@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from sphere_kernels import dispatch, gpu, hyperspherical_energy
-from sphere_kernels.triton_kernels import configs
+from sphere_kernels import dispatch, hyperspherical_energy
+from sphere_kernels._backends import gpu
+from sphere_kernels._backends.triton import configs
 
 OPS = ("gram", "gram_update_energy_", "pair_energy", "pair_energy_backward", "principal_directions", "products")
 OPS += ("sparse_projection", "apply_projected_update_")
@@ -92,7 +93,7 @@ def test_shipped_configurations_are_pinned():
 
 
 def test_tiles_come_in_bands():
-    schedule = pytest.importorskip("sphere_kernels.triton_kernels.schedule")
+    schedule = pytest.importorskip("sphere_kernels._backends.triton.schedule")
     for side in (1, 2, 7, 8, 9, 20):
         tiles = schedule.triangle(side, torch.device("cpu"))
         assert {tuple(tile) for tile in tiles.tolist()} == {(i, j) for i in range(side) for j in range(i, side)}

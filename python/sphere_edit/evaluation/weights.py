@@ -14,7 +14,7 @@ from sphere_edit.evaluation.metrics import finite
 from sphere_edit.events import Event
 from sphere_edit.updates import Update
 from sphere_kernels import LowRankUpdate, hyperspherical_energy
-from sphere_kernels.rows import EPSILON, row_chunks
+from sphere_kernels._common.rows import EPSILON, row_chunks
 from sphere_kernels.streaming import HypersphereState
 
 _COLUMNS = 2048  # of a weight in fp64 at a time

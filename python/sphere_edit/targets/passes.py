@@ -22,7 +22,7 @@ from sphere_edit.model.partial_forward import PrefixCache, Replay, keeps_only_ke
 from sphere_edit.model.structure import ModelStructure, find_structure
 from sphere_edit.model.tokens import Row, pad_left
 from sphere_edit.targets.groups import Group
-from sphere_kernels import native
+from sphere_kernels._backends import native
 
 _TOKENS_PER_GROUP = 1024  # bounds the activations that a backward pass keeps
 _ROWS = 24  # below so many a group is not split for its padding: weights are read once a group

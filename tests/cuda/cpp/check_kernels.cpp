@@ -110,17 +110,17 @@ Dense part_of(const Dense& all, int64_t index, int64_t size) {
 
 // The energies that inner products of rows stand for; of near pairs, those of the rows, if these are known.
 Dense energies_of_gram(const Dense& gram, const Dense* rows, int64_t n, int64_t d, const Riesz& riesz) {
-    Dense energies(static_cast<size_t>(n)), length(static_cast<size_t>(n)), lack(static_cast<size_t>(n));
+    Dense energies(static_cast<size_t>(n)), length(static_cast<size_t>(n)), deficit(static_cast<size_t>(n));
     for (int64_t i = 0; i < n; ++i) {
         const double norm = std::sqrt(std::fmax(0, gram[size_t(i * n + i)]));
         length[size_t(i)] = norm + 1e-8;
-        lack[size_t(i)] = 1e-8 * (norm + length[size_t(i)]) / length[size_t(i)] / length[size_t(i)];
+        deficit[size_t(i)] = 1e-8 * (norm + length[size_t(i)]) / length[size_t(i)] / length[size_t(i)];
     }
     const Dense unit = rows ? unit_rows(*rows, n, d) : Dense();
     const auto value = [&](int64_t i, int64_t j, double sign) {
         const bool direction = gram[size_t(i * n + i)] > 0 && gram[size_t(j * n + j)] > 0;
         const double inner = direction ? sign * gram[size_t(i * n + j)] / length[size_t(i)] / length[size_t(j)] : 0;
-        const double less = lack[size_t(i)] + lack[size_t(j)];
+        const double less = deficit[size_t(i)] + deficit[size_t(j)];
         const bool flipped = riesz.angular && inner < 0;  // an angle comes from the nearer of the two directions
         double square = (riesz.angular ? 2 : 2 - less) - 2 * (flipped ? -inner : inner);
         if (rows && square < 1e-3 && i != j) {

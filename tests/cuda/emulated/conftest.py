@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[2] / "kernels"))
 
 from guards import guarded, poisoned  # noqa: E402
 
-from sphere_kernels import cuda  # noqa: E402
+from sphere_kernels._backends import cuda  # noqa: E402
 
 assert cuda.cuda is not None and cuda.cuda.emulated
 

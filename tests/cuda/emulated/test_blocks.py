@@ -8,8 +8,9 @@ import torch
 from cases import DTYPES, VARIANTS, crowded, randn, update_inputs
 from guards import guarded
 
-from sphere_kernels import LowRankUpdate, apply_projected_update_, cuda, gram_update_energy_, hyperspherical_energy
+from sphere_kernels import LowRankUpdate, apply_projected_update_, gram_update_energy_, hyperspherical_energy
 from sphere_kernels import sparse_projection as project
+from sphere_kernels._backends import cuda
 
 # Around a chunk of 16 bytes, a slab of 128, tiles of 64 and 128, a warp of rows.
 SIZES = [(1, 1), (2, 3), (15, 16), (31, 4), (33, 17), (63, 31), (64, 32), (65, 33), (97, 65), (129, 5), (130, 96)]

@@ -110,6 +110,10 @@ void check_update(const Exact& weight, int64_t b, Exact::Layout layout, int tier
                                   static_cast<double*>(energies.matrix.data));
             compare("updated gram", matrix.values(), products(after, n), ROUNDING<T>);
             if (d > 6) compare("energy of it", energies.values(), energies_of(after, n, d, riesz), 300 * ROUNDING<T>);
+            const auto first = energies.values();
+            gram_energy<T>(matrix.matrix, known ? &updated.matrix : nullptr, riesz, tier, threads,
+                           static_cast<double*>(energies.matrix.data));
+            compare("energy of a kept gram", energies.values(), first, 0);
         }
 }
 

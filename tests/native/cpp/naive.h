@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/matrix.h"
+#include "common/matrix.h"
 #include "cpu/views.h"
 
 // What the kernels compute, in loops in fp64, and matrices in buffers of exactly their size.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sphere_kernels._backends.triton import configs
 from sphere_kernels.energy import triton as energy
-from sphere_kernels.triton_kernels import configs
 
 TINY = configs.Config(16, 16, 1, 1)
 

@@ -14,7 +14,7 @@ from guards import far_apart, guarded, poisoned  # noqa: E402
 
 def guard_what_is_made() -> None:
     """All memory that the launches ask for, filled with NaN, and their schedules."""
-    from sphere_kernels.triton_kernels import schedule
+    from sphere_kernels._backends.triton import schedule
 
     empty, zeros = torch.Tensor.new_empty, torch.Tensor.new_zeros
     torch.Tensor.new_empty = lambda self, *a, **k: guarded(poisoned(empty(self, *a, **k)))
@@ -46,6 +46,7 @@ def run_all() -> None:
         results = (matrix, found) if impl == "triton" else results + (matrix, found)  # noqa: F821
     torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(results[1], results[3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(k.gram_energy(results[0], weight=weight, impl="triton"), results[1], rtol=0, atol=0)
     torch.testing.assert_close(k.gram(weight, normalize=True, impl="triton"), k.gram(weight, normalize=True))
     update, basis = k.LowRankUpdate(randn(71, 5), randn(5, 37)), guarded(torch.linalg.qr(randn(37, 6)).Q)
     targets = [k.apply_projected_update_(guarded(weight), update, basis, impl=i) for i in ("triton", "reference")]
@@ -70,6 +71,7 @@ def run_far_apart() -> None:
     nothing = torch.zeros(20, 0)
     energy = k.gram_update_energy_(matrix, nothing, nothing, nothing[:0], weight=weight, impl="triton")
     torch.testing.assert_close(energy, k.hyperspherical_energy(near, reduction="none"))
+    assert torch.equal(k.gram_energy(matrix, weight=weight, impl="triton"), energy)
     update, basis = torch.ones(20, 12), torch.eye(12)[:, :3].contiguous()
     k.apply_projected_update_(weight, update, basis, impl="triton")
     torch.testing.assert_close(weight.contiguous(), k.apply_projected_update_(near, update, basis, impl="reference"))

@@ -17,7 +17,7 @@ from sphere_kernels import (
     hyperspherical_energy,
     sparse_projection,
 )
-from sphere_kernels.products import products_for
+from sphere_kernels._products import products_for
 
 SIZES = [(1, 1), (15, 16), (16, 17), (17, 15), (31, 1), (33, 33)]
 LOOSE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -52,7 +52,7 @@ def twin(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "sphere_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
 
     def made(pattern, new, name="*.py"):
-        for path in (tmp_path / "sphere_kernels/triton_kernels").glob(name):
+        for path in (tmp_path / "sphere_kernels/_backends/triton").glob(name):
             path.write_text(path.read_text().replace(pattern, new))
         return tmp_path
 
@@ -61,10 +61,10 @@ def twin(tmp_path):
 
 @pytest.mark.parametrize(("name", "mask", "without"), WITHOUT_A_MASK, ids=[row[0] for row in WITHOUT_A_MASK])
 def test_a_missing_mask_is_noticed(name, mask, without, twin):
-    assert mask in (PACKAGE / "triton_kernels" / name).read_text()
+    assert mask in (PACKAGE / "_backends/triton" / name).read_text()
     noticed(run("guarded", twin(mask, without, name)))
 
 
 def test_a_narrow_offset_is_noticed(twin):
-    assert re.search(r"tl\.int64", (PACKAGE / "triton_kernels/rows.py").read_text())
+    assert re.search(r"tl\.int64", (PACKAGE / "_backends/triton/rows.py").read_text())
     noticed(run("far apart", twin(".to(tl.int64)", ".to(tl.int32)")))

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sphere_kernels import gram, hyperspherical_energy, principal_directions
-from sphere_kernels.products import products_for
+from sphere_kernels._products import products_for
 
 
 class HostNumbers(TorchDispatchMode):

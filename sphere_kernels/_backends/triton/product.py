@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sphere_kernels.triton_kernels.common import dot, nearest_tf32
+from sphere_kernels._backends.triton.common import dot, nearest_tf32
 
 BAND = tl.constexpr(8)  # block rows that share the block columns they meet while these are in L2
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sphere_kernels.rows import Rows
+from sphere_kernels._common.rows import Rows
 
 TILE_ROWS = 256
 TILE_ELEMENTS = 1 << 20
@@ -72,6 +72,13 @@ def tiles(batch: int, n: int) -> Iterator[Tile]:
                 yield Tile(matrices, slice(i, min(n, i + side)), slice(j, min(n, j + side)))
 
 
+def mirror_(matrix: Tensor) -> None:
+    """Copy the upper triangle of ``[..., n, n]``, contiguous, to the lower one."""
+    matrices = matrix.view(-1, *matrix.shape[-2:])
+    for tile in tiles(*matrices.shape[:2]):
+        tile.store(matrices, tile.symmetric(matrices[tile.matrices, tile.rows, tile.cols]))
+
+
 @dataclass(frozen=True)
 class NearPairs:
     """The rows and columns of one matrix that have marked pairs in a tile, and those pairs ``mask [i, j]``."""
@@ -98,7 +105,7 @@ def near_pairs(tile: Tile, mask: Tensor) -> Iterator[NearPairs]:
 def recompute(square: Tensor, mask: Tensor, sign: int, rows: Rows, tile: Tile, angular: bool) -> None:
     """Overwrite the marked squared distances between rows and ``sign *`` columns, in place, where the weight is known.
 
-    ``angular`` asks for ``2 - 2 sign g`` instead: the squared distance plus what the two rows lack to length 1.
+    ``angular`` asks for ``2 - 2 sign g`` instead: the squared distance plus the deficits of the two rows.
     """
     if rows.weight is None:
         return

@@ -1,11 +1,12 @@
-"""What every kernel is made of: products of blocks, and row data."""
+"""Parts of every kernel: products of blocks, and row data."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from sphere_kernels import gpu, rows
+from sphere_kernels._backends import gpu
+from sphere_kernels._common import rows
 
 INTERPRETED = tl.constexpr(gpu.interpreted())
 EPSILON = tl.constexpr(rows.EPSILON)
@@ -21,7 +22,7 @@ def nearest_tf32(x):
 
 @triton.jit
 def seen_as_tf32(x):
-    """What a tensor core sees of fp32; the interpreter, which multiplies in full, is given just that."""
+    """fp32 as a tensor core sees it; done for the interpreter only, which multiplies in full."""
     if INTERPRETED:
         return (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
     else:
@@ -30,7 +31,7 @@ def seen_as_tf32(x):
 
 @triton.jit
 def dot_tf32x3(b_a, b_b, b_sum):
-    """What the compiler makes of ``tf32x3``: fp32 as the sum of two tf32, less the product of the smaller ones."""
+    """``tf32x3`` as the compiler does it: fp32 as the sum of two tf32, less the product of the smaller ones."""
     b_a_large = nearest_tf32(b_a)
     b_b_large = nearest_tf32(b_b)
     b_small = tl.dot(seen_as_tf32(b_a - b_a_large), b_b_large)
@@ -84,8 +85,26 @@ def finite_or_nan(x):
     return x + (x - x)
 
 
+# Row data ``[3, batch, n]`` fp64: norms, deficits, see `deficit_of`, and the scales that make unit rows of packed rows,
+# or cosines of inner products.
+NORM = tl.constexpr(0)
+DEFICIT = tl.constexpr(1)
+SCALE = tl.constexpr(2)
+
+
 @triton.jit
-def lack_of(norm):
+def row_of(p_row_data, KIND: tl.constexpr, plane, o_rows):
+    """Places in ``row_data``, ``plane`` apart for each of `NORM`, `DEFICIT` and `SCALE`."""
+    if KIND == NORM:
+        return p_row_data + o_rows
+    elif KIND == DEFICIT:
+        return p_row_data + (o_rows + plane)
+    else:
+        return p_row_data + (o_rows + plane + plane)
+
+
+@triton.jit
+def deficit_of(norm):
     """``1 - |unit row|^2``, without cancellation; fp64."""
     length = norm + EPSILON
     return (norm + length) * EPSILON / (length * length)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sphere_kernels.triton_kernels.common import EPSILON, finite_or_nan
-from sphere_kernels.triton_kernels.pairs import INFINITY
-from sphere_kernels.triton_kernels.riesz import NEAR, near_slopes, pair_value, riesz_value
+from sphere_kernels._backends.triton.common import DEFICIT, EPSILON, SCALE, finite_or_nan, row_of
+from sphere_kernels._backends.triton.pairs import INFINITY
+from sphere_kernels._backends.triton.riesz import NEAR, near_slopes, pair_value, riesz_value
 
 
 @triton.jit
@@ -50,24 +50,24 @@ def exact_squares(
 
 
 @triton.jit
-def squares_of_gram(p_gram, p_norm, plane, o_i, o_j, n, stride):
-    """The same squares from inner products of rows, and what the rows' squares lack to 2; fp64."""
+def squares_of_gram(p_gram, p_row_data, plane, o_i, o_j, n, stride):
+    """The same squares from inner products of rows, and the pair's deficit; fp64."""
     m_pair = (o_i < n)[:, None] & (o_j < n)[None, :]
     b_m = tl.load(p_gram + o_i[:, None] * stride + o_j[None, :], mask=m_pair, other=0.0).to(tl.float64)  # [BR, BR]
-    b_scale_i = tl.load(p_norm + (o_i + plane + plane), mask=o_i < n, other=0.0)  # [BR]
-    b_scale_j = tl.load(p_norm + (o_j + plane + plane), mask=o_j < n, other=0.0)  # [BR]
+    b_scale_i = tl.load(row_of(p_row_data, SCALE, plane, o_i), mask=o_i < n, other=0.0)  # [BR]
+    b_scale_j = tl.load(row_of(p_row_data, SCALE, plane, o_j), mask=o_j < n, other=0.0)  # [BR]
     b_g = 2.0 * finite_or_nan(b_m) * b_scale_i[:, None] * b_scale_j[None, :]
-    b_lack_i = tl.load(p_norm + (o_i + plane), mask=o_i < n, other=0.0)  # [BR]
-    b_lack_j = tl.load(p_norm + (o_j + plane), mask=o_j < n, other=0.0)  # [BR]
-    b_lack = b_lack_i[:, None] + b_lack_j[None, :]
-    return (2.0 - b_g) - b_lack, (2.0 + b_g) - b_lack, b_lack
+    b_deficit_i = tl.load(row_of(p_row_data, DEFICIT, plane, o_i), mask=o_i < n, other=0.0)  # [BR]
+    b_deficit_j = tl.load(row_of(p_row_data, DEFICIT, plane, o_j), mask=o_j < n, other=0.0)  # [BR]
+    b_deficit = b_deficit_i[:, None] + b_deficit_j[None, :]
+    return (2.0 - b_g) - b_deficit, (2.0 + b_g) - b_deficit, b_deficit
 
 
 @triton.jit
-def is_near(b_square, b_lack, ANGULAR: tl.constexpr):
+def is_near(b_square, b_deficit, ANGULAR: tl.constexpr):
     """Whether a row and the other one, or its negative, are near; in terms of angles their lengths are 1."""
     if ANGULAR:
-        return b_square + b_lack < NEAR
+        return b_square + b_deficit < NEAR
     else:
         return b_square < NEAR
 
@@ -76,7 +76,7 @@ def is_near(b_square, b_lack, ANGULAR: tl.constexpr):
 def near_energy_kernel(
     p_weight,  # [batch, n, d] of any strides
     p_gram,  # [batch, n, n], inner products; without FROM_GRAM anything
-    p_norm,  # [3, batch, n] fp64
+    p_row_data,  # [3, batch, n] fp64
     p_partial,  # [batch, tiles, n] fp64
     n,
     d,
@@ -108,31 +108,31 @@ def near_energy_kernel(
     b_old = tl.load(p_sums, mask=o_i < n, other=0.0)  # [BR]
     if tl.max((b_old == INFINITY).to(tl.int32), 0) > 0:
         p_rows = p_weight + i_matrix * stride_matrix
-        p_own = p_norm + i_matrix * n
+        p_own = p_row_data + i_matrix * n
         b_sum = tl.zeros((BR,), tl.float64)
         if HAS_WEIGHT:
             b_length = lengths(p_rows, o_i, n, d, stride_row, stride_col, BR, BK)
         for c in tl.range(0, BM, BR, num_stages=1):
             o_j = i_tile * BM + c + tl.arange(0, BR)
             m_pair = (o_i[:, None] != o_j[None, :]) & (o_j < n)[None, :]
-            b_lack_i = tl.load(p_own + (o_i + plane), mask=o_i < n, other=0.0)  # [BR]
-            b_lack_j = tl.load(p_own + (o_j + plane), mask=o_j < n, other=0.0)  # [BR]
-            b_lack = b_lack_i[:, None] + b_lack_j[None, :]
+            b_deficit_i = tl.load(row_of(p_own, DEFICIT, plane, o_i), mask=o_i < n, other=0.0)  # [BR]
+            b_deficit_j = tl.load(row_of(p_own, DEFICIT, plane, o_j), mask=o_j < n, other=0.0)  # [BR]
+            b_deficit = b_deficit_i[:, None] + b_deficit_j[None, :]
             if HAS_WEIGHT:
                 b_minus, b_plus, _ = exact_squares(
                     p_rows, o_i, o_j, b_length, n, d, stride_row, stride_col, ANGULAR or HALF_SPACE, BR, BK
                 )
             if FROM_GRAM:
-                b_far_minus, b_far_plus, b_lack = squares_of_gram(
+                b_far_minus, b_far_plus, b_deficit = squares_of_gram(
                     p_gram + i_matrix * gram_matrix, p_own, plane, o_i, o_j, n, gram_row
                 )
                 if HAS_WEIGHT:
-                    b_minus = tl.where(is_near(b_far_minus, b_lack, ANGULAR), b_minus, b_far_minus)
+                    b_minus = tl.where(is_near(b_far_minus, b_deficit, ANGULAR), b_minus, b_far_minus)
                     if ANGULAR or HALF_SPACE:
-                        b_plus = tl.where(is_near(b_far_plus, b_lack, ANGULAR), b_plus, b_far_plus)
+                        b_plus = tl.where(is_near(b_far_plus, b_deficit, ANGULAR), b_plus, b_far_plus)
                 else:
                     b_minus, b_plus = b_far_minus, b_far_plus
-            b_value = pair_value(b_minus, b_plus, b_lack, S, ANGULAR, HALF_SPACE)
+            b_value = pair_value(b_minus, b_plus, b_deficit, S, ANGULAR, HALF_SPACE)
             if FAST:
                 b_value = b_value / riesz_value(tl.full((BR, BR), 2.0, tl.float64), S) - 1.0
             b_sum += tl.sum(tl.where(m_pair, b_value, 0.0), 1)
@@ -187,7 +187,7 @@ def pull_near(
 def near_slopes_kernel(
     p_weight,  # [batch, n, d] of any strides
     p_upstream,  # [batch, n] fp64
-    p_norm,  # [3, batch, n] fp64
+    p_row_data,  # [3, batch, n] fp64
     p_partial,  # [batch, tiles, n] fp64
     p_slopes,  # [batch, rows, cols] of the groups
     p_pull,  # [batch, n, d]
@@ -217,7 +217,7 @@ def near_slopes_kernel(
     o_i = first_row + i_program % strips * BR + tl.arange(0, BR)
     m_i = o_i < n
     p_rows = p_weight + i_matrix * stride_matrix
-    p_own = p_norm + i_matrix * n
+    p_own = p_row_data + i_matrix * n
     p_up = p_upstream + i_matrix * n
     for t in tl.range(first_tile, last_tile, num_stages=1):
         p_sums = p_partial + (i_matrix * tiles + t) * n + o_i
@@ -228,15 +228,15 @@ def near_slopes_kernel(
             for c in tl.range(0, BM, BR, num_stages=1):
                 o_j = tl.cast(t, tl.int64) * BM + c + tl.arange(0, BR)
                 m_pair = (o_i[:, None] != o_j[None, :]) & m_i[:, None] & (o_j < n)[None, :]
-                b_lack_i = tl.load(p_own + (o_i + plane), mask=m_i, other=0.0)  # [BR]
-                b_lack_j = tl.load(p_own + (o_j + plane), mask=o_j < n, other=0.0)  # [BR]
+                b_deficit_i = tl.load(row_of(p_own, DEFICIT, plane, o_i), mask=m_i, other=0.0)  # [BR]
+                b_deficit_j = tl.load(row_of(p_own, DEFICIT, plane, o_j), mask=o_j < n, other=0.0)  # [BR]
                 b_up_i = tl.load(p_up + o_i, mask=m_i, other=0.0)  # [BR]
                 b_up_j = tl.load(p_up + o_j, mask=o_j < n, other=0.0)  # [BR]
                 b_minus, b_plus, b_length_j = exact_squares(
                     p_rows, o_i, o_j, b_length, n, d, stride_row, stride_col, ANGULAR or HALF_SPACE, BR, BK
                 )
-                b_lack = b_lack_i[:, None] + b_lack_j[None, :]
-                b_bulk, b_radial, b_same, b_opposite = near_slopes(b_minus, b_plus, b_lack, S, ANGULAR, HALF_SPACE)
+                b_deficit = b_deficit_i[:, None] + b_deficit_j[None, :]
+                b_bulk, b_radial, b_same, b_opposite = near_slopes(b_minus, b_plus, b_deficit, S, ANGULAR, HALF_SPACE)
                 b_up = tl.where(m_pair, b_up_i[:, None] + b_up_j[None, :], 0.0)
                 b_sum += tl.sum(tl.where(m_pair, b_radial * b_up, 0.0), 1)
                 o_s = (o_i - first_row)[:, None] * cols + (o_j - first_tile * BM)[None, :]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sphere_kernels.dispatch import IMPLS
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WIDE = (torch.float64, torch.float32)
+DTYPES = (*WIDE, torch.bfloat16, torch.float16)
 
 
 def matrix(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:

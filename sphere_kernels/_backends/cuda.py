@@ -1,4 +1,4 @@
-"""What the CUDA backends share: the compiled module, whether it can run, and how it is called."""
+"""The CUDA module: whether it can run, and how it is called."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_kernels import gpu
+from sphere_kernels._backends import gpu
 
 cuda: Any = None
 failure: str | None = None
@@ -32,13 +32,8 @@ def supports(device_type: str, dtype: torch.dtype, shape: tuple[int, ...]) -> st
     return failure
 
 
-def no_backward(device_type: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    """Why the CUDA kernels cannot compute a gradient of the energy."""
-    return "the CUDA kernels have no backward pass; impl='triton' has"
-
-
 def precision(device: torch.device) -> int:
-    """How fp32 operands are multiplied on this device, as the module counts: see `sphere_kernels.gpu.precision`."""
+    """How fp32 operands are multiplied on this device, as the module counts `gpu.PRECISIONS`."""
     return gpu.PRECISIONS.index(gpu.precision(gpu.architecture(device)))
 
 

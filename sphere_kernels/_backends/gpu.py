@@ -1,21 +1,19 @@
-"""What the Triton backends share before triton is imported: whether they can run, their precision, their memory."""
+"""The Triton backends before triton is imported: whether they can run, their precision, their memory."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sphere_kernels import dispatch, env
-from sphere_kernels.rows import copied_back, one_batch
+from sphere_kernels import env
+from sphere_kernels._common.rows import copied_back, one_batch
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 OLDEST_TRITON = (3, 5)  # whose compiler takes all kernels; tested is that of constraints.txt
@@ -47,12 +45,6 @@ def _triton_version() -> tuple[int, ...]:
     for name in importlib.metadata.packages_distributions().get("triton", []):
         return tuple(int(part) for part in importlib.metadata.version(name).split(".")[:2] if part.isdigit())
     return OLDEST_TRITON  # not installed by pip
-
-
-def register(module: str, *ops: str) -> None:
-    """Register functions of a module as the Triton implementation of operations; it is imported at the first call."""
-    for op in ops:
-        dispatch.register(op, "triton", supports)(_at_first_call(module, op))
 
 
 def architecture(device: torch.device) -> str:
@@ -99,7 +91,7 @@ def merged(tensor: Tensor) -> Tensor:
 
 
 def written(tensor: Tensor, contiguous: bool = False) -> AbstractContextManager[Tensor]:
-    """`merged` for writing, see `sphere_kernels.rows.copied_back`."""
+    """`merged` for writing, see `sphere_kernels._common.rows.copied_back`."""
     return copied_back(tensor, merged, contiguous)
 
 
@@ -114,10 +106,3 @@ def _precisions_of(arch: str) -> tuple[str, ...]:
     if arch.startswith("sm_") and int(arch[3:]) < 80:
         return ("ieee",)
     return PRECISIONS
-
-
-def _at_first_call(module: str, name: str) -> Callable[..., Any]:
-    def run(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*arguments)
-
-    return run

@@ -64,7 +64,7 @@ def compiled(nvcc, source):
     flags = ["-O3", "-std=c++17", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
     command = [nvcc, *flags, *code, "-c", source, "-o", str(target)]
     head = " ".join(command) + "\n" + said_by(nvcc, "--version")
-    newest = max(os.path.getmtime(path) for path in [*glob("csrc/cuda/*"), "csrc/cpu/matrix.h"])
+    newest = max(os.path.getmtime(path) for path in glob("csrc/cuda/*") + glob("csrc/common/*"))
     if target.exists() and log.exists() and target.stat().st_mtime > newest and log.read_text().startswith(head):
         return str(target), log.read_text()
     log.unlink(missing_ok=True)  # without one, what an interrupted compiler leaves is no object

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from sphere_kernels.energy.tiles import CLAMP, NEAR, Tile, recompute
-from sphere_kernels.rows import Rows
+from sphere_kernels._common.rows import Rows
+from sphere_kernels._common.tiles import CLAMP, NEAR, Tile, recompute
 
 
 def pair_values(rows: Rows, tile: Tile, gram: Tensor, s: float, distance: str, half_space: bool) -> Tensor:

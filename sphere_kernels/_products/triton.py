@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sphere_kernels import gpu
-from sphere_kernels.gram.triton import gram
-from sphere_kernels.products import Products
-from sphere_kernels.triton_kernels.launch import Packed, product, symmetric_product
+from sphere_kernels._backends import gpu
+from sphere_kernels._backends.triton.launch import Packed, gram, product, symmetric_product
+from sphere_kernels._products.types import Products
 
 
 def products() -> Products:

@@ -9,13 +9,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from sphere_kernels import gpu
-from sphere_kernels.triton_kernels import configs
-from sphere_kernels.triton_kernels.configs import Config
-from sphere_kernels.triton_kernels.gram import gram_kernel
-from sphere_kernels.triton_kernels.product import product_kernel
-from sphere_kernels.triton_kernels.rows import rows_pack_kernel
-from sphere_kernels.triton_kernels.schedule import triangle
+from sphere_kernels._backends import gpu
+from sphere_kernels._backends.triton import configs
+from sphere_kernels._backends.triton.common import NORM, SCALE
+from sphere_kernels._backends.triton.configs import Config
+from sphere_kernels._backends.triton.gram import gram_kernel
+from sphere_kernels._backends.triton.product import product_kernel
+from sphere_kernels._backends.triton.rows import rows_pack_kernel
+from sphere_kernels._backends.triton.schedule import triangle
+from sphere_kernels._common.rows import compute_dtype
 
 HALF = (torch.bfloat16, torch.float16)
 FP16_SHIFT = 8  # rows of norm 256: what fp16 then loses to its smallest number is below fp32's rounding
@@ -44,7 +46,7 @@ class Plan:
     """How matrices of one dtype are multiplied on one device.
 
     Attributes:
-        arch: see `sphere_kernels.gpu.architecture`.
+        arch: see `sphere_kernels._backends.gpu.architecture`.
         operands: their column of the table of configurations.
         dtype: of sums and inner products, fp32 or fp64.
     """
@@ -64,7 +66,7 @@ class Plan:
         return cls(arch, "half" if half else asked, torch.float32)
 
     def precision(self, kind: str) -> str:
-        """What a product of blocks is told."""
+        """How blocks are multiplied in a kernel of this kind."""
         if self.operands not in gpu.PRECISIONS or (kind == "general slopes" and self.operands == "tf32x3"):
             return "ieee"  # the latter for lack of registers: fp64 slopes take what three products would
         return self.operands
@@ -80,13 +82,13 @@ class Packed:
 
     Attributes:
         rows: ``[batch, n, width]``.
-        norm: ``[3, batch, n]`` fp64: norms, what their squares lack to 1, factors that make unit rows of the packed
-            ones; without normalisation, as many zeros as a pointer needs.
+        row_data: ``[3, batch, n]`` fp64: norms, deficits ``1 - |unit row|^2``, scales that make unit rows of the packed
+            ones; without normalisation, what a pointer needs.
         plan: how they are multiplied.
     """
 
     rows: Tensor
-    norm: Tensor
+    row_data: Tensor
     plan: Plan
 
     @classmethod
@@ -98,7 +100,7 @@ class Packed:
             return cls(weight, weight.new_empty(1, dtype=torch.float64), plan)
         width = max(1, cdiv(d, ALIGNED)) * ALIGNED
         packed = weight.new_empty(batch, n, width)
-        norm = weight.new_empty(3, batch, n, dtype=torch.float64)
+        row_data = weight.new_empty(3, batch, n, dtype=torch.float64)
         launch(
             rows_pack_kernel,
             cdiv(batch * n, configs.ROWS.block),
@@ -106,7 +108,7 @@ class Packed:
             weight,
             p_weight=weight,
             p_packed=packed,
-            p_norm=norm,
+            p_row_data=row_data,
             total=batch * n,
             n=n,
             d=d,
@@ -120,7 +122,17 @@ class Packed:
             BR=configs.ROWS.block,
             BK=configs.ROWS.depth,
         )
-        return cls(packed, norm, plan)
+        return cls(packed, row_data, plan)
+
+    @property
+    def norm(self) -> Tensor:
+        """``[batch, n]`` fp64."""
+        return self.row_data[NORM.value]
+
+    @property
+    def scale(self) -> Tensor:
+        """``[batch, n]`` fp64."""
+        return self.row_data[SCALE.value]
 
 
 def _ready(weight: Tensor) -> bool:
@@ -139,7 +151,7 @@ def symmetric_product(packed: Packed, out: Tensor, *, normalize: bool = False, s
         config,
         out,
         p_packed=packed.rows,
-        p_norm=packed.norm,
+        p_row_data=packed.row_data,
         p_schedule=schedule,
         p_out=out,
         n=n,
@@ -155,6 +167,15 @@ def symmetric_product(packed: Packed, out: Tensor, *, normalize: bool = False, s
         BM=config.block,
         BK=config.depth,
     )
+
+
+def gram(weight: Tensor, normalize: bool) -> Tensor:
+    """Inner products of the rows of ``[..., n, d]`` or of its unit rows, ``[..., n, n]``."""
+    rows = gpu.merged(weight)
+    batch, n, _ = rows.shape
+    out = rows.new_empty(batch, n, n, dtype=compute_dtype(weight))
+    symmetric_product(Packed.of(rows, weight.dtype, normalize), out, normalize=normalize)
+    return out.view(*weight.shape[:-1], n)
 
 
 def product(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sphere_kernels.triton_kernels.common import row_products, tile_of
-from sphere_kernels.triton_kernels.riesz import antipode_square, excess, far_tile, near_of, pair_value, riesz_value
+from sphere_kernels._backends.triton.common import DEFICIT, SCALE, row_of, row_products, tile_of
+from sphere_kernels._backends.triton.riesz import antipode_square, excess, far_tile, near_of, pair_value, riesz_value
 
 INFINITY = tl.constexpr(float("inf"))
 
@@ -14,7 +14,7 @@ INFINITY = tl.constexpr(float("inf"))
 @triton.jit
 def tile_energies(
     b_products,  # [BM, BM], WIDE
-    p_norm,  # [3, ...] fp64, at this matrix: norm, lack, factor
+    p_row_data,  # [3, ...] fp64, at this matrix
     plane,  # from one of the three to the next
     o_i,
     o_j,
@@ -27,22 +27,22 @@ def tile_energies(
 ):
     """Energies of a tile's pairs ``i < j``, infinite for near ones; zero for what is no pair. FAST: see `excess`."""
     m_pair = (o_i[:, None] < o_j[None, :]) & (o_j < n)[None, :]
-    b_lack_i = tl.load(p_norm + (o_i + plane), mask=o_i < n, other=0.0)  # [BM]
-    b_lack_j = tl.load(p_norm + (o_j + plane), mask=o_j < n, other=0.0)  # [BM]
-    b_scale_i = tl.load(p_norm + (o_i + plane + plane), mask=o_i < n, other=0.0)  # [BM]
-    b_scale_j = tl.load(p_norm + (o_j + plane + plane), mask=o_j < n, other=0.0)  # [BM]
+    b_deficit_i = tl.load(row_of(p_row_data, DEFICIT, plane, o_i), mask=o_i < n, other=0.0)  # [BM]
+    b_deficit_j = tl.load(row_of(p_row_data, DEFICIT, plane, o_j), mask=o_j < n, other=0.0)  # [BM]
+    b_scale_i = tl.load(row_of(p_row_data, SCALE, plane, o_i), mask=o_i < n, other=0.0)  # [BM]
+    b_scale_j = tl.load(row_of(p_row_data, SCALE, plane, o_j), mask=o_j < n, other=0.0)  # [BM]
     if FAST:
         b_g = (b_products * b_scale_i.to(WIDE)[:, None]) * b_scale_j.to(WIDE)[None, :]
-        b_lack = (0.5 * b_lack_i).to(WIDE)[:, None] + (0.5 * b_lack_j).to(WIDE)[None, :]
-        b_u, b_rest, b_half_square, m_near = far_tile(b_g, b_lack)
+        b_deficit = (0.5 * b_deficit_i).to(WIDE)[:, None] + (0.5 * b_deficit_j).to(WIDE)[None, :]
+        b_u, b_rest, b_half_square, m_near = far_tile(b_g, b_deficit)
         b_value = excess(b_u, b_rest, b_half_square, S)
     else:
         b_wide = (b_products.to(tl.float64) * (2.0 * b_scale_i)[:, None]) * b_scale_j[None, :]
-        b_lack = b_lack_i[:, None] + b_lack_j[None, :]
-        b_minus = (2.0 - b_wide) - b_lack
-        b_plus = (2.0 + b_wide) - b_lack
-        m_near = near_of(b_minus, b_plus, b_lack, ANGULAR, HALF_SPACE)
-        b_value = pair_value(b_minus, b_plus, b_lack, S, ANGULAR, HALF_SPACE)
+        b_deficit = b_deficit_i[:, None] + b_deficit_j[None, :]
+        b_minus = (2.0 - b_wide) - b_deficit
+        b_plus = (2.0 + b_wide) - b_deficit
+        m_near = near_of(b_minus, b_plus, b_deficit, ANGULAR, HALF_SPACE)
+        b_value = pair_value(b_minus, b_plus, b_deficit, S, ANGULAR, HALF_SPACE)
     return tl.where(m_pair, tl.where(m_near, INFINITY, b_value), 0.0)
 
 
@@ -61,7 +61,7 @@ def store_sums(p_partial, b_value, i_row, i_col, o_i, o_j, n):
 @triton.jit
 def pair_energy_kernel(
     p_packed,  # [batch, n, width]
-    p_norm,  # [3, batch, n] fp64
+    p_row_data,  # [3, batch, n] fp64
     p_schedule,  # [count, 2]
     p_partial,  # [batch, tiles, n] fp64
     n,
@@ -84,7 +84,7 @@ def pair_energy_kernel(
     i_row, i_col, o_i, o_j = tile_of(p_schedule, i_program % count, BM)
     p_rows = p_packed + i_matrix * n * width
     b_products = row_products(p_rows, p_rows, o_i, o_j, n, width, PRECISION, WIDE, BM, BK)
-    p_own = p_norm + i_matrix * n
+    p_own = p_row_data + i_matrix * n
     b_value = tile_energies(b_products, p_own, plane, o_i, o_j, n, S, ANGULAR, HALF_SPACE, FAST, WIDE)
     store_sums(p_partial + i_matrix * tiles * n, b_value, i_row, i_col, o_i, o_j, n)
 

@@ -1,4 +1,4 @@
-"""What the native backends share: the compiled module, the instruction set that runs, and tensors as it sees them."""
+"""The compiled CPU module: whether it can run, its instruction set, and tensors as it sees them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sphere_kernels import env
-from sphere_kernels.rows import compute_dtype, copied_back, one_batch
+from sphere_kernels._common.rows import compute_dtype, copied_back, one_batch
 
 cpu: Any = None
 failure: str | None = None
@@ -18,7 +18,7 @@ try:
 except ImportError as error:  # a source tree that was not built, or a module of another Python
     failure = f"the compiled module does not load ({error})"
 
-TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # the order of csrc/cpu/matrix.h
+TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # the order of csrc/common/matrix.h
 View = tuple[int, ...]  # address, type, count, rows, cols, and the strides of the last three
 
 BUILT: list[str] = [] if cpu is None else cpu.built_tiers()
@@ -49,7 +49,7 @@ def instruction_set() -> str:
 
 
 def tier_and_threads() -> tuple[int, int]:
-    """What every kernel is told: the index of the instruction set, and torch's number of threads."""
+    """Index of the instruction set and torch's number of threads, the last arguments of every kernel."""
     return BUILT.index(instruction_set()), torch.get_num_threads()
 
 
@@ -64,7 +64,7 @@ def repeated(tensor: Tensor, count: int) -> Tensor:
 
 
 def written(tensor: Tensor, contiguous: bool = False) -> AbstractContextManager[Tensor]:
-    """`merged` for writing, see `sphere_kernels.rows.copied_back`."""
+    """`merged` for writing, see `sphere_kernels._common.rows.copied_back`."""
     return copied_back(tensor, merged, contiguous)
 
 
@@ -86,26 +86,19 @@ def gram(weight: Tensor, normalize: bool) -> Tensor:
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """``left right`` for ``[..., n, k]`` and ``[..., k, m]``, in the dtype of ``left``, fp32 or fp64; contiguous."""
     out = left.new_empty(*left.shape[:-1], right.shape[-1])
-    a, b, c = map(merged, (left, right, out))  # kept until the kernel is through: some may be copies
-    cpu.product(view(a), view(b), view(c), left.dtype == torch.float64, *tier_and_threads())
+    _product(left, right, merged(out), accumulate=False)
     return out
 
 
 def add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``out += left right`` for ``[..., n, d]``, ``[..., n, b]`` and ``[..., b, d]``."""
-    factor, update = merged(left), merged(right)
-    nothing = update.new_empty(len(update), out.shape[-1], 0)  # no directions to project away
+    """``out += left right`` for ``[..., n, d]``, ``[..., n, b]`` and ``[..., b, d]``, in the dtype of ``out``."""
     with written(out) as matrices:
-        cpu.project(
-            view(update),
-            view(nothing),
-            0.0,
-            view(factor),
-            view(matrices),
-            True,
-            out.dtype == torch.float64,
-            *tier_and_threads(),
-        )
+        _product(left, right, matrices, accumulate=True)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor, accumulate: bool) -> None:
+    a, b = merged(left), merged(right)  # kept until the kernel is through: they may be copies
+    cpu.product(view(a), view(b), view(out), accumulate, out.dtype == torch.float64, *tier_and_threads())
 
 
 def subtract_gram_(out: Tensor, factor: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The energy of a pair and its slopes in fp64, from squared distances; the tile of far pairs in fp32.
 
-A pair is given by ``minus = |unit_i - unit_j|^2``, ``plus = |unit_i + unit_j|^2`` and ``lack``, what the squares of the
-two rows lack to 2. What is near needs its squares from differences; see `sphere_kernels.triton_kernels.near`.
+A pair is given by ``minus = |unit_i - unit_j|^2``, ``plus = |unit_i + unit_j|^2`` and ``deficit``, the sum of the two
+rows' deficits. Near pairs need their squares from differences; see `sphere_kernels._backends.triton.near`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import math
 import triton
 import triton.language as tl
 
-from sphere_kernels.energy import tiles
-from sphere_kernels.triton_kernels.common import EPSILON, lack_of
+from sphere_kernels._backends.triton.common import EPSILON, deficit_of
+from sphere_kernels._common import tiles
 
 NEAR = tl.constexpr(tiles.NEAR)
 CLAMP = tl.constexpr(tiles.CLAMP)
@@ -83,10 +83,10 @@ def supplement(angle):
 
 
 @triton.jit
-def near_of(minus, plus, lack, ANGULAR: tl.constexpr, HALF_SPACE: tl.constexpr):
+def near_of(minus, plus, deficit, ANGULAR: tl.constexpr, HALF_SPACE: tl.constexpr):
     """Whether a pair is near, or one row with the other's negative where that counts."""
     if ANGULAR:
-        return tl.where(plus < minus, plus, minus) + lack < NEAR
+        return tl.where(plus < minus, plus, minus) + deficit < NEAR
     elif HALF_SPACE:
         return (minus < NEAR) | (plus < NEAR)
     else:
@@ -94,11 +94,11 @@ def near_of(minus, plus, lack, ANGULAR: tl.constexpr, HALF_SPACE: tl.constexpr):
 
 
 @triton.jit
-def pair_value(minus, plus, lack, S: tl.constexpr, ANGULAR: tl.constexpr, HALF_SPACE: tl.constexpr):
+def pair_value(minus, plus, deficit, S: tl.constexpr, ANGULAR: tl.constexpr, HALF_SPACE: tl.constexpr):
     """Energy of a pair."""
     if ANGULAR:
         flipped = plus < minus
-        folded = angle_from(tl.where(flipped, plus, minus) + lack)
+        folded = angle_from(tl.where(flipped, plus, minus) + deficit)
         angle = tl.where(flipped, supplement(folded), folded)
         value = riesz_value(clamped(angle * angle), S)
         if HALF_SPACE:
@@ -112,10 +112,10 @@ def pair_value(minus, plus, lack, S: tl.constexpr, ANGULAR: tl.constexpr, HALF_S
 
 
 @triton.jit
-def angular_slope(minus, plus, lack, S: tl.constexpr, HALF_SPACE: tl.constexpr):
+def angular_slope(minus, plus, deficit, S: tl.constexpr, HALF_SPACE: tl.constexpr):
     """Derivative of a pair's energy in the inner product, and whether the nearer row is the negative one."""
     flipped = plus < minus
-    square = tl.where(flipped, plus, minus) + lack
+    square = tl.where(flipped, plus, minus) + deficit
     folded = angle_from(square)
     angle = tl.where(flipped, supplement(folded), folded)
     slope = angle * riesz_slope(angle * angle, S)
@@ -127,10 +127,10 @@ def angular_slope(minus, plus, lack, S: tl.constexpr, HALF_SPACE: tl.constexpr):
 
 
 @triton.jit
-def far_slopes(minus, plus, lack, S: tl.constexpr, ANGULAR: tl.constexpr, HALF_SPACE: tl.constexpr):
+def far_slopes(minus, plus, deficit, S: tl.constexpr, ANGULAR: tl.constexpr, HALF_SPACE: tl.constexpr):
     """Coefficients of unit_j and of unit_i in the derivative of the energy of a pair that is not near."""
     if ANGULAR:
-        bulk, _ = angular_slope(minus, plus, lack, S, HALF_SPACE)
+        bulk, _ = angular_slope(minus, plus, deficit, S, HALF_SPACE)
         radial = 0.0 * bulk
     else:
         bulk = riesz_slope(clamped(minus), S)
@@ -143,14 +143,14 @@ def far_slopes(minus, plus, lack, S: tl.constexpr, ANGULAR: tl.constexpr, HALF_S
 
 
 @triton.jit
-def near_slopes(minus, plus, lack, S: tl.constexpr, ANGULAR: tl.constexpr, HALF_SPACE: tl.constexpr):
+def near_slopes(minus, plus, deficit, S: tl.constexpr, ANGULAR: tl.constexpr, HALF_SPACE: tl.constexpr):
     """The same for any pair, near parts apart: ``bulk, radial, to_same, to_opposite``.
 
     The latter two are slopes of ``unit_j - unit_i`` and of ``-unit_j - unit_i``.
     """
     if ANGULAR:
-        slope, flipped = angular_slope(minus, plus, lack, S, HALF_SPACE)
-        near = near_of(minus, plus, lack, ANGULAR, HALF_SPACE)
+        slope, flipped = angular_slope(minus, plus, deficit, S, HALF_SPACE)
+        near = near_of(minus, plus, deficit, ANGULAR, HALF_SPACE)
         # slope unit_j = sign slope (sign unit_j - unit_i) + sign slope unit_i
         bulk = tl.where(near, 0.0, slope)
         close = tl.where(near, slope, 0.0)
@@ -173,11 +173,11 @@ def near_slopes(minus, plus, lack, S: tl.constexpr, ANGULAR: tl.constexpr, HALF_
 
 
 @triton.jit
-def far_tile(g, lack):
+def far_tile(g, deficit):
     """``u = 1 - t^2 / 2``, what rounding took from it, ``t^2 / 2``, and whether a pair is near; in the dtype of g."""
-    u = g + lack
+    u = g + deficit
     half_square = 1.0 - u
-    return u, lack - (u - g), half_square, half_square < 0.5 * NEAR
+    return u, deficit - (u - g), half_square, half_square < 0.5 * NEAR
 
 
 @triton.jit
@@ -206,7 +206,7 @@ def right_angle_slope(half_square, S: tl.constexpr):
 def antipode_square(norm, ANGULAR: tl.constexpr):
     """Squared distance of a row to its own negative."""
     if ANGULAR:
-        angle = supplement(angle_from(2.0 * lack_of(norm)))
+        angle = supplement(angle_from(2.0 * deficit_of(norm)))
         return angle * angle
     else:
         ratio = norm / (norm + EPSILON)
@@ -218,7 +218,7 @@ def antipode_slope(norm, S: tl.constexpr, ANGULAR: tl.constexpr):
     """Coefficient of the unit row in the gradient of the energy between a row and its own negative."""
     slope = riesz_slope(antipode_square(norm, ANGULAR), S)
     if ANGULAR:
-        short = 2.0 * lack_of(norm)
+        short = 2.0 * deficit_of(norm)
         sine = tl.sqrt(short * (1.0 - 0.25 * short))
         return -2.0 * slope * supplement(angle_from(short)) / sine
     else:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sphere_kernels.triton_kernels.common import EPSILON, lack_of, nearest_tf32
-from sphere_kernels.triton_kernels.riesz import antipode_slope
+from sphere_kernels._backends.triton.common import DEFICIT, EPSILON, NORM, SCALE, deficit_of, nearest_tf32, row_of
+from sphere_kernels._backends.triton.riesz import antipode_slope
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def power_of_two(norm, SHIFT: tl.constexpr):
 def rows_pack_kernel(
     p_weight,  # [batch, n, d] of any strides
     p_packed,  # [batch * n, width], or anything without NORMALIZE
-    p_norm,  # [3, batch * n] fp64: norm, what its square lacks to 1, factor of the packed row
+    p_row_data,  # [3, batch * n] fp64
     total,  # batch * n
     n,
     d,
@@ -52,11 +52,11 @@ def rows_pack_kernel(
             b_square += tl.sum(b_x * b_x, 1)
         b_norm = tl.sqrt(b_square)
         b_factor = power_of_two(b_norm, SHIFT)
-        tl.store(p_norm + o_r, b_norm, mask=o_r < total)
-        tl.store(p_norm + (o_r + total), lack_of(b_norm), mask=o_r < total)
+        tl.store(row_of(p_row_data, NORM, total, o_r), b_norm, mask=o_r < total)
+        tl.store(row_of(p_row_data, DEFICIT, total, o_r), deficit_of(b_norm), mask=o_r < total)
         # An overflowed norm must not turn a finite row into a plausible zero row.
         b_scale = 1.0 / (b_factor * (b_norm + EPSILON + (b_norm - b_norm)))
-        tl.store(p_norm + (o_r + total + total), b_scale, mask=o_r < total)
+        tl.store(row_of(p_row_data, SCALE, total, o_r), b_scale, mask=o_r < total)
     for k in range(0, width, BK):
         m_x = m_r & (o_k < d - k)[None, :]
         b_x = tl.load(p_row + ((k + o_k) * stride_col)[None, :], mask=m_x, other=0.0)  # [BR, BK]
@@ -72,7 +72,7 @@ def rows_pack_kernel(
 def rows_gradient_kernel(
     p_pull,  # [batch * n, d] gradient for the unit rows, less its radial part
     p_weight,  # [batch, n, d] of any strides
-    p_norm,  # [3, batch * n] fp64, the first of them
+    p_norm,  # [batch * n] fp64
     p_partial,  # [batch, tiles, n] fp64: sums of the radial part over the tiles of a column
     p_upstream,  # [batch * n] fp64
     p_out,  # [batch * n, d]

@@ -36,7 +36,7 @@ def copied_back(tensor: Tensor, merged: Callable[[Tensor], Tensor], contiguous: 
 
 @dataclass(frozen=True)
 class Rows:
-    """What distances of the unit rows ``w / (|w| + 1e-8)`` need besides the inner products.
+    """Data of the unit rows ``w / (|w| + 1e-8)`` that their distances need besides the inner products.
 
     Attributes:
         weight: ``[batch, n, d]``, or None where only the Gram matrix is known.
