@@ -1,7 +1,7 @@
 """Files written whole or not at all, and hashes of files and tensors.
 
 "Written" means on disk: the contents are flushed before the file gets its name, and the folder is flushed after. A kill
-or a power cut leaves neither half a file under a name nor an old file under a new file's name.
+or a power cut leaves no half-written file under a name and undoes no finished write.
 """
 
 from __future__ import annotations
