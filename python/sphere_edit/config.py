@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting.
+    """Declaration of one setting.
 
     Attributes:
         default: the value where none is given.
@@ -146,8 +146,8 @@ COMMON: dict[str, Setting] = {
     ),
     "project": choice(
         "layer",
-        "When updates are projected and written. layer: one layer after the other, so that the layers above are solved "
-        "for the weights that are used. batch: after all layers are solved for, as in SPHERE's code for MEMIT and RECT "
+        "When updates are projected and written. layer: one layer after the other, so that each solve sees the "
+        "written weights below. batch: after all layers are solved for, as in SPHERE's code for MEMIT and RECT "
         "and in EasyEdit's for AlphaEdit; each layer is solved for over the whole updates of the layers below (RECT's "
         "uncut), and nothing makes up for the part that the projection removes. solve: as layer, but half of the "
         "projection, P^½ of P = I − α U Uᵀ, is applied to the keys and half to the update, so that the written updates "
@@ -244,7 +244,7 @@ class EditConfig:
             if chosen is not None:
                 chosen.check(self)
 
-    def __getattr__(self, name: str) -> Any:  # gives settings that methods and targets declare a type
+    def __getattr__(self, name: str) -> Any:  # gives a type to settings that methods and targets declare
         raise AttributeError(f"{name!r} is no setting of {self.__dict__.get('method')}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -309,7 +309,7 @@ def defaults() -> dict[str, Any]:
 
 
 def find_method(name: object) -> Any:
-    """The class with a method's name, if the class is registered or its module imported; else None."""
+    """The class that a method's name stands for, if the class is registered or its module imported; else None."""
     module, colon, attribute = str(name).partition(":")
     if not colon:
         return METHODS.get(module)

@@ -277,5 +277,5 @@ def _hold_out(name: str, facts: Sequence[Fact], seed: int) -> dict[str, list[str
 
 
 def _clear_changes(answer: str, answers: Sequence[str]) -> list[str]:
-    """The answers that do not begin with ``answer``, nor it with them: from "+35" to "+3" is no clear change."""
+    """The answers without beginnings and extensions of ``answer``: from "+35" to "+3" is no clear change."""
     return [other for other in answers if not other.startswith(answer) and not answer.startswith(other)]

@@ -34,7 +34,7 @@ _FORMAT = "1"
 
 
 def layer_fingerprints(model: Any, structure: ModelStructure, layers: Sequence[int]) -> dict[int, str]:
-    """By layer the SHA-256 of settings, parameters outside blocks, and all blocks up to the layer: its keys' origin."""
+    """SHA-256 by layer of all that its keys depend on: settings, parameters outside blocks, blocks up to the layer."""
     digest = hashlib.sha256(model.config.to_json_string(use_diff=True).encode())
     inside = {id(p) for block in structure.blocks for p in block.parameters()}
     outside = [p for p in model.parameters() if id(p) not in inside]
@@ -57,7 +57,7 @@ def key_covariances(
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> KeyCovariances:
-    """``{layer: [d, d]}`` fp64 on the model's device, from the cache or by one pass over the text.
+    """Key covariances ``{layer: [d, d]}``, fp64 on the model's device, from the cache or by one pass over the text.
 
     Args:
         layers: ascending; one pass measures all layers that are not in the cache.

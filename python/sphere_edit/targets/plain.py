@@ -1,4 +1,4 @@
-"""A forward pass of the whole, unchanged model: it tells which facts of a batch the model has."""
+"""A forward pass of the model itself, as a whole: it tells which facts of a batch the model has."""
 
 from __future__ import annotations
 
