@@ -1,8 +1,8 @@
-"""Settings of an editing run: what each may be, which go together, and how runs record them.
+"""Settings of an editing run: their declarations, the checks on their values, and their form in a run's records.
 
-Each setting is declared once, as a `Setting`, beside the code that reads it: the loop's in `COMMON`, those of a method
-in `sphere_edit.methods.base.Method.settings`, those of a way to targets in `sphere_edit.targets.base.Targets.settings`.
-The command line, YAML files, studies and Python all read these declarations.
+Each setting is declared once, as a `Setting`, beside the code that reads it: the loop's settings in `COMMON`, a
+method's in `sphere_edit.methods.base.Method.settings`, the targets' in `sphere_edit.targets.base.Targets.settings`. The
+command line, YAML files, studies and Python all read these declarations.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """Invalid setting; the message names it, what was expected and what was given."""
+    """Invalid setting; the message names the setting, what was expected and what was given."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting.
+    """Declaration of one setting.
 
     Attributes:
-        default: where nothing is given.
-        doc: what it does, for whoever chooses it.
-        expected: what a value must be, in words.
-        fits: whether a value is that.
-        flags: of the command line, where it has an option of its own; ``--set NAME=VALUE`` reaches all.
-        solved: only methods that solve have a use for it, not those that train.
+        default: the value where none is given.
+        doc: the effect of the setting, for users.
+        expected: the allowed values, in words.
+        fits: tells whether a value is allowed.
+        flags: command-line options of the setting, if any; ``--set NAME=VALUE`` reaches every setting.
+        solved: only methods that solve for updates use the setting, not methods that train.
     """
 
     default: Any
@@ -88,47 +88,47 @@ def below_one(default: float, doc: str) -> Setting:
     return Setting(default, doc, "a number of at least 0 and below 1", lambda v: _number(v) and 0 <= v < 1)
 
 
-# Filled by sphere_edit.methods and sphere_edit.targets, which are above this file: classes, and what they declare.
+# sphere_edit.methods and sphere_edit.targets import this file and register here: a `Method` class, a `Targets` object.
 METHODS: dict[str, Any] = {}
 TARGETS: dict[str, Any] = {}
 
 COMMON: dict[str, Setting] = {
     "layers": Setting(
         (),
-        "Decoder blocks whose MLP is edited, ascending, e.g. 4,5,6,7,8. None: where the published presets have theirs: "
-        "five blocks from an eighth of the depth on; one for ROME and FT; for gradient targets the five before the "
-        "last.",
+        "Decoder blocks whose MLP is edited, ascending, e.g. 4,5,6,7,8. None: at the depth of the published presets: "
+        "five blocks from an eighth of the depth on; one block for ROME and FT; the five before the last for gradient "
+        "targets.",
         "a list of block numbers",
         lambda v: isinstance(v, tuple) and all(map(_whole, v)),
         ("--layers",),
     ),
     "modules": choice(
         "down",
-        "Which map of each block's MLP is edited; fused is gate and up in one (see `sphere_edit.model.structure`).",
+        "The edited map of each block's MLP; fused is gate and up in one map (see `sphere_edit.model.structure`).",
         ("down", "up", "gate", "fused"),
     ),
     "method": text(
         "alphaedit",
-        "How wanted changes are solved for, or package.module:Class of your own (see `sphere_edit.methods`).",
+        "The method that computes updates, or package.module:Class of your own (see `sphere_edit.methods`).",
         "--method",
     ),
     "targets": Setting(
         "closed_loop",
-        "Where wanted changes come from (see `sphere_edit.targets`).",
+        "The source of the wanted changes (see `sphere_edit.targets`).",
         "a text",
         lambda v: isinstance(v, str),
         ("--targets",),
         solved=True,
     ),
-    "batch_size": positive_int(100, "Facts that are solved for together.", "--batch-size"),
+    "batch_size": positive_int(100, "Facts solved for together.", "--batch-size"),
     "sphere": flag(
         True, "SPHERE: project each update out of the weight's principal directions.", "--sphere/--no-sphere"
     ),
     "energy_ratio": share(
-        0.5, "η: the share of the spectrum's energy that the principal directions hold.", "--energy-ratio", "--eta"
+        0.5, "η: the share of the spectrum's energy in the principal directions.", "--energy-ratio", "--eta"
     ),
     "alpha": share(
-        0.5, "α: how much of an update within the principal directions is suppressed; 0 none, 1 all.", "--alpha"
+        0.5, "α: the suppressed share of an update within the principal directions; 0 none, 1 all.", "--alpha"
     ),
     "subspace": choice(
         "current",
@@ -139,57 +139,58 @@ COMMON: dict[str, Setting] = {
     "refresh_every": positive_int(1, "Batches between two computations of the current directions.", "--refresh-every"),
     "directions": choice(
         "exact",
-        "Directions by eigendecomposition (exact), or tracked from batch to batch by matrix products, which hold "
-        "energy_ratio too (see `sphere_kernels.streaming.HypersphereState`). Pretrained ones are exact.",
+        "How directions are computed. exact: by eigendecomposition. tracked: from batch to batch by matrix products; "
+        "they hold energy_ratio too (see `sphere_kernels.streaming.HypersphereState`). Pretrained ones are exact.",
         ("exact", "tracked"),
         "--directions",
     ),
     "project": choice(
         "layer",
-        "When updates are projected and written. layer: one layer after the other, so that those above are solved for "
-        "the weights that are used. batch: after all layers, as SPHERE's code does for MEMIT and RECT and EasyEdit's "
-        "for AlphaEdit; each layer is solved for over the whole updates of those below (RECT's uncut), and nothing "
-        "makes up for what the projection takes away. solve: as layer, but half of the projection, P^½ of "
-        "P = I − α U Uᵀ, is applied to the keys that enter the solve and half to its update, so that what AlphaEdit, "
-        "MEMIT and ROME write still says what is asked: for a ridge, the least tr(Δ P⁻¹ Δᵀ). A history then has keys "
-        "as they entered, which is exact as long as the directions stay, as those of the pretrained weight do.",
+        "When updates are projected and written. layer: one layer after the other, so that each solve sees the "
+        "written weights below. batch: after all layers are solved for, as in SPHERE's code for MEMIT and RECT "
+        "and in EasyEdit's for AlphaEdit; each layer is solved for over the whole updates of the layers below (RECT's "
+        "uncut), and nothing makes up for the part that the projection removes. solve: as layer, but half of the "
+        "projection, P^½ of P = I − α U Uᵀ, is applied to the keys and half to the update, so that the written updates "
+        "of AlphaEdit, MEMIT and ROME still make the wanted changes: for a ridge, with the least tr(Δ P⁻¹ Δᵀ). A "
+        "history then holds the half-projected keys, which is exact while the directions stay the same, as the "
+        "pretrained weight's do.",
         ("layer", "batch", "solve"),
         solved=True,
     ),
     "revive": below_one(
         0.0,
-        "REVIVE's τ: updates of any method leave alone the leading singular directions of the pretrained weight that "
-        "hold this share of the sum of its singular values, in rows and columns. 0: off.",
+        "REVIVE's τ: updates of any method leave alone the leading singular directions of the pretrained weight, in "
+        "rows and columns, whose singular values make up this share of their sum. 0: off.",
     ),
-    "contexts": count(5, "Generated prefixes of each fact besides the bare prompt."),
-    "context_length": positive_int(10, "Tokens of a prefix."),
+    "contexts": count(5, "Generated prefixes per fact, besides the bare prompt."),
+    "context_length": positive_int(10, "Tokens per prefix."),
     "covariance_text": text(
         "builtin", "Text of the key covariance: builtin, or the path of a file (.txt, .gz).", "--covariance-text"
     ),
-    "covariance_tokens": positive_int(100_000, "Tokens that are read of it at most."),
-    "energy_s": not_negative(1.0, "s of the hyperspherical energy that is reported."),
+    "covariance_tokens": positive_int(100_000, "Tokens read from covariance_text at most."),
+    "energy_s": not_negative(1.0, "s of the reported hyperspherical energy."),
     "guard": choice(
         "warn",
-        "What becomes of a batch whose energies, updates or facts learned stand out from the run's earlier ones: warn "
-        "keeps it and says so, skip undoes it and leaves its facts out, stop undoes it and ends the run, off does not "
-        "look (see `sphere_edit.editing.guard`). May differ with --resume.",
+        "The action on a batch whose energies, updates or learned facts stand out from the run's earlier batches: warn "
+        "keeps the batch and says so, skip undoes it and leaves its facts out, stop undoes it and ends the run, off "
+        "checks nothing (see `sphere_edit.editing.guard`). May differ with --resume.",
         ("stop", "skip", "warn", "off"),
         "--guard",
     ),
     "measure_every": count(1, "Batches between two measurements of movement, spectrum and bound; 0: none."),
-    "seed": count(0, "Seed of everything drawn while editing; world-facts has its own: world-facts:seed=1.", "--seed"),
+    "seed": count(0, "Seed of all random draws while editing; world-facts has its own: world-facts:seed=1.", "--seed"),
 }
 
 
 class EditConfig:
-    """The settings of an editing run, each an attribute; immutable.
+    """Settings of an editing run, each an attribute; immutable.
 
     Args:
-        settings: any of those in `COMMON`, and of the method's and the targets' own; the rest have their defaults,
-            which are those of the preset ``auto``. ``sphere-edit settings`` lists them with what each does.
+        settings: settings of the loop (`COMMON`), the method and the targets, by name; the rest have their defaults,
+            as in the preset ``auto``. ``sphere-edit settings`` lists every setting with its effect.
 
     Raises:
-        ConfigError: there is no such setting, a value does not fit, or settings do not go together.
+        ConfigError: a setting is unknown, a value does not fit, or settings do not go together.
     """
 
     layers: tuple[int, ...]
@@ -243,7 +244,7 @@ class EditConfig:
             if chosen is not None:
                 chosen.check(self)
 
-    def __getattr__(self, name: str) -> Any:  # types of settings that methods and targets declare
+    def __getattr__(self, name: str) -> Any:  # gives a type to settings that methods and targets declare
         raise AttributeError(f"{name!r} is no setting of {self.__dict__.get('method')}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -261,7 +262,7 @@ class EditConfig:
         return f"EditConfig({', '.join(chosen)})"
 
     def replace(self, **changes: Any) -> EditConfig:
-        """With other values; settings that a new method or new targets have no use for go back to their defaults."""
+        """A copy with other values; settings that a new method or new targets do not use return to their defaults."""
         method, targets = changes.get("method", self.method), changes.get("targets", self.targets)
         known = declarations(method)
         dropped = unused_settings(method, targets) if (method, targets) != (self.method, self.targets) else ()
@@ -273,27 +274,27 @@ class EditConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditConfig:
-        """The settings of `to_dict`, or some of them."""
+        """Inverse of `to_dict`; missing settings have their defaults."""
         return cls(**{str(name): value for name, value in values.items()})
 
     @classmethod
     def from_run(cls, values: Mapping[str, Any]) -> EditConfig:
-        """As `from_dict`, for settings in a run's ``config.yaml``: unused ones are passed over."""
+        """As `from_dict`, for the settings in a run's ``config.yaml``; unused settings are dropped."""
         values = as_recorded(values)
         unused = unused_settings(values.get("method", COMMON["method"].default), values["targets"])
         return cls.from_dict({name: value for name, value in values.items() if name not in unused})
 
 
 def as_recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a run's ``config.yaml``: runs of version 0.1, which do not name their targets, optimised them."""
+    """The settings in a run's ``config.yaml``; runs of version 0.1 name no targets and used optimised ones."""
     return {"targets": "optimised", **settings}
 
 
-OPEN: dict[str, Any] = {"layers": [], "loop_arithmetic": "auto"}  # what the editor chooses by the model and machine
+OPEN: dict[str, Any] = {"layers": [], "loop_arithmetic": "auto"}  # the editor chooses these by model and machine
 
 
 def declarations(method: str | None = None) -> dict[str, Setting]:
-    """All settings by name: the loop's, those of every method and all targets, and those of a method of one's own."""
+    """All settings by name: the loop's, every method's, all targets', and a user-defined method's."""
     known = [*TARGETS.values(), *METHODS.values()]
     own = find_method(method)
     found = dict(COMMON)
@@ -308,7 +309,7 @@ def defaults() -> dict[str, Any]:
 
 
 def find_method(name: object) -> Any:
-    """The class that a method's name stands for, where it is registered or its module imported; else None."""
+    """The class that a method's name stands for, if the class is registered or its module imported; else None."""
     module, colon, attribute = str(name).partition(":")
     if not colon:
         return METHODS.get(module)
@@ -317,12 +318,12 @@ def find_method(name: object) -> Any:
 
 
 def unused_settings(method: str, targets: str) -> list[str]:
-    """Settings that a method, or targets, have no use for. A method of one's own may use those of any other."""
+    """Settings that the method and the targets do not use. A user-defined method may use every method's settings."""
     return list(_unused(method, targets))
 
 
 def _unused(method: str, targets: str) -> dict[str, str]:
-    """`unused_settings`, each with the reason."""
+    """Unused settings by name, each with the reason."""
     own = find_method(method)
     solves = own is None or not own.trains
     found: dict[str, str] = {}

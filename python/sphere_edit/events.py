@@ -1,7 +1,7 @@
-"""What is said of a run as it goes: one JSON object a line of ``metrics.jsonl``, told by its ``event``.
+"""Events of a run: one JSON object per line of ``metrics.jsonl``; the field ``event`` names its kind.
 
 `KINDS` is the whole vocabulary. Report, plots and studies read nothing else. A file begins with its ``schema``; files
-of version 0.1 do not, and have the same fields.
+of version 0.1 have no ``schema``, but the same fields.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SCHEMA = 2
 
 @dataclass(frozen=True)
 class Field:
-    """A field of an event: Python types of its JSON value, whether every event of the kind has it, and its meaning."""
+    """Field of an event: types of its JSON value, whether every event of the kind has the field, and its meaning."""
 
     types: tuple[type, ...]
     always: bool
@@ -150,7 +150,7 @@ KINDS: dict[str, dict[str, Field]] = {
 
 
 def check_event(event: Mapping[str, Any]) -> None:
-    """Raise ValueError unless an event is of the vocabulary."""
+    """Raise ValueError unless an event agrees with `KINDS`."""
     kind = event.get("event")
     if kind not in KINDS:
         raise ValueError(f"event {kind!r} is unknown; expected one of {', '.join(KINDS)}")

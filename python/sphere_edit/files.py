@@ -1,7 +1,7 @@
 """Files written whole or not at all, and hashes of files and tensors.
 
-"Written" means on the disk: contents are flushed before a file gets its name, and the folder is flushed after, so that
-neither a kill nor a power cut leaves half a file under a name or a name that comes back as it was.
+"Written" means on disk: the contents are flushed before the file gets its name, and the folder is flushed after. A kill
+or a power cut leaves no half-written file under a name and undoes no finished write.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FACTS = "facts"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, flushed and renamed onto it at the end; an error leaves ``path`` as it was."""
+    """Yield a temporary path, then flush its file and rename it to ``path``; an error leaves ``path`` unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
     os.close(handle)
@@ -44,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's contents, or a folder's names, are on the disk."""
+    """Wait until a file's contents, or a folder's names, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -53,14 +53,14 @@ def flush(path: Path) -> None:
 
 
 def write_all(handle: int, data: bytes) -> None:
-    """`os.write` may write a part only; this writes the rest, too."""
+    """Write all of ``data``; a single `os.write` may write only part of it."""
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view) :]
 
 
 def move(path: Path, folder: Path) -> None:
-    """Give ``path`` the same name in ``folder``, on the disk."""
+    """Move ``path`` into ``folder`` under the same name, on disk."""
     os.replace(path, folder / path.name)
     flush(folder)
     flush(path.parent)
@@ -68,7 +68,7 @@ def move(path: Path, folder: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path``, renamed onto it at the end; nothing is left on an error.
+    """Yield a temporary folder and rename it to ``path`` at the end; an error leaves nothing behind.
 
     Raises:
         OSError: ``path`` exists by then and is not an empty folder.
@@ -87,7 +87,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def make_folder(path: Path) -> list[Path]:
-    """Make a folder and its parents, on the disk; returns those that were not there, the outermost first."""
+    """Make a folder and its parents, on disk; return the folders made, the outermost first."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()][::-1]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -96,7 +96,7 @@ def make_folder(path: Path) -> list[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Try it: permissions do not tell of a read-only file system, nor does root heed them.
+    """Make a temporary file: permissions do not show a read-only file system, and do not bind root.
 
     Raises:
         OSError: no file can be made in ``folder``.
@@ -106,18 +106,19 @@ def check_writable(folder: Path) -> None:
 
 
 def umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """The process's umask; it can be read only by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a safetensors file. The facts, anything that JSON knows, are one entry of its metadata: of several, the
-    library shuffles the order, and the same content would not be the same bytes.
+    """Write a safetensors file with facts, any JSON values, in its metadata.
+
+    All facts are one metadata entry: the library shuffles several, and the same content would give different bytes.
 
     Raises:
-        OSError: it cannot be written; ``path`` is as it was.
+        OSError: the file cannot be written; ``path`` is unchanged.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
@@ -130,10 +131,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts of a file of `write_tensors`.
+    """The facts in a file that `write_tensors` wrote.
 
     Raises:
-        OSError, SafetensorError: it cannot be read, or is no such file.
+        OSError, SafetensorError: the file cannot be read, or has no facts.
     """
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}

@@ -1,4 +1,4 @@
-"""Settings as they are given: presets, YAML files, and pairs of name and value."""
+"""Read the settings that a user gives: YAML files and NAME=VALUE pairs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from sphere_edit.config import COMMON, ConfigError, as_recorded, unused_settings
 
 
 def given_settings(file: Path | None, pairs: list[str], named: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the options name, without the preset's; of a run's ``config.yaml`` those that the method has a
-    use for."""
+    """Merge the given settings, without a preset's: the file's, then the ``--set`` pairs, then the named options.
+
+    From a run's ``config.yaml``, settings are dropped that the method and the targets do not use.
+    """
     values: dict[str, Any] = {}
     recorded: dict[str, Any] = {}
     if file is not None:
@@ -41,10 +43,10 @@ def given_settings(file: Path | None, pairs: list[str], named: Mapping[str, Any]
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """YAML as its users write it: 1e-3, which YAML 1.1 takes for a text, is a number.
+    """Parse YAML, and read 1e-3, a text in YAML 1.1, as a number.
 
     Raises:
-        ConfigError: not YAML; or a key given twice, or a number that YAML 1.1 reads in base 8 or 60 (010, 1:30).
+        ConfigError: invalid YAML, a key given twice, or a number that YAML 1.1 reads in base 8 or 60 (010, 1:30).
     """
     try:
         return _numeric(yaml.load(text, _Loader))
@@ -55,7 +57,7 @@ def read_yaml(text: str, where: str) -> Any:
 
 
 class _MisreadError(yaml.YAMLError):
-    """Sound YAML that is not read as it looks."""
+    """Valid YAML that does not mean what it seems to say."""
 
     def __init__(self, node: yaml.Node, message: str) -> None:
         super().__init__(message)
@@ -63,7 +65,7 @@ class _MisreadError(yaml.YAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Checks nodes as they are composed, before merge keys are put in place."""
+    """Check nodes while they are composed, before merge keys are resolved."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

@@ -1,4 +1,4 @@
-"""States within states: names of tensors with the prefix of what they belong to."""
+"""Nested states: the names of tensors, prefixed with the name of their owner."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def add_prefix(prefix: object, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state within a larger one: entries ``prefix.name``."""
+    """The entries of a state inside a larger one: ``prefix.name``."""
     return {f"{prefix}.{name}": value for name, value in state.items()}
 
 
 def strip_prefix(prefix: object, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `add_prefix` put into a larger state."""
+    """Undo `add_prefix`: the entries ``prefix.name`` of a larger state, by ``name``."""
     return {name.removeprefix(f"{prefix}."): value for name, value in state.items() if name.startswith(f"{prefix}.")}

@@ -1,4 +1,4 @@
-"""Seconds and bytes as one says them."""
+"""Durations and sizes in readable units."""
 
 from __future__ import annotations
 

@@ -11,30 +11,30 @@ Update = Tensor | LowRankUpdate
 
 
 def factors(update: Update) -> tuple[Tensor | None, Tensor]:
-    """Left and right factor; a matrix is right of no left one, as `HypersphereState.update_` takes it."""
+    """Left and right factor, as `HypersphereState.update_` takes them: of a matrix, None and the matrix itself."""
     return (update.left, update.right) if isinstance(update, LowRankUpdate) else (None, update)
 
 
 def of_factors(left: Tensor | None, right: Tensor) -> Update:
-    """The update that `factors` takes apart."""
+    """Inverse of `factors`."""
     return right if left is None else LowRankUpdate(left, right)
 
 
 def moved(update: Update, device: torch.device | str) -> Update:
-    """The same on another device."""
+    """The update on another device."""
     left, right = factors(update)
     return of_factors(None if left is None else left.to(device), right.to(device))
 
 
 def applied(update: Update, keys: Tensor) -> Tensor:
-    """``[b, n]``, what the update adds to a map's outputs for ``keys`` ``[b, d]``."""
+    """The change ``[b, n]`` that the update makes to a map's outputs for ``keys`` ``[b, d]``."""
     left, right = factors(update)
     out = keys @ right.T
     return out if left is None else out @ left.T
 
 
 def norm(update: Update) -> float:
-    """Frobenius norm; of ``left @ right`` from the small Gram matrices."""
+    """Frobenius norm; for factors, from their small Gram matrices."""
     if isinstance(update, Tensor):
         return float(update.double().norm())
     left, right = update.left.double(), update.right.double()

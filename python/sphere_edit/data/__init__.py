@@ -1,4 +1,4 @@
-"""Where edit requests come from: files and records in ten schemas, and facts about the world made from GeoNames."""
+"""Sources of edit requests: files and records in ten schemas, and facts about the world made from GeoNames."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def load_requests(
             ``world-facts`` (see world_facts) may have relations and settings:
             ``world-facts:city-country,country-capital,seed=1``. A file named like that is reached as ``./world-facts``.
 
-            In a file the content decides: a JSON list, JSON lines or one object, plain or gzip, of records in the
-            published schema of CounterFact, zsRE, EasyEdit (and KnowEdit), QAEdit, MQuAKE, WikiBigEdit, LRE, UnKE or
-            AKEW, or in the plain one (see the modules of these names; that of the plain one is jsonl). The name only
-            tells a table: ``.csv`` or ``.tsv``, perhaps with ``.gz``, with fields for columns (see tables).
+            The content of a file decides its format: a JSON list, JSON lines or one object, plain or gzip, of records
+            in the published schema of CounterFact, zsRE, EasyEdit (and KnowEdit), QAEdit, MQuAKE, WikiBigEdit, LRE,
+            UnKE or AKEW, or in the plain one (see the modules of these names; the plain schema is in jsonl). Only
+            tables are told by name: ``.csv`` or ``.tsv``, perhaps with ``.gz``, with fields as columns (see tables).
 
             Records are a ``datasets.Dataset``, a pandas data frame, or any iterable of mappings, in the same schemas;
             None and NaN are absent fields.
-        limit: how many requests to return at most; fewer where there are fewer. None is all.
+        limit: the most requests to return; None returns all.
         order: None keeps the order of the file. ``"mcf_index"`` keeps only the CounterFact records that have an
             ``mcf_index``, sorted by it: the records and the order of ``multi_counterfact.json``, which the published
             AlphaEdit and SPHERE runs read.
-        on_note: called with how many records were left out because they are no edits, and why; and with the fields
-            that the schema does not read.
+        on_note: called with the number of records left out because they are no edits, and the reason; and with the
+            fields that the schema does not read.
 
     Raises:
         DataError: the source cannot be used; the message names the file, and the line or record.
@@ -55,7 +55,7 @@ def load_requests(
 
 
 def load(spec: str | Path | Iterable[Any], *, limit: int | None = None, order: str | None = None) -> Loaded:
-    """What load_requests loads, with the name of its schema and what was met on the way; arguments as there."""
+    """Load requests with the name of their schema and notes on the records; arguments as for load_requests."""
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise RequestError(f"limit must be a positive integer or None, got {limit!r}")
     if order not in (None, "mcf_index"):

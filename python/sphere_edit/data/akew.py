@@ -1,4 +1,4 @@
-"""AKEW (Wu et al. 2024): facts of CounterFact, MQuAKE-CF and WikiUpdate, each told by a text of several sentences."""
+"""AKEW (Wu et al. 2024): facts of CounterFact, MQuAKE-CF and WikiUpdate, each stated in a text of several sentences."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ def recognises(fields: dict[str, Any]) -> bool:
 
 
 def records(where: str, fields: dict[str, Any]) -> Iterator[Record]:
-    """Turn one record into records of the plain schema, one for each edit, whose new target is the text. Portability
-    asks for the facts of the text one by one; the last edit has the multi-hop questions, if there are any.
+    """Turn one record into records of the plain schema, one for each edit; the text is the new target.
+
+    Portability asks for the facts of the text one by one. The last edit has the multi-hop questions, if any.
 
     Args:
-        where: the place of the record, for messages.
+        where: place of the record, for messages.
         fields: ``case_id`` and ``requested_rewrite``, an object or (MQuAKE-CF) a list of objects with ``prompt``,
             ``subject``, ``fact_new_uns`` (the text), and perhaps ``question`` (a paraphrase), ``relation_id`` and
             ``unsfact_triplets_GPT`` (``prompt`` with ``{}``, ``subject``, ``target``); perhaps ``paraphrase_prompts``,
-            and what `mquake` reads. Other fields (the short targets, neighbours, times) are not read.
+            and the fields that `mquake` reads. Other fields (the short targets, neighbours, times) are not read.
 
     Raises:
         DataError: a field is missing or of the wrong type.

@@ -27,11 +27,11 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
     """Turn one record into a request.
 
     Args:
-        where: the place of the record, for messages.
+        where: place of the record, for messages.
         fields: ``case_id``, ``requested_rewrite`` with ``prompt``, ``subject``, ``target_new.str``,
             ``target_true.str`` and perhaps ``relation_id``, then ``paraphrase_prompts``, ``neighborhood_prompts`` and
             perhaps ``generation_prompts``. Other fields are not read.
-        position: not used; the record carries its ``case_id``.
+        position: not used; ``case_id`` is the id.
 
     Raises:
         DataError: a field is missing or of the wrong type.
@@ -53,10 +53,10 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
 
 
 def mcf_index(where: str, fields: dict[str, Any]) -> int | None:
-    """The record's index in ``multi_counterfact.json``, or None where that file does not have it.
+    """The record's index in ``multi_counterfact.json``; None for a record that is not in that file.
 
     Raises:
-        DataError: the record has no such field (the published files do not: their order is the file's order).
+        DataError: the record has no field ``mcf_index`` (published files have none: their order is the file's order).
     """
     if "mcf_index" not in fields:
         raise DataError(f"{where}: order 'mcf_index' needs the field 'mcf_index' (an integer or null) in each record")

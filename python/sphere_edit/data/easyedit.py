@@ -27,8 +27,8 @@ READ = (
 
 
 def recognises(fields: dict[str, Any]) -> bool:
-    """Whether a record is of this schema; one with the rephrased and the local question only is WikiBigEdit's, and one
-    with ``portability_answers`` plain."""
+    """Whether a record is of this schema. A record with only a rephrased and a local question is WikiBigEdit's; one
+    with ``portability_answers`` is plain."""
     own = any(name in fields for name in ("ground_truth", "locality", "portability"))
     return "prompt" in fields and own and "portability_answers" not in fields
 
@@ -37,15 +37,15 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
     """Turn one record into a request. EasyEdit's *locality* is the neighbourhood, each prompt with its own answer.
 
     Args:
-        where: the place of the record, for messages.
+        where: place of the record, for messages.
         fields: ``prompt`` (with ``{}`` or the subject itself in place), ``subject``, ``target_new``; optional, absent,
             null or blank: ``ground_truth`` (the true target: a text, or a list of which the first counts),
             ``rephrase_prompt`` (a text or a list), ``locality`` (by name, an object or a list of objects with
-            ``prompt`` and ``ground_truth``), ``portability`` (likewise, all answers of a prompt being aliases of the
-            first; or one object with ``New Question`` and ``New Answer``), the flat ``locality_prompt`` and
-            ``locality_ground_truth`` and those of ``portability``, ``case_id`` or ``id``. A prompt without an answer is
-            left out. Other fields are not read.
-        position: the index of the record in the file; it is the id of a record without one.
+            ``prompt`` and ``ground_truth``), ``portability`` (likewise, where all answers to a prompt are aliases of
+            the first; or one object with ``New Question`` and ``New Answer``), the flat ``locality_prompt``,
+            ``locality_ground_truth``, ``portability_prompt`` and ``portability_ground_truth``, ``case_id`` or ``id``. A
+            prompt without an answer is left out. Other fields are not read.
+        position: index of the record in the file; the id of a record without one.
 
     Raises:
         DataError: a field is missing or of the wrong type. NoEditError: the subject is not in the prompt, or the true
@@ -74,7 +74,7 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
 
 
 def _asked(where: str, record: Fields, kind: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The prompts of a kind that have an answer, with their answers."""
+    """The prompts of one kind, each with its answers; prompts without an answer are left out."""
     for group in record.objects(kind):
         if "New Question" in group.names():
             yield from _pairs(where, group, "New Question", "New Answer")

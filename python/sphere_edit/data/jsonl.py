@@ -20,12 +20,12 @@ def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
     """Turn one record into a request.
 
     Args:
-        where: the place of the record, for messages.
+        where: place of the record, for messages.
         fields: ``prompt`` with one ``{}``, ``subject``, ``target_new``; optional, absent or null: ``target_true``,
             ``paraphrases``, ``neighborhood``, ``relation``, ``id`` (text or an integer), ``neighborhood_answers``,
             ``generation``, ``portability``, ``portability_answers``, ``multi_hop``, ``multi_hop_answers``,
             ``multi_hop_true``. See EditRequest.
-        position: the index of the record in the file; it is the id of a record without one.
+        position: index of the record in the file; the id of a record without one.
 
     Raises:
         DataError: a field is missing, unknown or of the wrong type.

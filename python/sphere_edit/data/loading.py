@@ -1,4 +1,4 @@
-"""From records to requests: which schema they are in, what is left out, and what is not read."""
+"""Turn records into requests: recognise the schema, and note the records left out and the fields not read."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ class _Schema(NamedTuple):
     parse: Callable[[str, dict[str, Any], int], EditRequest]
 
 
-# Whose records become several of the plain schema; AKEW's may have MQuAKE's fields, and all but LRE's CounterFact's.
+# Schemas whose records become several plain ones. Order matters: AKEW's records may have MQuAKE's fields, and both may
+# have CounterFact's.
 _SEVERAL: tuple[Any, ...] = (lre, akew, mquake)
-# EasyEdit's records may have WikiBigEdit's fields, and both have the plain ones: the first that fits is taken.
+# EasyEdit's records may have WikiBigEdit's fields, and both have the plain ones: the first schema that fits counts.
 _SCHEMAS = (counterfact, zsre, unke, qaedit, easyedit, wikibigedit, jsonl)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a source of requests holds.
+    """Contents of a source of requests.
 
     Args:
-        schema: the name of the schema of all records.
+        schema: name of the schema of all records.
         requests: the edits, in order.
-        left_out: for each record that is no edit, the reason with its place.
+        left_out: for each record that is no edit, its place and the reason.
         unread: the fields that the schema does not read, sorted.
     """
 
@@ -44,10 +45,10 @@ class Loaded:
     unread: tuple[str, ...] = ()
 
     def say(self, name: str, on_note: Callable[[str], None]) -> None:
-        """Say what was left out and what was not read.
+        """Call ``on_note`` with the records left out and the fields not read.
 
         Raises:
-            DataError: everything was left out.
+            DataError: all records were left out.
         """
         if self.left_out:
             count = len(self.left_out) + len(self.requests)
@@ -104,7 +105,7 @@ def load_source(source: Any, order: str | None = None) -> Loaded:
 def _recognised(
     records: Iterator[Record], order: str | None, unread: dict[str, None]
 ) -> tuple[_Schema, Iterator[Record]]:
-    """The schema that the first record shows, and all the records, those of `_SEVERAL` one for each edit."""
+    """The schema of the first record, and all records; a record of `_SEVERAL` becomes one for each edit."""
     first = next(records)  # the readers refuse a source without records
     records = chain([first], records)
     if several := next((s for s in _SEVERAL if s.recognises(first.fields)), None):

@@ -19,11 +19,11 @@ def recognises(fields: dict[str, Any]) -> bool:
 def records(where: str, fields: dict[str, Any]) -> Iterator[Record]:
     """Turn one relation into records of the plain schema, one for each sample.
 
-    LRE holds facts as they are: ``target_new`` is the true object, and there is no ``target_true``. The first template
-    is the prompt, the others make the paraphrases.
+    LRE holds true facts: ``target_new`` is the true object, and there is no ``target_true``. The first template is the
+    prompt, the others make the paraphrases.
 
     Args:
-        where: the place of the relation, for messages.
+        where: place of the relation, for messages.
         fields: ``prompt_templates`` (each with ``{}``), ``samples`` of ``subject`` and ``object``, and perhaps
             ``name``. Other fields (``properties``, ``prompt_templates_zs``) are not read.
 

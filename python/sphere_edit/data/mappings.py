@@ -12,10 +12,10 @@ def read_mappings(source: Any) -> Iterator[Record]:
     """Yield the records of an object in order; None and NaN are absent fields.
 
     Args:
-        source: a ``datasets.Dataset``, a pandas data frame, or an iterable of mappings. Arrays are taken for lists.
+        source: a ``datasets.Dataset``, a pandas data frame, or an iterable of mappings. Arrays become lists.
 
     Raises:
-        DataError: it is none of these, or has no records; the message names the record.
+        DataError: the object is none of these, or has no records; the message names the record.
     """
     if hasattr(source, "to_dict") and hasattr(source, "iterrows"):
         source = source.to_dict("records")
@@ -35,7 +35,7 @@ def read_mappings(source: Any) -> Iterator[Record]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it; what is missing is None."""
+    """A value in JSON's types; a missing value is None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):

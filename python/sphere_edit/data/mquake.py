@@ -1,4 +1,4 @@
-"""MQuAKE (Zhong et al. 2023): edits with the questions of several hops whose answers they change."""
+"""MQuAKE (Zhong et al. 2023): edits, with the multi-hop questions whose answers they change."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ def recognises(fields: dict[str, Any]) -> bool:
 
 
 def records(where: str, fields: dict[str, Any]) -> Iterator[Record]:
-    """Turn one case into records of the plain schema, one for each edit; the last has the case's multi-hop questions,
-    which ask for what all of its edits say.
+    """Turn one case into records of the plain schema, one for each edit.
+
+    The last record has the case's multi-hop questions, which ask about all of its edits.
 
     Args:
-        where: the place of the case, for messages.
+        where: place of the case, for messages.
         fields: ``case_id``, ``requested_rewrite`` (objects with ``prompt``, ``subject``, ``target_new.str``,
             ``target_true.str``, and perhaps ``question``, the paraphrase, and ``relation_id``), ``questions``,
-            ``new_answer``, and perhaps ``new_answer_alias`` and ``answer``. Other fields (the chains' single hops and
-            triples, aliases of the old answer) are not read.
+            ``new_answer``, and perhaps ``new_answer_alias`` and ``answer``. Other fields (single hops and triples of
+            the chains, aliases of the old answer) are not read.
 
     Raises:
         DataError: a field is missing or of the wrong type.

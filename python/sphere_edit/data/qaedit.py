@@ -17,14 +17,14 @@ def recognises(fields: dict[str, Any]) -> bool:
 
 
 def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
-    """Turn one record into a request; it has no true target, so there is no *success*.
+    """Turn one record into a request without a true target, and so without *success*.
 
     Args:
-        where: the place of the record, for messages.
+        where: place of the record, for messages.
         fields: ``prompt`` with the ``subject`` in it, ``target``; optional: ``id``, ``rephrase``, ``locality`` (objects
-            with ``loc`` and ``loc_ans``; one without an answer is no neighbour). Other fields (``source``) are not
+            with ``loc`` and ``loc_ans``; an object without answer is no neighbour). Other fields (``source``) are not
             read.
-        position: the index of the record in the file; it is the id of a record without one.
+        position: index of the record in the file; the id of a record without one.
 
     Raises:
         DataError: a field is missing or of the wrong type. NoEditError: the subject is not in the prompt.

@@ -1,4 +1,4 @@
-"""Reading JSON records from a file, with errors that say where they are."""
+"""Read JSON records from a file, with errors that name the place."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ BOM = b"\xef\xbb\xbf"
 
 
 class DataError(RequestError):
-    """A file of requests that cannot be used; the message names the file and the line (or record) and what is wrong."""
+    """A file of requests that cannot be used; the message names the file, the line (or record) and the problem."""
 
 
 class NoEditError(DataError):
-    """A record of a sound file that is no edit of a subject; loaders leave it out and say so."""
+    """A record of a sound file that is no edit of a subject; loaders leave the record out and say so."""
 
 
 class Record(NamedTuple):
-    """One JSON object of a file and where it stands, e.g. ``edits.jsonl, line 3``."""
+    """One JSON object of a file and its place, e.g. ``edits.jsonl, line 3``."""
 
     where: str
     fields: dict[str, Any]
@@ -38,8 +38,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
 
     Args:
         path: a JSON list of objects, JSON lines, or one object over several lines; plain or gzip. The content decides,
-            not the name, except that a file named ``.gz`` must be gzip. Blank lines are skipped, a byte order mark is
-            accepted.
+            not the name, but a file named ``.gz`` must be gzip. Blank lines are skipped; a byte order mark is accepted.
 
     Raises:
         DataError: the file is missing, unreadable, empty, not gzip though named so, cut off or damaged, not UTF-8,
@@ -57,7 +56,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The decompressed content of a file; an error while it is read names the file."""
+    """Open the decompressed content of a file; an error while reading names the file."""
     try:
         with open(path, "rb") as raw:
             yield _decompressed(raw, path)
@@ -103,7 +102,7 @@ def _records(stream: BinaryIO, path: Path) -> Iterator[Record]:
 
 
 def _goes_on(line: bytes) -> bool:
-    """Whether a line is the sound beginning of an object that later lines complete."""
+    """Whether a line is a valid beginning of an object that later lines complete."""
     try:
         json.loads(text := line.decode("utf-8", "replace"))
     except json.JSONDecodeError as error:
@@ -126,7 +125,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def utf8(data: bytes, path: Path, first_line: int) -> str:
-    """The text of some lines of a file; an error names the line."""
+    """Decode some lines of a file; an error names the line."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -153,7 +152,7 @@ class Fields:
         self._prefix = prefix
 
     def text(self, name: str) -> str:
-        """A field that must be there and hold text."""
+        """A required field with text."""
         return self._checked_text(name, self._required(name, "text"))
 
     def optional_text(self, name: str) -> str | None:
@@ -162,7 +161,7 @@ class Fields:
         return None if value is None else self._checked_text(name, value)
 
     def some_text(self, name: str) -> tuple[str, ...]:
-        """A text as a list of one; none where it is absent, null or blank."""
+        """A text as a list of one; an absent, null or blank text is an empty list."""
         value = self.optional_text(name)
         return (value,) if value and value.strip() else ()
 
@@ -176,20 +175,20 @@ class Fields:
         return tuple(self._checked_text(f"{name}[{i}]", item) for i, item in enumerate(value))
 
     def answers(self, name: str) -> tuple[str, ...]:
-        """A text, or lists of texts within each other, as one list without blanks; absent or null is an empty list."""
+        """A text, or nested lists of texts, as one flat list without blank texts; absent or null is an empty list."""
         if self.is_list(name):
             return tuple(text for texts in self.each(name) for text in texts)
         return self.some_text(name)
 
     def each(self, name: str) -> tuple[tuple[str, ...], ...]:
-        """The answers in each item of a list; a text is a list of one."""
+        """The answers of each item of a list; a text counts as a list of one."""
         if not self.is_list(name):
             return (self.answers(name),)
         items = self._items(name)
         return tuple(items.answers(place) for place in items.names())
 
     def objects(self, name: str) -> tuple[Fields, ...]:
-        """The fields of an object, or of each in a list of objects; absent or null is an empty list."""
+        """The fields of an object, or of each object in a list; absent or null is an empty list."""
         if self._fields.get(name) is None:
             return ()
         if not self.is_list(name):
@@ -204,14 +203,14 @@ class Fields:
         return tuple(self._fields)
 
     def _items(self, name: str) -> Fields:
-        """The items of a list as fields, named by their places."""
+        """The items of a list as fields, named by position."""
         return Fields(self.where, {f"{name}[{i}]": item for i, item in enumerate(self._fields[name])}, self._prefix)
 
     def template(self, question: str, subject: str) -> str:
-        """The text of one field with ``{}`` where the text of another first stands in it, as words if it does.
+        """The text of ``question`` with ``{}`` in place of the first occurrence of ``subject``, of whole words if any.
 
         Raises:
-            NoEditError: it does not stand there.
+            NoEditError: the subject does not occur.
         """
         text, about = self.text(question), self.text(subject).strip()
         if not about or about not in text:

@@ -1,4 +1,4 @@
-"""What a batch of edits did: enough to do it again without optimising, bit for bit."""
+"""Records of batches: enough to repeat a batch bit for bit, without optimising."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sphere_kernels import LowRankUpdate
 
 @dataclass(frozen=True, eq=False)
 class LayerRecord:
-    """What a batch did to one weight.
+    """Effect of a batch on one weight; all tensors are fp32 on the CPU.
 
     Attributes:
-        keys: ``[b, d]``, what was solved with.
-        update: ``[n, d]`` or its factors, projected: what the weight took.
-        sha256: of the weight afterwards; of its fp32 master where the model has 16 bits. All tensors fp32 on the CPU.
-        gradients: ``[b, n]``, with ``keys`` what the statistics of gradient targets have taken; None for others.
+        keys: ``[b, d]``, the keys of the solve.
+        update: ``[n, d]`` or its factors, the projected update that was added to the weight.
+        sha256: hash of the weight afterwards; of its fp32 master if the model has 16 bits.
+        gradients: ``[b, n]``; the statistics of gradient targets have taken them with ``keys``. None for other targets.
     """
 
     keys: Tensor
@@ -31,19 +31,19 @@ class LayerRecord:
 
     @property
     def empty(self) -> bool:
-        """Whether the weight took nothing: neither keys nor an update."""
+        """Whether the record has neither keys nor an update."""
         return len(self.keys) == 0 and isinstance(self.update, LowRankUpdate) and self.update.left.shape[1] == 0
 
 
 @dataclass(frozen=True, eq=False)
 class BatchRecord:
-    """A batch.
+    """Record of a batch.
 
     Attributes:
-        number: from 1.
+        number: number of the batch, from 1.
         requests: ids of the facts, in order.
-        layers: what each edited weight took.
-        events: what was said about it, in order.
+        layers: record of each edited weight, by layer.
+        events: events of the batch, in order.
         random_state: uint8, torch's random state on the CPU afterwards.
     """
 
@@ -55,18 +55,18 @@ class BatchRecord:
 
     @property
     def skipped(self) -> bool:
-        """Whether the guard has left the batch out: it has its number and its facts, and changes nothing."""
+        """Whether the guard left the batch out: such a record has a number and facts, but changes nothing."""
         return all(done.empty for done in self.layers.values())
 
 
 @dataclass
 class EditResult:
-    """What a call of `SphereEditor.edit` did.
+    """Result of a call of `SphereEditor.edit`.
 
     Attributes:
         requests: the facts edited, in order.
-        records: the batches, unless ``on_batch`` has taken them.
-        events: what happened, as written to ``metrics.jsonl``.
+        records: records of the batches, unless ``on_batch`` took them.
+        events: events of the call, as written to ``metrics.jsonl``.
     """
 
     requests: list[EditRequest]
@@ -75,7 +75,7 @@ class EditResult:
 
     @property
     def updates(self) -> dict[int, list[Update]]:
-        """Per edited layer the updates in the order they were added, one a batch."""
+        """The updates of each edited layer in the order of adding, one per batch."""
         found: dict[int, list[Update]] = {}
         for record in self.records:
             for layer, done in record.layers.items():
@@ -84,4 +84,4 @@ class EditResult:
 
 
 class ReplayError(ValueError):
-    """A recorded batch that does not give the recorded weights here; the message names the layer."""
+    """A recorded batch that does not give the recorded weights when repeated; the message names the layer."""

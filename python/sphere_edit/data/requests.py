@@ -1,4 +1,4 @@
-"""What an edit is: one fact to change, and the prompts that tell whether the change went well."""
+"""Edit requests: one fact to change, and the prompts that test the change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ON_CONFLICT = ("refuse", "skip")
 
 
 class RequestError(ValueError):
-    """A request that cannot be edited; the message names the request and what is wrong with it."""
+    """A request that cannot be edited; the message names the request and the problem."""
 
 
 @dataclass(frozen=True)
@@ -19,24 +19,24 @@ class EditRequest:
     """One fact to edit.
 
     Args:
-        prompt: template with exactly one ``{}`` where the subject goes, e.g. ``"The capital of {} is"``. The target
-            follows after one blank, or directly where the prompt ends in whitespace, such as the newline of a chat
-            template. One blank at its end is that blank: it is not stored. All this holds for the prompts below too.
-        subject: what the fact is about.
-        target_new: what the model shall say after the prompt. Stored without surrounding blanks.
-        target_true: what it should say now; needed for *success* and for specificity.
+        prompt: template with exactly one ``{}`` for the subject, e.g. ``"The capital of {} is"``. The target follows
+            after one blank, or directly where the prompt ends in whitespace, such as the newline of a chat template. A
+            single blank at the prompt's end is that blank and is not stored. All this holds for the prompts below too.
+        subject: the subject of the fact.
+        target_new: the continuation that the model shall give after the edit. Stored without surrounding blanks.
+        target_true: the true continuation, before the edit; needed for *success* and for specificity.
         paraphrases: complete prompts that ask for the same fact in other words (generalization).
         neighborhood: complete prompts about *other* subjects (specificity).
         relation: name of the relation, for grouping.
-        id: what identifies the request in outputs; any short string.
-        neighborhood_answers: the right answer to each prompt of the neighbourhood; empty: ``target_true`` to all.
-        generation: complete prompts for free text about the subject; empty: the prompt itself.
+        id: name of the request in outputs; any short string.
+        neighborhood_answers: the right answer to each prompt of the neighbourhood; if empty, ``target_true`` for all.
+        generation: complete prompts for free text about the subject; if empty, the prompt itself.
         portability: complete prompts whose answers follow from the edit.
-        portability_answers: of each of these a text, or a list of texts: the answer, then its aliases.
-        multi_hop: complete wordings of one question over a chain of facts, some of which this edit, or earlier ones
-            with it, have changed.
-        multi_hop_answers: its answer after the edits, then aliases of that.
-        multi_hop_true: its answer before the edits; needed for *success*.
+        portability_answers: for each of these prompts a text, or a list of texts: the answer, then its aliases.
+        multi_hop: complete wordings of one question over a chain of facts; this edit, or this and earlier edits, change
+            some of these facts.
+        multi_hop_answers: the question's answer after the edits, then its aliases.
+        multi_hop_true: the question's answer before the edits; needed for *success*.
     """
 
     prompt: str
@@ -127,12 +127,12 @@ class EditRequest:
         return self.prompt.replace("{}", self.subject)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plain schema; portability and multi-hop questions are in it only where there are any."""
+        """The request in the plain schema, with portability and multi-hop questions only if there are any."""
         return {name: value for name, value in vars(self).items() if value or name not in _FOLLOWS}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], id: str = "") -> EditRequest:
-        """Build from the plain JSONL schema; unknown keys are refused so that a typing error is not lost."""
+        """Build a request from the plain JSONL schema; unknown keys are refused, so that a typing error shows."""
         unknown = sorted(set(record) - set(FIELDS))
         if unknown:
             raise RequestError(f"request {id!r}: unknown field {unknown[0]!r}; known fields are {', '.join(FIELDS)}")
@@ -143,12 +143,12 @@ class EditRequest:
 
 
 def joint(prompt: str) -> str:
-    """What stands between a prompt and its target: nothing after whitespace, else one blank."""
+    """The text between a prompt and its target: nothing after whitespace, else one blank."""
     return "" if prompt[-1:].isspace() else " "
 
 
 def _written(prompt: str) -> str:
-    """A prompt without the one blank that `joint` puts after it."""
+    """A prompt without the blank that `joint` would put after it."""
     bare = prompt.removesuffix(" ")
     return bare if joint(bare) else prompt
 
@@ -162,7 +162,7 @@ FIELDS = tuple(field.name for field in fields(EditRequest))
 
 
 def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[EditRequest]:
-    """Accept dataclasses or plain dictionaries, in any mixture; unnamed ones are named by their place."""
+    """Convert requests and plain dictionaries, in any mixture; dictionaries without an id get their index as id."""
     out = []
     for i, request in enumerate(requests):
         if isinstance(request, EditRequest):
@@ -175,7 +175,7 @@ def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[Edi
 
 
 class Conflict(NamedTuple):
-    """Two requests of a batch that give one prompt about one subject different new targets."""
+    """Two requests of one batch with the same prompt and subject, but different new targets."""
 
     batch: int
     first: EditRequest
@@ -189,12 +189,12 @@ class Conflict(NamedTuple):
 
 
 def conflicts(requests: Sequence[EditRequest], batch_size: int) -> list[Conflict]:
-    """The contradictions within the batches: each later request with the first that it contradicts."""
+    """The contradictions within batches: each later request with the first request that it contradicts."""
     return _walk(requests, batch_size, skip=False)[1]
 
 
 def _walk(requests: Sequence[EditRequest], batch_size: int, skip: bool) -> tuple[list[EditRequest], list[Conflict]]:
-    """The requests batch by batch, and contradictions; with ``skip`` the later request of each is in no batch."""
+    """The requests to edit, and the contradictions within batches; ``skip`` leaves out each later request."""
     kept: list[EditRequest] = []
     found: list[Conflict] = []
     seen: dict[str, EditRequest] = {}
@@ -211,14 +211,14 @@ def _walk(requests: Sequence[EditRequest], batch_size: int, skip: bool) -> tuple
 
 
 def duplicates(requests: Sequence[EditRequest]) -> list[tuple[EditRequest, EditRequest]]:
-    """Each request that asks an earlier one's edit again, after that earlier one."""
+    """Pairs of requests for the same edit: the first one, and each later one."""
     seen: dict[tuple[str, str], EditRequest] = {}
     pairs = ((seen.setdefault((_asked(request), request.target_new), request), request) for request in requests)
     return [(first, later) for first, later in pairs if first is not later]
 
 
 def check_batches(requests: Sequence[EditRequest], batch_size: int) -> None:
-    """Refuse batches that contradict themselves; the message names all contradictions, up to 20."""
+    """Raise RequestError for contradictions within a batch; the message names all contradictions, up to 20."""
     if found := conflicts(requests, batch_size):
         count = f"{len(found)} contradictions: " if len(found) > 1 else ""
         told = listed(f"batch {conflict.batch} (batch size {batch_size}): {conflict}" for conflict in found)
@@ -238,7 +238,7 @@ def settle_conflicts(
         on_note: called with the requests left out, if any.
 
     Raises:
-        RequestError: there are contradictions and they are refused; or ``on_conflict`` is neither.
+        RequestError: there are contradictions to refuse, or ``on_conflict`` is neither of the two.
     """
     if on_conflict not in ON_CONFLICT:
         raise RequestError(f"on_conflict: expected one of {', '.join(ON_CONFLICT)}, got {on_conflict!r}")
@@ -253,13 +253,13 @@ def settle_conflicts(
 
 
 def listed(texts: Iterable[str], most: int = 20) -> str:
-    """Texts in a row; after the first ``most`` their number only."""
+    """The first ``most`` texts in one line, then the number of the others."""
     every = list(texts)
     return "; ".join(every[:most]) + (f"; and {len(every) - most} more" if len(every) > most else "")
 
 
 def _asked(request: EditRequest) -> str:
-    """What a request asks, whatever its case and blanks."""
+    """The prompt of a request with its subject, in one case and with single blanks."""
     return " ".join(request.text.split()).casefold()
 
 

@@ -25,9 +25,9 @@ def read_table(path: Path) -> Iterator[Record]:
     """Yield the rows of a table in order.
 
     Args:
-        path: CSV or TSV in UTF-8 with a header, plain or gzip; quoted as spreadsheets do. An empty cell is an absent
-            field. A cell of a field that may be a list (``paraphrases``, ``neighborhood``, …) is JSON where it begins
-            with ``[``, else it is one text, and one of an object (``locality``) is JSON.
+        path: CSV or TSV in UTF-8 with a header, plain or gzip, quoted as by spreadsheets. An empty cell is an absent
+            field. In a field that may be a list (``paraphrases``, ``neighborhood``, …), a cell that begins with ``[``
+            is JSON, any other is one text. In a field of objects (``locality``), a cell is JSON.
 
     Raises:
         DataError: the file cannot be read, or a row does not fit the header; the message names the line.

@@ -1,4 +1,4 @@
-"""UnKEBench (Deng et al. 2024, UnKE): questions that are answered by a text of several sentences."""
+"""UnKEBench (Deng et al. 2024, UnKE): questions, each answered by a text of several sentences."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ def recognises(fields: dict[str, Any]) -> bool:
 
 
 def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
-    """Turn one record into a request. The schema names no subject: the whole question is taken for it, so that keys are
-    read at its last token, as UnKE does. The questions about parts of the text are the portability.
+    """Turn one record into a request.
+
+    The schema names no subject. The whole question serves as the subject, so that keys are read at the question's last
+    token, as UnKE does. The questions about parts of the text are the portability.
 
     Args:
-        where: the place of the record, for messages.
+        where: place of the record, for messages.
         fields: ``question``, ``answer`` (the text), ``para_question``; optional: ``id``, ``sub_question`` and
             ``sub_answer``, lists of one length. Other fields are not read.
-        position: the index of the record in the file; it is the id of a record without one.
+        position: index of the record in the file; the id of a record without one.
 
     Raises:
         DataError: a field is missing or of the wrong type, or the two lists differ in length.

@@ -7,7 +7,7 @@ from typing import Any
 from sphere_edit.data.reading import Fields
 from sphere_edit.data.requests import EditRequest
 
-# As the authors publish it, and as EasyEdit and those after it name the same.
+# The authors' field names, and the names that EasyEdit and its successors give the same fields.
 _PUBLISHED = ("update", "ans", "rephrase", "loc", "loc_ans")
 _EASYEDIT = ("prompt", "target_new", "rephrase_prompt", "locality_prompt", "locality_ground_truth")
 
@@ -21,15 +21,15 @@ def recognises(fields: dict[str, Any]) -> bool:
 
 
 def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
-    """Turn one record into a request; it has no true target, so there is no *success*.
+    """Turn one record into a request without a true target, and so without *success*.
 
     Args:
-        where: the place of the record, for messages.
+        where: place of the record, for messages.
         fields: ``subject`` and ``update``, ``ans``, ``rephrase``, ``loc``, ``loc_ans``; or the same as ``prompt``,
             ``target_new``, ``rephrase_prompt``, ``locality_prompt``, ``locality_ground_truth``; and ``mhop`` and
             ``mhop_ans``, the multi-hop question. All but the first three may be absent, null or blank. Other fields
             (personas) are not read.
-        position: the index of the record in the file; its id.
+        position: index of the record in the file, and its id.
 
     Raises:
         DataError: a field is missing or of the wrong type. NoEditError: the subject is not in the question.

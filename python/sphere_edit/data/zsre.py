@@ -1,4 +1,4 @@
-"""zsRE questions in the schema of MEND (Levy et al. 2017, Mitchell et al. 2022), read as MEMIT reads them."""
+"""zsRE questions in MEND's schema (Levy et al. 2017, Mitchell et al. 2022), read in the way of MEMIT."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def recognises(fields: dict[str, Any]) -> bool:
 def parse(where: str, fields: dict[str, Any], position: int) -> EditRequest:
     """Turn one record into a request, as MEMIT, AlphaEdit and SPHERE do: the first of ``answers`` is the new target.
 
-    The neighbourhood is the question ``loc`` as it stands (with its ``nq question: ``) and ``?``. There is no true
-    target, so there is no *success*. The published code scores zsRE by the share of a target's tokens that are the
-    argmax; *accuracy* here asks for all of them, as everywhere.
+    The neighbourhood is the unchanged question ``loc`` (with its ``nq question: ``) and ``?``. There is no true target,
+    so there is no *success*. The published code scores zsRE by the share of a target's tokens that are the argmax;
+    *accuracy* here requires all of them, as everywhere.
 
     Args:
-        where: the place of the record, for messages.
+        where: place of the record, for messages.
         fields: ``subject``, ``src``, ``answers``, and unless absent, null or blank ``rephrase`` and ``loc`` with
             ``loc_ans``. Other fields are not read (``alt`` among them, which EasyEdit takes for the new target).
-        position: the index of the record in the file; its id.
+        position: index of the record in the file, and its id.
 
     Raises:
         DataError: a field is missing or of the wrong type. NoEditError: the subject is not in ``src``.

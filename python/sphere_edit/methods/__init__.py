@@ -1,8 +1,8 @@
-"""Editors: how the update of one weight follows from keys and residuals.
+"""Editing methods: each computes the updates of weights, from keys and residuals or by training.
 
-A method is a class with `Method`'s functions; SPHERE's projection, and REVIVE's filter, come after any of them. To add
-one, put a file with it into this folder, ``class Mine(Method, name="mine")``, and nothing else; or leave it where it is
-and name it as ``package.module:Class``.
+A method is a subclass of `Method` and declares its own settings and presets. SPHERE's projection and REVIVE's filter
+come after every method. To add a method, put a file with ``class Mine(Method, name="mine")`` into this folder; nothing
+else is needed. Or leave the class in a module of your own and name it as ``package.module:Class``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sphere_edit.updates import Update
 
 __all__ = ["METHODS", "Method", "Update", "make_method", "method_class"]
 
-# The order in which they are named to users; those of files added later follow.
+# The order in which users see the methods; methods in files added later follow.
 for _name in ("alphaedit", "memit", "rect", "prune", "rome", "ridge", "fine_tuning"):
     importlib.import_module(f"{__name__}.{_name}")
 for _module in pkgutil.iter_modules(__path__):
@@ -28,19 +28,19 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def make_method(config: EditConfig, covariances: Mapping[int, Tensor]) -> Method:
-    """The method that the configuration names, for the layers of ``covariances`` ``{layer: [d, d]}``."""
+    """Make the configured method for the layers of ``covariances`` ``{layer: [d, d]}``."""
     return method_class(config)(config, covariances)
 
 
 def method_class(config: EditConfig) -> type[Method]:
     """The class that ``config.method`` names.
 
-    A ``package.module:Class`` must have been imported: settings may be read from a file of someone else's, and a name
-    in a file runs no code here. The command imports what its user types as ``--method``, and what a settings file or
-    a run folder names by ``--trust-remote-code`` only.
+    The module of a ``package.module:Class`` must be imported before: settings may come from someone else's file, and a
+    name in a file runs no code here. The command imports the module of a ``--method`` that its user types; it imports
+    a module that a settings file or a run folder names with ``--trust-remote-code`` only.
 
     Raises:
-        ConfigError: there is no such method.
+        ConfigError: the method is unknown, its module is not imported, or it is no class made from `Method`.
     """
     name = config.method
     if ":" in name:

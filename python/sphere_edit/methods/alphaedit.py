@@ -17,12 +17,13 @@ from sphere_kernels.streaming import NullSpace, RecursiveLeastSquares
 class AlphaEdit(WithHistory, name="alphaedit"):
     """Solve ``(P(KKᵀ + C) + λI) Δᵀ = P K Rᵀ`` for every layer, ``P`` the null-space projector, ``C`` the history.
 
-    See `sphere_kernels.streaming.RecursiveLeastSquares`, which never forms or factors a d×d system as published code
-    does. The published order adds to the history the keys computed anew after all layers. A layer's keys depend on the
-    layers below it only, which are final when it is solved for: they are the same keys, and the solve is reused.
+    The solver is `sphere_kernels.streaming.RecursiveLeastSquares`. Published code forms and factors a d×d system, this
+    solver never does. Published code recomputes the keys after all layers and adds them to the history. A layer's keys
+    depend only on the layers below, and these are final when the layer is solved for: both keys are the same, so the
+    solve is reused.
 
     Args:
-        config: its settings and those of the loop.
+        config: the method's settings and the loop's.
         covariances: ``{layer: E[k kᵀ]}`` ``[d, d]`` fp64.
 
     Raises:
@@ -34,10 +35,12 @@ class AlphaEdit(WithHistory, name="alphaedit"):
     settings = {
         "null_space": flag(
             True,
-            "Project onto the null space of the key covariance; off, P is the identity: a ridge least-squares.",
+            "Project onto the null space of the key covariance. Off: P is the identity, the solve a ridge regression.",
             "--null-space/--no-null-space",
         ),
-        "null_space_threshold": positive(2e-2, "Eigenvalues of the key covariance below this span the null space."),
+        "null_space_threshold": positive(
+            2e-2, "Eigenvectors of the key covariance with eigenvalues below this span the null space."
+        ),
         "ridge": positive(10.0, "λ of the solve."),
     }
 
@@ -48,7 +51,7 @@ class AlphaEdit(WithHistory, name="alphaedit"):
             space = null_space(covariances, layer, config.null_space_threshold) if config.null_space else None
             d = len(covariance)
             self.null_space_rank[layer] = d if space is None or space.removed is None else d - space.removed.shape[1]
-            # Keys are about as long as those of the covariance's text; a hundred times longer ones are seen.
+            # Keys are about as long as the keys of the covariance's text; some are a hundred times longer.
             reach = float(covariance.trace()) / config.ridge * torch.finfo(torch.float32).eps
             dtype = torch.float32 if reach < 1e-5 else torch.float64
             self._solvers[layer] = RecursiveLeastSquares(config.ridge, d, space, dtype=dtype, device=covariance.device)
@@ -62,7 +65,7 @@ class AlphaEdit(WithHistory, name="alphaedit"):
 
 
 def null_space(covariances: Mapping[int, Tensor], layer: int, threshold: float) -> NullSpace:
-    """Eigenvectors of a layer's covariance ``[d, d]``, kept where their eigenvalues are below ``threshold``."""
+    """Null space of a layer's covariance ``[d, d]``: the eigenvectors with eigenvalues below ``threshold``."""
     if isinstance(covariances, KeyCovariances):
         values, vectors = covariances.eigh(layer)
     else:

@@ -1,4 +1,4 @@
-"""What every editing method is made of."""
+"""The base class of editing methods."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from sphere_kernels import LowRankUpdate
 
 
 class Method:
-    """Solves for updates layer by layer and remembers what it has written, batch by batch.
+    """Base class: a method solves for updates layer by layer and keeps a history of the written batches.
 
-    A method defines `solve`, and what else differs from the functions here, which do nothing. In a batch every layer is
-    solved for, reshaped, projected (SPHERE), restrained and written before the next one is solved for; with ``project:
-    batch`` all are solved for first, and with ``project: solve`` keys come half projected.
+    A method defines `solve` and overrides other functions as needed; here they do nothing. In a batch, every layer is
+    solved for, and its update reshaped, projected (SPHERE), restrained and written, before the next layer is solved
+    for. With ``project: batch`` all layers are solved for first; with ``project: solve`` the keys come half projected.
 
-    A class with ``name=`` is a method of that name: ``class Mine(Method, name="mine")``. A class of one's own elsewhere
-    needs none; it is named ``package.module:Class``.
+    A class with ``name=`` is a method of that name: ``class Mine(Method, name="mine")``. A class in a module of your
+    own needs no name: users name it as ``package.module:Class``.
 
     Attributes:
-        settings: that this method declares, by name; they are checked, recorded and resumed like all others, and read
-            from ``config``.
-        presets: ``{preset: settings}``, any settings, for presets that are changed by choosing this method; ``"*"``
-            for all of them.
-        place: share of the depth at which the one block is that it edits by default; None for five blocks.
-        trains: updates come of training the weights (`sphere_edit.methods.fine_tuning`), and not of `solve`: the method
-            gets no covariances.
-        projects: SPHERE's projection is not of the updates; the method does its own in `finish`.
+        settings: the settings that this method declares, by name. They are checked, recorded and resumed like all
+            others, and are attributes of ``config``.
+        presets: ``{preset: settings}``, the settings, of any kind, that this method changes in a preset; ``"*"``
+            changes every preset.
+        place: the depth, as a share, of the one block that the method edits by default; None for five blocks.
+        trains: training gives the updates (`sphere_edit.methods.fine_tuning`), not `solve`; the method gets no
+            covariances.
+        projects: the loop does not project this method's updates; `finish` does.
 
     Args:
         config: all settings.
@@ -60,29 +60,29 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} does not solve for updates")
 
     def reshape(self, layer: int, update: LowRankUpdate, weight: Tensor) -> Update:
-        """The update solved for ``weight [n, d]``, as it shall be projected."""
+        """Change the solved update of ``weight [n, d]`` before it is projected."""
         return update
 
     def restrain(self, layer: int, update: Update, weight: Tensor, original: Tensor) -> Update:
-        """The projected update, as it shall be added to ``weight``, which was ``original`` before all edits."""
+        """Change the projected update before it is added to ``weight``; ``original`` is the weight before all edits."""
         return update
 
     def finish(self, layer: int, weight: Tensor, original: Tensor) -> Tensor:
-        """The weight ``[n, d]`` to evaluate and save where the loop's is ``weight`` and was ``original`` at first."""
+        """The weight ``[n, d]`` to evaluate and save; ``weight`` is the loop's, ``original`` is before all edits."""
         return weight
 
     def remember(self, layer: int, keys: Tensor) -> None:
-        """As `solve`, for a batch whose update is known."""
+        """Take the keys of a batch whose update is known, as `solve` takes them."""
 
     def commit(self) -> None:
-        """The batch solved for has been written in every layer: add it to the history."""
+        """Add the solved batch to the history: it has been written in every layer."""
 
     def rollback(self) -> None:
-        """The batch was not written: forget what was solved since the last commit."""
+        """Forget all solves since the last commit: the batch was not written."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The history, by reference."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state_dict` of a method made alike; raises ValueError for another, before anything changes."""
+        """Restore a `state_dict` of a method made alike; raise ValueError for another, before anything changes."""

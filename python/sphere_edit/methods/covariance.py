@@ -1,7 +1,8 @@
-"""Second moment of the keys of each edited layer, ``E[k kᵀ]``, over text; kept on disk, as are its eigenvectors.
+"""Second moments of each edited layer's keys over text, ``E[k kᵀ]``, and their eigenvectors, kept on disk.
 
-A file's name says model, layer and text, and ends in a hash of what determines it: the model's weights up to the
-layer, the layer, the text and how much of it was read. An edited or another model therefore never meets a wrong file.
+A file's name gives model, layer and text, and ends in a hash of everything that determines the moment, such as the
+model's weights up to the layer, the layer, the text, its tokenizer and the number of tokens read. An edited or another
+model therefore never gets a wrong file.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from sphere_edit.model.text import text_path, token_windows
 from sphere_edit.model.tokens import readable
 
 _WINDOW, _ROWS = 256, 8
-_FEW = 8  # tokens per dimension below which the covariance is doubtful
+_FEW = 8  # tokens per dimension; with fewer the covariance is doubtful
 _FORMAT = "1"
 
 
 def layer_fingerprints(model: Any, structure: ModelStructure, layers: Sequence[int]) -> dict[int, str]:
-    """For each layer the SHA-256 of everything its keys depend on: the embeddings and all blocks up to it."""
+    """SHA-256 by layer of all that its keys depend on: settings, parameters outside blocks, blocks up to the layer."""
     digest = hashlib.sha256(model.config.to_json_string(use_diff=True).encode())
     inside = {id(p) for block in structure.blocks for p in block.parameters()}
     outside = [p for p in model.parameters() if id(p) not in inside]
@@ -56,11 +57,11 @@ def key_covariances(
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> KeyCovariances:
-    """``{layer: [d, d]}`` fp64 on the model's device, from the cache or by one pass over the text.
+    """Key covariances ``{layer: [d, d]}``, fp64 on the model's device, from the cache or by one pass over the text.
 
     Args:
-        layers: ascending; one pass serves all that are not in the cache.
-        cache: folder of the files; made if absent.
+        layers: ascending; one pass measures all layers that are not in the cache.
+        cache: folder of the files; made if missing.
         progress: called with (tokens read, tokens at most).
 
     Raises:
@@ -81,10 +82,10 @@ def key_covariances(
 
 
 class KeyCovariances(dict[int, Tensor]):
-    """Second moments of keys by layer, ``[d, d]`` fp64, with eigendecompositions that are kept beside their files.
+    """Second moments of keys by layer, ``[d, d]`` fp64; `eigh` keeps eigendecompositions beside their files.
 
     Args:
-        paths: by layer the file that holds the moment.
+        paths: the file of each layer's moment.
     """
 
     def __init__(self, moments: Mapping[int, Tensor], paths: Mapping[int, Path]) -> None:
@@ -106,7 +107,7 @@ class KeyCovariances(dict[int, Tensor]):
 def covariances_to_measure(
     model: Any, tokenizer: Any, structure: ModelStructure, layers: Sequence[int], config: EditConfig, cache: Path
 ) -> list[int]:
-    """The layers whose covariance `key_covariances`, with the same arguments, would not find in the cache."""
+    """The layers whose covariance is not in the cache; `key_covariances` with the same arguments would measure them."""
     _, found = _cached(_described(model, tokenizer, structure, layers, config), model, config, cache)
     return [layer for layer, moment in found.items() if moment is None]
 
@@ -114,7 +115,7 @@ def covariances_to_measure(
 def _cached(
     described: dict[int, dict[str, str]], model: Any, config: EditConfig, cache: Path
 ) -> tuple[dict[int, Path], dict[int, Tensor | None]]:
-    """By layer the file, and the moment where the file has it."""
+    """Each layer's file, and each layer's moment, None where the file does not have it."""
     paths = {layer: _path(cache, own, model, config.covariance_text) for layer, own in described.items()}
     found = {layer: _load(paths[layer], own, "moment") for layer, own in described.items()}
     return paths, {layer: None if own is None else own[0] for layer, own in found.items()}
@@ -123,7 +124,7 @@ def _cached(
 def _described(
     model: Any, tokenizer: Any, structure: ModelStructure, layers: Sequence[int], config: EditConfig
 ) -> dict[int, dict[str, str]]:
-    """By layer all that determines its covariance."""
+    """Everything that determines each layer's covariance."""
     text = file_sha256(text_path(config.covariance_text))
     prints = layer_fingerprints(model, structure, layers)
     return {
@@ -187,7 +188,7 @@ def _warn_if_few(tokens: int, d: int) -> None:
 
 
 def _path(cache: Path, described: dict[str, str], model: Any, text: str) -> Path:
-    """The names are for the reader: the hash decides, whatever the model was called when the file was made."""
+    """Path of the file with this hash, under any model name; the names are for human readers."""
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
     names = [re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).name)[:40] for name in (model.config.name_or_path, text)]
     made = cache / f"{names[0] or 'model'}-layer{described['layer']}-{names[1]}-{key}.safetensors"
@@ -195,7 +196,7 @@ def _path(cache: Path, described: dict[str, str], model: Any, text: str) -> Path
 
 
 def _load(path: Path, described: dict[str, str], *names: str) -> list[Tensor] | None:
-    """Cached tensors; None if there is no file or it is damaged (they are then computed anew)."""
+    """Cached tensors; None if the file is missing, damaged or of another origin (they are then computed anew)."""
     if not path.exists():
         return None
     try:
@@ -214,7 +215,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
 
 
 class KeyMoments:
-    """Sums ``kᵀk`` of the keys of some layers while the model runs over text; fp64 ``[d, d]`` each."""
+    """Sums ``kᵀk`` of some layers' keys, fp64 ``[d, d]`` each, taken while the model runs over text."""
 
     def __init__(self, structure: ModelStructure, layers: Sequence[int]) -> None:
         self._structure, self._layers = structure, layers
@@ -223,7 +224,7 @@ class KeyMoments:
 
     @torch.no_grad()
     def add(self, model: Any, ids: Tensor) -> None:
-        """Add the keys of ``ids`` ``[rows, tokens]``, all of them real tokens."""
+        """Add the keys of ``ids`` ``[rows, tokens]``, which have no padding."""
         handles = [
             self._structure.edited[layer].module.register_forward_pre_hook(self._hook(layer)) for layer in self._layers
         ]

@@ -1,4 +1,4 @@
-"""FT: fine-tuning of the edited weights on the facts themselves, as an update that is not written yet."""
+"""FT: fine-tune the edited weights on the facts; the result is updates, not yet written."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _TOKENS_PER_PASS = 4096
 
 
 class FineTuning(Method, name="ft"):
-    """Adam on the edited weights, see `tune`; it remembers nothing.
+    """Adam on the edited weights, without a history (see `tune`).
 
-    Batch after batch, each to its end, is depth-first: later batches overwrite earlier ones. Breadth-first
-    (``ft_minibatch``) goes through all facts of a batch in epochs, so the batch should be the whole set; it is kept
-    whole or undone, and an interrupted one begins anew.
+    Training each batch to its end, one after the other, is depth-first: later batches overwrite earlier ones.
+    Breadth-first (``ft_minibatch``) goes through all facts of a batch in epochs, so the batch should be the whole set.
+    Such a batch is kept whole or undone, and an interrupted one begins anew.
     """
 
     settings = {
-        "ft_steps": positive_int(25, "Steps of Adam on the edited weights at most; with ft_minibatch, epochs."),
+        "ft_steps": positive_int(25, "The most steps of Adam on the edited weights; with ft_minibatch, epochs."),
         "ft_lr": positive(5e-4, "Learning rate of Adam."),
-        "ft_stop": not_negative(1e-2, "Mean NLL of the targets at which it stops."),
+        "ft_stop": not_negative(1e-2, "Training stops when the mean NLL of the targets falls below this."),
         "ft_minibatch": count(
             0,
-            "Facts of one step of Adam; the batch should then be the whole set (LocFT-BF's breadth-first order, see "
-            "`sphere_edit.methods.fine_tuning`). 0: each step takes the batch.",
+            "Facts per step of Adam; the batch should then be the whole set (LocFT-BF's breadth-first order, see "
+            "`sphere_edit.methods.fine_tuning`). 0: each step takes the whole batch.",
         ),
         "ft_eos": flag(False, "Targets end in the end-of-text token."),
     }
@@ -46,12 +46,12 @@ class FineTuning(Method, name="ft"):
 
 @dataclass(frozen=True)
 class Tuned:
-    """What fine-tuning gave.
+    """Result of fine-tuning.
 
     Attributes:
         updates: ``{layer: [n, d]}`` fp32.
-        nll: ``[facts]`` fp32, mean negative log-likelihood of a target token when the fact was last run, in nats.
-        steps: how many were made.
+        nll: ``[facts]`` fp32, mean negative log-likelihood of a target token at the fact's last pass, in nats.
+        steps: number of steps made.
     """
 
     updates: dict[int, Tensor]
@@ -61,14 +61,14 @@ class Tuned:
 
 @dataclass
 class _Part:
-    """Facts that are run together; ``read``s are the places of target tokens, ``want`` the tokens."""
+    """Facts that run together; ``read_row``, ``read_column`` are the places that predict the target tokens ``want``."""
 
     facts: list[int]
     replay: Replay
     read_row: Tensor
     read_column: Tensor
     want: Tensor
-    share: Tensor  # of a place in its fact's mean
+    share: Tensor  # weight of a place in its fact's mean
 
     def nll(self, structure: ModelStructure) -> Tensor:
         out = self.replay.run(self.replay.hidden)[self.read_row, self.read_column]
@@ -88,23 +88,23 @@ def tune(
     layers: Sequence[int],
     progress: Callable[[int, int], None] | None = None,
 ) -> Tuned:
-    """Adam on updates of the edited weights: the mean over facts of the NLL of their targets after the bare prompts.
+    """Train updates of the edited weights by Adam: minimise the mean over facts of their targets' NLL.
 
-    Each step takes the whole batch. It stops when that mean is below ``ft_stop``, or after ``ft_steps`` steps. Only the
-    blocks from the first edited one on are run, under weights that stay as they are.
+    Targets follow the bare prompts. Each step takes the whole batch. Training stops when the mean is below ``ft_stop``,
+    or after ``ft_steps`` steps. Only the blocks from the first edited one on are run; the weights stay as they are.
 
-    Breadth-first, with ``ft_minibatch``, a step takes so many facts, and ``ft_steps`` counts epochs: rounds through all
-    facts of the batch, each in an order of its own. A step whose mean is below ``ft_stop`` is left out, and an epoch
-    whose mean is ends it. With ``ft_eos`` the end-of-text token is the last token of every target.
+    Breadth-first, with ``ft_minibatch``, a step takes that many facts, and ``ft_steps`` counts epochs: rounds through
+    all facts of the batch, each in an order of its own. A step is left out when its mean is below ``ft_stop``, and an
+    epoch with a mean below ``ft_stop`` is the last. With ``ft_eos`` every target ends in the end-of-text token.
 
     Args:
-        model: causal LM in evaluation mode without parameter gradients (see `inference.frozen`).
+        model: causal LM in evaluation mode without parameter gradients (see `sphere_edit.model.inference.frozen`).
 
-    Source: the FT baseline of ROME and AlphaEdit, whose code predicts every target token from the prompt's last
-        position, where here each follows those before it, and steps once for each part of a batch. Breadth-first:
-        Yang et al., Fine-tuning Done Right in Model Editing (LocFT-BF, arXiv 2509.22072), whose code was read: epochs,
-        stop rules, EOS and Adam are as there; orders are drawn otherwise, and Adam moves an fp32 update that is
-        written (and projected) in the end, where theirs moves the weight itself.
+    Source: the FT baseline of ROME and AlphaEdit. Their code predicts every target token from the prompt's last
+        position, and steps once for each part of a batch; here each target token follows the tokens before it.
+        Breadth-first: Yang et al., Fine-tuning Done Right in Model Editing (LocFT-BF, arXiv 2509.22072), whose code was
+        read. Epochs, stop rules, EOS and Adam are as in that code. Orders are drawn differently, and Adam moves an fp32
+        update that is (projected and) written at the end; in that code Adam moves the weight itself.
     """
     rows = [encode(tokenizer, r.prompt, r.subject, r.target_new, ended=config.ft_eos) for r in requests]
     updates = {
@@ -139,7 +139,7 @@ def tune(
 
 
 def _minibatches(facts: int, size: int, drawn: torch.Generator) -> list[list[int]]:
-    """The facts of an epoch, ``size`` at a time in an order of its own; of size 0 all at once as they are."""
+    """The facts of an epoch, ``size`` at a time in an order of its own; with size 0, all at once in their order."""
     if not size:
         return [list(range(facts))]
     order = torch.randperm(facts, generator=drawn).tolist()
@@ -171,7 +171,7 @@ def _part(model: Any, structure: ModelStructure, every: Sequence[Row], facts: Se
 
 @contextmanager
 def _added(module: nn.Module, update: Tensor):
-    """Within, the linear map also applies ``update [n, d]``."""
+    """Inside the context, the linear map also applies ``update [n, d]``."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         return out + nn.functional.linear(args[0].to(update.dtype), update).to(out.dtype)

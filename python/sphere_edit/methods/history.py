@@ -1,4 +1,4 @@
-"""What methods with a history of keys are made of."""
+"""The base class of methods with a history of keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sphere_kernels.streaming import RecursiveLeastSquares
 
 
 class WithHistory(Method):
-    """Recursive solvers by layer; what was solved since the last commit is kept or forgotten for all of them."""
+    """One recursive solver per layer; a commit or rollback concerns all solves since the last commit."""
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
         self._solvers: dict[int, RecursiveLeastSquares] = {}

@@ -1,4 +1,4 @@
-"""Methods of one's own, by the name of their module and class."""
+"""Import user-defined methods by module and class name."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from sphere_edit.config import ConfigError
 
 
 def import_method(name: str, trusted: bool) -> None:
-    """Import the module of a method named ``package.module:Class``; its code is run.
+    """Import the module of a method named ``package.module:Class``; this runs the module's code.
 
-    A settings file or a run folder may come from someone else, and what it names must not run for that reason alone.
+    A settings file or a run folder may come from someone else: a name in one must not run code for that reason alone.
 
     Args:
-        trusted: the user has typed the name, or said ``--trust-remote-code``.
+        trusted: the user typed the name, or gave ``--trust-remote-code``.
 
     Raises:
-        ConfigError: not trusted, or it cannot be imported.
+        ConfigError: the name is not trusted, or its module cannot be imported.
     """
     module, colon, _ = name.partition(":")
     if not colon:
@@ -28,7 +28,7 @@ def import_method(name: str, trusted: bool) -> None:
             f"method: {name} is code that a file names; if you trust it, give --method {name} or --trust-remote-code"
         )
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that nothing is hidden by it
+        sys.path.append(os.getcwd())  # last, so that it hides no other module
     try:
         importlib.import_module(module)
     except Exception as error:

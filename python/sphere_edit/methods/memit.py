@@ -1,4 +1,4 @@
-"""MEMIT: least squares against the covariance of the keys of general text, and of earlier edits if asked."""
+"""MEMIT: least squares against the key covariance of general text and, optionally, the keys of earlier edits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Memit(WithHistory, name="memit"):
     Cov is factored once. With a history the recursion runs on whitened keys, for which ``w Cov`` is the identity.
 
     Args:
-        config: its settings and those of the loop.
+        config: the method's settings and the loop's.
         covariances: ``{layer: E[k kᵀ]}`` ``[d, d]`` fp64.
 
     Raises:
@@ -30,13 +30,13 @@ class Memit(WithHistory, name="memit"):
 
     settings = {
         "covariance_weight": positive(15000.0, "w: weight of the key covariance in the solve."),
-        "history": flag(False, "Solve against the keys of earlier batches too; published without."),
+        "history": flag(False, "Solve against the keys of earlier batches too; off as published."),
     }
     presets = {
         "*": {"alpha": 0.8},
         "gpt2-xl": {"covariance_weight": 20000.0},
-        # The published 15,000 are about Llama-3's features of a key, so that general text weighs like one edit; here
-        # are 1,536.
+        # The published 15,000 is about the number of features in Llama-3's keys, so that general text weighs like one
+        # edit; keys here have 1,536.
         "smollm2-135m": {"covariance_weight": 1500.0},
     }
 
@@ -64,7 +64,7 @@ class Memit(WithHistory, name="memit"):
 
 
 def factored(covariances: Mapping[int, Tensor], weight: float) -> dict[int, FactoredCovariance]:
-    """Key covariances by layer, ready to be solved with; raises ValueError naming the layer of one that is not."""
+    """Factor the key covariances by layer; a ValueError names the layer of one that cannot be factored."""
     found = {}
     for layer, covariance in covariances.items():
         try:

@@ -1,4 +1,4 @@
-"""PRUNE: MEMIT, with the singular values of all that was added held down to those of the weight before."""
+"""PRUNE: MEMIT, with the sum of updates restrained by the largest singular value of the weight before."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sphere_kernels import LowRankUpdate, principal_directions, sparse_projectio
 
 
 class Prune(Memit, name="prune"):
-    """MEMIT; of the sum of all updates, singular values ``s`` above ``m``, the largest of the weight before, are
-    written as ``min(s, m + log(s / m))``.
+    """MEMIT with a restrained sum of updates: singular values ``s > m`` of the sum become ``min(s, m + log(s / m))``.
 
-    The sum is not stored: it follows from the weight, since that function has an inverse. Later batches are solved for
-    the weight that is used. Below ``m = 1`` the published ``m + log(s / m)`` would enlarge what is little above m.
+    ``m`` is the largest singular value of the weight before all edits. The sum is not stored: it follows from the
+    weight, since that function has an inverse. Later batches are solved for the weight that is used. For ``m < 1`` the
+    published ``m + log(s / m)`` alone would enlarge singular values just above m.
 
-    With ``prune_in: copies``, as published, updates are written whole, and that is what `finish` does; SPHERE then
-    projects the restrained sum, out of the directions of the weight before.
+    With ``prune_in: copies``, as published, the loop writes whole updates and `finish` restrains their sum; SPHERE then
+    projects the restrained sum out of the directions of the weight before.
 
     Source: Ma et al., Perturbation-Restrained Sequential Model Editing (ICLR 2025).
     """
@@ -29,10 +29,10 @@ class Prune(Memit, name="prune"):
     settings = Memit.settings | {
         "prune_in": choice(
             "weights",
-            "What PRUNE restrains: the weights that the next batch is solved for; or, as published, copies of them: "
-            "the loop goes on with whole updates that are neither restrained nor projected, and what is evaluated and "
-            "saved (see `SphereEditor.hand_over`) is the weight before all edits plus their sum, restrained, then "
-            "projected out of that weight's directions. Figures by batch are of the loop's weights.",
+            "The weights that PRUNE restrains. weights: the weights that the next batch is solved for. copies, as "
+            "published: the loop goes on with whole updates, neither restrained nor projected; the evaluated and saved "
+            "weight (see `SphereEditor.hand_over`) is the weight before all edits plus the sum of updates, restrained, "
+            "then projected out of that weight's directions. Figures by batch are of the loop's weights.",
             ("weights", "copies"),
         )
     }
@@ -84,13 +84,13 @@ class Prune(Memit, name="prune"):
 
 
 def _held(total: Tensor, limit: Tensor) -> LowRankUpdate:
-    """What to add to the sum of updates to restrain it."""
+    """The change that restrains the sum of updates."""
     return _changed(total, limit, lambda s: torch.minimum(s, limit + (s / limit).log()))
 
 
 def _changed(matrix: Tensor, limit: Tensor, change: Callable[[Tensor], Tensor]) -> LowRankUpdate:
-    """What to add, in fp32, to a matrix ``[n, d]`` in order to change its singular values above a limit."""
-    if matrix.norm() <= limit:  # there are none
+    """The fp32 change of a matrix ``[n, d]`` that maps its singular values above a limit by ``change``."""
+    if matrix.norm() <= limit:  # no singular value is above the limit
         return LowRankUpdate(matrix[:, :0].float(), matrix[:0].float())
     squares, vectors = torch.linalg.eigh(matrix @ matrix.T)
     large = squares > limit.square()

@@ -1,4 +1,4 @@
-"""RECT: of MEMIT's update only the entries that change their weight most."""
+"""RECT: MEMIT's update, cut to the entries that change their weight most."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sphere_kernels import LowRankUpdate
 
 
 class Rect(Memit, name="rect"):
-    """MEMIT's update, of which the share ``rect_share`` with the largest ``|Δ / W|`` is kept and the rest is zero.
+    """MEMIT's update: keep the share ``rect_share`` of its entries with the largest ``|Δ / W|``, set the rest to zero.
 
-    With SPHERE the projection comes after that: what leaves the principal directions stays out of them, and no entry
-    is zero any more.
+    SPHERE projects after the cut: the written update stays out of the principal directions, and no entry is zero any
+    more.
 
     Source: Gu et al., Model Editing Harms General Abilities of Large Language Models (EMNLP 2024).
     """
 
-    settings = Memit.settings | {"rect_share": share(0.4, "Share of the entries of its update that RECT keeps.")}
+    settings = Memit.settings | {"rect_share": share(0.4, "The share of an update's entries that RECT keeps.")}
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
         super().__init__(config, covariances)

@@ -1,4 +1,4 @@
-"""REVIVE: what an update would change in the leading singular directions of the pretrained weight is left out."""
+"""REVIVE: keep updates out of the leading singular directions of the pretrained weight."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from sphere_kernels import LowRankUpdate
 class Revive:
     """``ΔW ← (I − U_k U_kᵀ) ΔW (I − V_k V_kᵀ)`` with the k leading singular vectors of the weight before all edits.
 
-    k is the smallest number whose singular values make up the share ``mass`` of the sum of all. With ``uᵢ`` and ``vⱼ``
-    the singular vectors, the update ``Σ αᵢⱼ uᵢ vⱼᵀ`` keeps the terms with ``i > k`` and ``j > k``.
+    k is the smallest number of leading singular values that make up the share ``mass`` of the sum of all. With ``uᵢ``
+    and ``vⱼ`` the singular vectors, the update ``Σ αᵢⱼ uᵢ vⱼᵀ`` keeps the terms with ``i > k`` and ``j > k``.
 
-    Published are the filter and its place after any editor's solve. Ours are factors in place of dense updates, and
-    SPHERE's projection before it, so that the directions are left alone exactly, with SPHERE or without. The sum is of
-    singular values, not of their squares: that is how a public reimplementation reads the paper's energy, with τ = 0.1.
-    It takes the vectors of the present weight, this one takes those of the pretrained weight, as the paper's text
-    does. The authors' code could not be found to check either.
+    The paper publishes the filter and its place after any editor's solve. Ours are the factors in place of dense
+    updates, and SPHERE's projection before the filter, so that updates leave the directions alone exactly, with SPHERE
+    or without. The sum takes singular values, not their squares: a public reimplementation reads the paper's energy
+    this way, with τ = 0.1. That reimplementation takes the vectors of the present weight; this class takes the vectors
+    of the pretrained weight, as the paper's text does. The authors' code could not be found to check either choice.
 
     Attributes:
         left: ``[n, k]`` fp32, the leading left singular vectors.
-        right: ``[d, k]`` fp32, the leading right ones.
+        right: ``[d, k]`` fp32, the leading right singular vectors.
 
     Args:
         original: ``[n, d]``, the weight before all edits.
         mass: τ, above 0 and below 1.
-        layer: for errors.
+        layer: number of the layer, for errors.
 
     Raises:
-        ValueError: so large a share needs all directions of the smaller side, and no update would be left.
+        ValueError: the share protects all directions of the smaller side, and no update would be left.
 
     Source: Zhang et al., Spectral Characterization and Mitigation of Sequential Knowledge Editing Collapse
         (arXiv 2601.11042).
@@ -53,7 +53,7 @@ class Revive:
         self.left, self.right = sides if wide is weight else sides[::-1]
 
     def __call__(self, update: Update) -> Update:
-        """The update ``[n, d]``, fp32, without what is in the protected directions."""
+        """The update ``[n, d]``, fp32, without its part in the protected directions."""
         if isinstance(update, LowRankUpdate):
             return LowRankUpdate(_without(update.left, self.left), _without(update.right.T, self.right).T)
         return _without(_without(update, self.left).T, self.right).T

@@ -1,4 +1,4 @@
-"""Ridge: AlphaEdit's solve, each batch for itself."""
+"""Ridge: AlphaEdit's solve without a history."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from sphere_edit.methods.alphaedit import AlphaEdit
 
 
 class Ridge(AlphaEdit, name="ridge"):
-    """Solve ``(P KKᵀ + λI) Δᵀ = P K Rᵀ`` for every layer, ``P`` the null-space projector: keys are not remembered.
+    """Solve ``(P KKᵀ + λI) Δᵀ = P K Rᵀ`` for every layer, ``P`` the null-space projector; no keys are kept.
 
-    With ``null_space: false`` and targets from gradients it is UltraEdit's solve, ``Δᵀ = (KKᵀ + λI)⁻¹ K Rᵀ``.
+    With ``null_space: false`` and gradient targets this is UltraEdit's solve, ``Δᵀ = (KKᵀ + λI)⁻¹ K Rᵀ``.
 
     Args:
         config: as for `AlphaEdit`.

@@ -1,4 +1,4 @@
-"""ROME: the smallest change, measured by the keys of general text, that says what is asked."""
+"""ROME: the smallest update, measured on the keys of general text, that makes the wanted changes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sphere_kernels import LowRankUpdate
 class Rome(Method, name="rome"):
     """Minimise ``tr(Δ Cov Δᵀ)`` under ``Δ K = R``: ``Δ = R (Kᵀ Cov⁻¹ K)⁺ Kᵀ Cov⁻¹``.
 
-    For one fact (``batch_size: 1``) that is ROME's rank-one update; for several, all of them at once. Keys that are
-    equal or nearly so, as those of one subject in several facts, are met in the least squares' sense.
+    For one fact (``batch_size: 1``) this is ROME's rank-one update; for several, one update for all. Equal or nearly
+    equal keys, for example of one subject in several facts, are fitted in the least-squares sense.
 
     Args:
         covariances: ``{layer: E[k kᵀ]}`` ``[d, d]`` fp64.

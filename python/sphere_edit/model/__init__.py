@@ -1,1 +1,1 @@
-"""Models from outside: how they are loaded, where their parts are, and how stretches of them are run."""
+"""Models: load them, find their parts, run all or some of their blocks."""

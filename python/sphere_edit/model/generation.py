@@ -1,4 +1,4 @@
-"""Text that a model writes after rows of tokens."""
+"""Generate text after rows of tokens."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ TOP_5: dict[str, Any] = {"do_sample": True, "top_k": 5, "top_p": 1.0, "temperatu
 
 
 def continue_rows(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], tokens: int, **sampling: Any) -> Tensor:
-    """Token rows ``[rows, longest + tokens]``, padded on the left, with what the model says after each.
+    """Token rows ``[rows, longest + tokens]``: the prompts, padded on the left, each with its continuation.
 
-    Of the model's own settings of generation only its special tokens count; they are as they were afterwards.
+    Of the model's own generation settings only the special tokens count; all are restored afterwards.
 
     Args:
         model: in evaluation mode, without gradients.
-        tokens: at most so many new ones; an end of text fills the rest of its row.
+        tokens: the most new tokens; after an end of text, end-of-text tokens fill the row.
         sampling: further arguments of ``generate``.
     """
     from transformers import GenerationConfig  # half a second to import

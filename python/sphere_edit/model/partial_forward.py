@@ -1,8 +1,8 @@
-"""Run a stretch of decoder blocks again and again, with the arguments a real forward pass gave them.
+"""Run a range of decoder blocks repeatedly, with the arguments recorded from a real forward pass.
 
-An edit acts at one token of one layer. What lies below that layer, and the tokens before the subject's last, never
-change while a value is optimised; what lies above can be run alone. Masks, positions and rotary tables are the
-model's own: they are recorded from one real forward pass, so no family of models is imitated here.
+An edit acts at one token of one layer. While a value is optimised, the blocks below that layer and the tokens before
+the subject's last one give the same results; the blocks above can be run alone. Masks, positions and rotary tables are
+the model's own: one real forward pass records them, and no model family is imitated here.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from sphere_edit.model.structure import ModelStructure, StructureError
 from sphere_edit.model.tokens import pad_left
 
-# Other layers may have states besides keys and values, which a cache by rows would not follow.
+# Other cache layers may hold states besides keys and values; cutting by rows would miss these states.
 _OF_KEYS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class PrefixCache(DynamicCache):
-    """Keys and values of the tokens before the subject's last. Once frozen, later tokens see them but do not join."""
+    """Keys and values of the tokens before the subject's last. Once frozen, later tokens see them but are not added."""
 
     frozen = False
 
@@ -39,7 +39,7 @@ class PrefixCache(DynamicCache):
         return torch.cat([layer.keys, key_states], -2), torch.cat([layer.values, value_states], -2)
 
     def rows(self, keep: Tensor) -> PrefixCache:
-        """The same cache for some of its rows."""
+        """The cache of some rows only."""
         out = PrefixCache()
         for i, layer in enumerate(self.layers):
             out.update(layer.keys[keep], layer.values[keep], i)
@@ -55,8 +55,8 @@ class _Stop(Exception):
 class Replay:
     """Blocks ``first … last`` of a model, ready to be run on ``hidden`` ``[rows, tokens, hidden]``.
 
-    ``hidden`` is what entered block ``first``; ``calls[i]`` are the other arguments of block ``first + i``; the tokens
-    of interest begin at ``column``, in every row.
+    ``hidden`` is the input of block ``first``; ``calls[i]`` are the other arguments of block ``first + i``. The tokens
+    of interest begin at ``column`` in every row.
     """
 
     blocks: Sequence[nn.Module]
@@ -76,11 +76,11 @@ class Replay:
         return hidden
 
     def rows(self, keep: Tensor) -> Replay:
-        """The same replay for some of its rows.
+        """The replay of some rows only.
 
-        Positions and masks were given per row, so a tensor of two or more dimensions that came of them has rows first,
-        or rows × heads (Bloom's ALiBi); any other first dimension is shared by all rows. With as many rows as heads
-        this mistakes heads for rows where a shared tensor has heads first (MPT); ask `can_cut`.
+        Positions and masks are given per row. A tensor of two or more dimensions made from them therefore has rows
+        first, or rows × heads (Bloom's ALiBi); all rows share a tensor with another first dimension. With as many rows
+        as heads, a shared tensor with heads first (MPT) would be mistaken for one with rows first; see `can_cut`.
         """
         n = len(self.hidden)
         cut: dict[int, PrefixCache] = {}
@@ -102,7 +102,7 @@ class Replay:
 
 @torch.no_grad()
 def record(model: Any, structure: ModelStructure, inputs: dict[str, Any], first: int, last: int) -> Replay:
-    """Run the model on ``inputs`` up to block ``last`` and keep what is needed to run ``first … last`` again."""
+    """Run the model on ``inputs`` up to block ``last`` and keep what running ``first … last`` again needs."""
     blocks = structure.blocks[first : last + 1]
     seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -137,10 +137,10 @@ def _refuse_columns(model: Any) -> NoReturn:
 
 @torch.no_grad()
 def keeps_only_keys(model: Any) -> bool:
-    """Whether all that a model keeps of its tokens is keys and values, so that a cache can be cut and joined by rows.
+    """Whether a model's cache holds keys and values only, so that the cache can be cut and joined by rows.
 
     Raises:
-        StructureError: it adds tokens of its own before those that it is given.
+        StructureError: the model adds tokens of its own before the given ones.
     """
     ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     out = model(input_ids=ids, use_cache=True)
@@ -149,7 +149,7 @@ def keeps_only_keys(model: Any) -> bool:
     lengths = {layer.get_seq_length() for layer in kept.layers} - {0} if only_keys else set()
     if out.logits.shape[1] != 1 or (len(lengths) == 1 and lengths != {1}):
         _refuse_columns(model)
-    return only_keys and len(lengths) < 2  # a block that runs twice is there twice in one layer of the cache
+    return only_keys and len(lengths) < 2  # a block that runs twice adds its keys twice to one cache layer
 
 
 def record_after_prefix(
@@ -161,16 +161,16 @@ def record_after_prefix(
     last: int,
     cached: bool = True,
 ) -> Replay:
-    """A replay of the tokens ``split[i]:`` of each row.
+    """Replay of the tokens ``split[i]:`` of each row ``i``.
 
     Args:
-        rows: token ids of each row; all rows must have the same number of tokens from their split on.
+        rows: token ids of each row; all rows have the same number of tokens from their split on.
         split: index of the first replayed token of each row. Prefixes are padded on the left, so that the split
             falls on the same column in every row.
-        cached: the tokens before the split are cached and not replayed; only where the model `keeps_only_keys`.
+        cached: cache the tokens before the split instead of replaying them; only for a model that `keeps_only_keys`.
 
     Returns:
-        Replay: whose ``hidden`` is ``[rows, len(row) - split, hidden]`` after its ``column``.
+        Replay: from its ``column`` on, ``hidden`` is ``[rows, len(row) - split, hidden]``.
     """
     tails = [row[s:] for row, s in zip(rows, split, strict=True)]
     assert len({len(t) for t in tails}) == 1, "rows of one replay have equally many tokens after the split"
@@ -181,7 +181,7 @@ def record_after_prefix(
         return replace(record(model, structure, {**whole, "use_cache": False}, first, last), column=width)
     if width:
         prefix = {key: value[:, :width] for key, value in whole.items()}
-        top = len(structure.blocks) - 1  # nobody reads the logits
+        top = len(structure.blocks) - 1  # the logits are not read
         record(model, structure, {**prefix, "past_key_values": cache, "use_cache": True}, top, top)
     cache.frozen = True
     tail = {
@@ -196,8 +196,8 @@ def record_after_prefix(
 
 @torch.no_grad()
 def check_replay(model: Any, structure: ModelStructure, ids: Sequence[int]) -> None:
-    """Raise unless the blocks, final norm and head, run one after the other, give the model's own logits, and a row
-    behind padding gives what it gives alone."""
+    """Raise unless two checks pass: blocks, final norm and head, run in order, give the model's own logits; and a row
+    gives the same logits behind padding as alone."""
     inputs: dict[str, Any] = {**pad_left([ids], structure.device), "use_cache": False}
     replay = record(model, structure, inputs, 0, len(structure.blocks) - 1)
     if len(replay.calls) < len(structure.blocks):
@@ -231,11 +231,11 @@ def check_replay(model: Any, structure: ModelStructure, ids: Sequence[int]) -> N
 
 @torch.no_grad()
 def not_additive(model: Any, structure: ModelStructure, layers: Sequence[int], ids: Sequence[int]) -> tuple[int, ...]:
-    """Those of ``layers``, ascending, whose block does not add the output of its edited map to its own as it is.
+    """The ``layers``, ascending, whose block does not add its edited map's output unchanged to the block's output.
 
-    A norm, a multiplier, an adapter or a hook comes between then. A change as long as the block's output is put onto
-    the map's output at the last token of ``ids``, and looked for in the block's output: beside a change of that length
-    rounding is small in every dtype.
+    In such a block a norm, a multiplier, an adapter or a hook comes between. The test adds a change, as long as the
+    block's output, to the map's output at the last token of ``ids``, and compares the block's output. Beside a change
+    of that length rounding is small in every dtype.
     """
     inputs: dict[str, Any] = {**pad_left([ids], structure.device), "use_cache": False}
     replay = record(model, structure, inputs, layers[0], layers[-1])
@@ -257,12 +257,12 @@ def not_additive(model: Any, structure: ModelStructure, layers: Sequence[int], i
 
 @contextmanager
 def added(module: nn.Module, shape: torch.Size, column: int, change: Tensor) -> Iterator[list[Tensor]]:
-    """Within, a linear map's own output for ``shape`` (rows, tokens) has ``change`` ``[rows, n]`` added at a column.
+    """Add ``change`` ``[rows, n]`` at a column to a linear map's own output for ``shape`` (rows, tokens).
 
-    Hooks of others on the map act on the sum, as they do on what its weight gives.
+    Other hooks on the map act on the sum, as they act on the output of the weight.
 
     Yields:
-        The sums ``[rows, n]``, one for each time that the map was run.
+        The sums ``[rows, n]``, one for each run of the map.
     """
     sums: list[Tensor] = []
 

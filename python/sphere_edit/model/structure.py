@@ -20,15 +20,15 @@ from sphere_edit.files import tensor_bytes
 
 
 class StructureError(ValueError):
-    """The model is not one that can be edited; the message lists what was seen."""
+    """A model that cannot be edited; the message lists the parts seen."""
 
 
 @dataclass(frozen=True)
 class LinearMap:
     """A linear map of one block's MLP.
 
-    ``weight`` is always ``[n, d]``, neurons (outputs) in rows: ``nn.Linear`` stores it so, ``Conv1D`` (GPT-2) stores
-    the transpose, of which this is a view. Writing in place into it changes the model.
+    ``weight`` is always ``[n, d]``, neurons (outputs) in rows. ``nn.Linear`` stores this layout; ``Conv1D`` (GPT-2)
+    stores the transpose, and ``weight`` is a view of it. Writing into ``weight`` in place changes the model.
     """
 
     layer: int
@@ -44,8 +44,8 @@ class LinearMap:
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """Where the parts are. ``blocks[i]`` is decoder block ``i``; ``down[i]`` its MLP down-projection, ``edited[i]`` the
-    map of its MLP that is edited, which ``modules`` names."""
+    """Parts of a model. ``blocks[i]`` is decoder block ``i``, ``down[i]`` its MLP down-projection, ``edited[i]`` the
+    edited map of its MLP, of the kind ``modules``."""
 
     blocks: tuple[nn.Module, ...]
     down: tuple[LinearMap, ...]
@@ -68,21 +68,21 @@ class ModelStructure:
 
     @property
     def head_weights(self) -> int:
-        """How many weights the head has."""
+        """Number of weights in the head."""
         return sum(parameter.numel() for parameter in self.head.parameters())
 
     @cached_property
     def block_weights(self) -> tuple[int, ...]:
-        """How many weights the linear maps of each block have."""
+        """Number of weights in the linear maps of each block."""
         return tuple(sum(inputs * outputs for *_, inputs, outputs in _linears(block)) for block in self.blocks)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """From the last block's output ``[..., hidden]`` to logits ``[..., vocabulary]``."""
+        """Logits ``[..., vocabulary]`` of the last block's output ``[..., hidden]``."""
         out: Tensor = self.head(self.final_norm(hidden)) * self.scale
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
 
     def check_layers(self, layers: tuple[int, ...], last: bool = False) -> None:
-        """Layers must be distinct, ascending and within the model; its last block only where ``last``."""
+        """Raise unless layers are distinct, ascending and in the model; only ``last`` allows the last block."""
         if not layers:
             raise StructureError("layers is empty; expected at least one layer to edit")
         bad = [i for i in layers if not 0 <= i < len(self.blocks)]
@@ -99,17 +99,17 @@ class ModelStructure:
 def find_structure(model: Any, modules: str = "down") -> ModelStructure:
     """Find blocks, MLP down-projections, final norm and head of a Hugging Face causal LM.
 
-    The blocks are the longest ``ModuleList`` of like modules beside the input embeddings, so that a tower for images
-    does not count. In each, the MLP down-projection is the linear map onto the hidden size with the widest input that
-    another linear map of the block feeds (its up-projection has the same width, or twice that where gate and up are
-    fused). Maps inside modules that take a mask or a cache are not the MLP's: attention, convolutions, recurrences.
+    The blocks are the longest ``ModuleList`` of like modules beside the input embeddings, so an image tower does not
+    count. In each block, the MLP down-projection is the linear map onto the hidden size with the widest input that
+    another linear map of the block feeds: the up-projection has that width, or twice that where gate and up are fused.
+    Maps inside modules that take a mask or a cache (attention, convolutions, recurrences) are not the MLP's.
 
     Args:
-        modules: the map of each MLP that is edited: ``down``; ``up``, whose output the down-projection takes, times the
-            gate where there is one; ``gate``, whose output passes the activation; ``fused``, both in one map.
+        modules: the map of each MLP to edit: ``down``; ``up``, whose output enters the down-projection, times the gate
+            if there is one; ``gate``, whose output passes the activation; ``fused``, gate and up in one map.
 
     Raises:
-        StructureError: MLPs without such a map; an encoder-decoder, no or several candidates (a mixture of experts),
+        StructureError: MLPs without such a map, an encoder-decoder, no or several candidates (a mixture of experts),
             weights shared by blocks, quantised, meta or offloaded weights. The message lists the linear maps seen.
     """
     check_usable(model)
@@ -134,16 +134,16 @@ def find_structure(model: Any, modules: str = "down") -> ModelStructure:
 
 
 def _scale(config: Any) -> float:
-    """What a model multiplies the outputs of its head by, as its settings say."""
+    """Factor of the head's outputs, from the model's settings."""
     scaling = getattr(config, "logits_scaling", None) or 1
     scale = getattr(config, "logit_scale", None) or 1 / scaling
-    if config.model_type == "hyperclovax":  # multiplies by what all others divide by
+    if config.model_type == "hyperclovax":  # multiplies where all others divide
         scale = scaling
     return float(scale * (getattr(config, "lm_head_multiplier", None) or 1))
 
 
 def check_weights_finite(model: Any) -> None:
-    """Raise if any parameter holds NaN or Inf, naming it."""
+    """Raise if a parameter holds NaN or Inf; the message names the parameter."""
     check_usable(model)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -151,7 +151,7 @@ def check_weights_finite(model: Any) -> None:
 
 
 def model_sha256(model: Any) -> str:
-    """SHA-256 of a model's settings and all of its parameters, whatever its name and the library's version."""
+    """SHA-256 of a model's settings and parameters, without the model's name and the library's version."""
     settings = json.loads(model.config.to_json_string(use_diff=True))
     for name in ("_name_or_path", "transformers_version"):
         settings.pop(name, None)
@@ -163,7 +163,7 @@ def model_sha256(model: Any) -> str:
 
 
 def check_usable(model: Any) -> None:
-    """Raise unless ``model`` can be called as a causal LM of Hugging Face, with every weight in memory."""
+    """Raise unless ``model`` is a Hugging Face causal LM with every weight in memory."""
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         inner = " (its .module)" if hasattr(model, "module") else ""
         raise StructureError(f"{type(model).__name__} has no config; expected the Hugging Face causal LM itself{inner}")
@@ -182,14 +182,14 @@ def check_usable(model: Any) -> None:
 
 
 def _is_offloaded(module: nn.Module) -> bool:
-    """Whether a hook of accelerate's fetches the module's weights for each call, or moves them for the first one."""
+    """Whether a hook of accelerate fetches the module's weights for each call, or moves them at the first call."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))
     return any(getattr(one, "offload", False) or type(one).__name__ == "CpuOffload" for one in hooks)
 
 
 def _check_storage(model: Any) -> None:
-    """Weights must be plain floating-point tensors."""
+    """Raise unless all weights are plain floating-point tensors."""
     quantised = getattr(model, "hf_quantizer", None) is not None and getattr(model, "is_quantized", True)
     for name, parameter in model.named_parameters():
         if quantised or not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
@@ -199,7 +199,7 @@ def _check_storage(model: Any) -> None:
 
 
 def _check_own(blocks: Sequence[nn.Module], edited: Sequence[LinearMap]) -> None:
-    """An edit of one block must not be one of another, as where a block is used twice."""
+    """Raise if blocks share an edited weight, for example where one block is used twice."""
     uses = Counter(id(parameter) for block in blocks for parameter in block.parameters())
     for found in edited:
         if uses[id(found.module.weight)] > 1:
@@ -220,7 +220,7 @@ def _find_blocks(model: Any) -> tuple[str, list[nn.Module]]:
 
 
 def _alike(modules: nn.ModuleList) -> bool:
-    """Whether modules are of one kind, or all mix tokens, where attention and recurrence have blocks of their own."""
+    """Whether modules are of one type, or all mix tokens (attention and recurrence in blocks of their own)."""
     return len({type(module) for module in modules}) == 1 or all(_mixes_tokens(module) for module in modules)
 
 
@@ -233,7 +233,7 @@ def _embeddings_path(model: Any) -> str:
 
 
 def _shared(path: str, other: str) -> int:
-    """How many modules are around both."""
+    """Number of modules that contain both."""
     pairs = zip(path.split(".")[:-1], other.split(".")[:-1], strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -279,7 +279,7 @@ def _find_down(path: str, block: nn.Module, layer: int, hidden: int) -> LinearMa
 
 
 def _mixes_tokens(module: nn.Module) -> bool:
-    """Whether a module is told which tokens there are, or were, as an MLP never is."""
+    """Whether a module takes a mask, a past or a cache, as an MLP never does."""
     parameters = inspect.signature(type(module).forward).parameters
     return any("mask" in name or "past" in name or "cache" in name for name in parameters)
 
@@ -307,7 +307,7 @@ def _find_feeding(block: nn.Module, down: LinearMap, kind: str) -> LinearMap:
 
 @torch.no_grad()
 def _is_linear_in(mlp: nn.Module, module: nn.Module, down: LinearMap) -> bool:
-    """Whether what enters the down-projection is negated with the output of ``module``: a gate passes an activation."""
+    """Whether negating the output of ``module`` negates the down-projection's input; a gate passes an activation."""
     seen: list[Tensor] = []
     hidden = torch.linspace(-1, 1, 2 * _inputs(module), dtype=torch.float32).view(1, 2, -1).to(down.weight)
     handle = down.module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
@@ -330,8 +330,8 @@ def _inputs(module: nn.Module) -> int:
 
 
 def _find_final_norm(model: nn.Module, blocks_path: str, hidden: int) -> nn.Module:
-    """The childless module beside the blocks, after them, whose weight is one vector of the hidden size; where there is
-    none, one without a weight that normalises."""
+    """The last childless module beside the blocks whose weight is one vector of the hidden size; if there is none, the
+    last one that normalises without a weight."""
     parent = model.get_submodule(blocks_path.rpartition(".")[0])
     childless = [child for child in parent.children() if not list(child.children())]
     norms = [child for child in childless if _shape(getattr(child, "weight", None)) == (hidden,)]
@@ -343,7 +343,7 @@ def _find_final_norm(model: nn.Module, blocks_path: str, hidden: int) -> nn.Modu
 
 @torch.no_grad()
 def _normalises(module: nn.Module, hidden: int) -> bool:
-    """Whether vectors come out with a mean square of 1, whatever they were."""
+    """Whether the outputs have a mean square of 1, whatever the inputs."""
     given = torch.linspace(-4, 6, hidden, dtype=torch.float32).expand(1, 1, hidden)
     try:
         out = module(given)

@@ -1,4 +1,4 @@
-"""Text for the key covariance and for perplexity: a file, or the prose that comes with the package."""
+"""Text for the key covariance and for perplexity: a file, or the prose in the package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BUILTIN = {"builtin": "builtin.txt", "heldout": "heldout.txt"}
 
 
 def text_path(spec: str) -> Path:
-    """``builtin`` and ``heldout`` name the package's own texts; anything else is a path (``.txt`` or ``.gz``)."""
+    """Path of a text: ``builtin`` and ``heldout`` are the package's own; any other is a path (``.txt``, ``.gz``)."""
     path = Path(__file__).parents[1] / "data" / "texts" / _BUILTIN[spec] if spec in _BUILTIN else Path(spec)
     if not path.is_file():
         raise FileNotFoundError(f"text {spec!r}: no such file; expected a path, or one of {', '.join(_BUILTIN)}")
@@ -25,7 +25,7 @@ def text_path(spec: str) -> Path:
 
 
 def text_lines(spec: str) -> Iterator[str]:
-    """The lines of a text, each with its end."""
+    """The lines of a text, each with its line end."""
     path = text_path(spec)
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
         try:
@@ -38,7 +38,7 @@ def token_windows(tokenizer: Any, spec: str, window: int, limit: int) -> Iterato
     """Stream a text as consecutive windows ``[window]`` of token ids; the last may be shorter, but not below 2.
 
     Args:
-        window: tokens per window, BOS among them where the tokenizer adds it.
+        window: tokens per window, including BOS if the tokenizer adds one.
         limit: stop after this many tokens.
     """
     head = leading_tokens(tokenizer)

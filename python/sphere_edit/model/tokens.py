@@ -1,4 +1,4 @@
-"""From prompts to token rows: where the subject ends, where the target begins, and how rows are padded."""
+"""Tokenise prompts into rows: find the subject's end and the target's beginning, and pad rows."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Row:
     """One tokenised prompt.
 
     Args:
-        ids: token ids, special tokens included as the tokenizer adds them (SmolLM2 adds none, Llama 3 adds BOS).
+        ids: token ids, with the special tokens that the tokenizer adds (SmolLM2 adds none, Llama 3 adds BOS).
         subject_last: index of the subject's last token, or -1 if the row has no subject.
-        target: the tokens of the target, which are *not* part of ``ids`` except for all but the last of them.
+        target: the tokens of the target; ``ids`` ends in all of them but the last.
     """
 
     ids: tuple[int, ...]
@@ -35,9 +35,9 @@ def encode(
     Args:
         tokenizer: a fast Hugging Face tokenizer (positions come from its character offsets).
         template: the prompt; with a subject, exactly one ``{}``.
-        subject: what goes in place of ``{}``; the index of its last token is found from offsets, not by re-tokenising.
-        target: the continuation, after one blank, or directly where the prompt ends in whitespace. Its tokens are read
-            off the whole text, so that tokenizers that treat a leading blank in their own way are followed.
+        subject: the text in place of ``{}``; character offsets give the index of its last token, not re-tokenising.
+        target: the continuation, after one blank, or directly where the prompt ends in whitespace. Its tokens come from
+            tokenising the whole text, so each tokenizer treats the leading blank in its own way.
         ended: the end-of-text token is the target's last.
 
     Returns:
@@ -69,7 +69,7 @@ def encode(
 
 
 def _without_trailing_special(ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Sequence[int]:
-    """Drop an end-of-text token that some tokenizers append: a prompt is to be continued."""
+    """Drop the end-of-text token that some tokenizers append: the prompt is to be continued."""
     n = len(ids)
     while n > 1 and offsets[n - 1][0] == offsets[n - 1][1]:
         n -= 1
@@ -77,26 +77,26 @@ def _without_trailing_special(ids: Sequence[int], offsets: Sequence[tuple[int, i
 
 
 def leading_tokens(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts before a text; those that it puts after are none of them."""
+    """The special tokens that the tokenizer puts before a text, without the ones after the text."""
     whole, bare = (tokenizer("The", add_special_tokens=special)["input_ids"] for special in (True, False))
     before = range(len(whole) - len(bare) + 1)
     return list(whole[: next((n for n in before if whole[n : n + len(bare)] == bare), 0)])
 
 
 def positions(model: Any) -> int | None:
-    """How many tokens a model can read at once; None where its settings name no limit."""
+    """Number of tokens that a model can read at once; None where its settings name no limit."""
     config = model.config.get_text_config(decoder=True)
     named = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
     return next((count for count in named if isinstance(count, int) and count > 0), None)
 
 
 def readable(model: Any, tokens: int) -> int:
-    """``tokens``, or as many of them as a model can read at once."""
+    """The number ``tokens``, limited to the number that a model can read at once."""
     return min(tokens, positions(model) or tokens)
 
 
 def check_fits(model: Any, row: Row, prompt: str, extra: int = 0) -> None:
-    """Raise if the model cannot take a row: too many tokens (and ``extra`` before them), or ids it does not have."""
+    """Raise if the model cannot take a row: too many tokens (and ``extra`` before them), or unknown ids."""
     limit, count = positions(model), len(row.ids) + extra
     if limit is not None and limit < count:
         raise ValueError(
@@ -120,7 +120,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
     """Left-padded ``input_ids``, ``attention_mask`` and ``position_ids`` ``[rows, longest]``: all rows end together.
 
-    The pad token is 0, whatever the tokenizer's own: it is masked, and no row reads it.
+    The pad token is 0 for every tokenizer: it is masked, and no row reads it.
     """
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)

@@ -1,7 +1,7 @@
-"""Where the wanted changes of a batch come from. How they are solved for is `sphere_edit.methods`' part.
+"""Targets: sources of a batch's wanted changes. `sphere_edit.methods` solves for the changes.
 
-``closed_loop`` finds them through the written weights in rounds, ``optimised`` in a model that is not written yet
-(published), ``gradient`` from one backward pass (UltraEdit's).
+``closed_loop`` finds the changes in rounds, through the written weights; ``optimised`` before anything is written
+(published); ``gradient`` from one backward pass (UltraEdit's). Each declares its own settings, presets and checks.
 """
 
 from sphere_edit.targets import closed_loop, gradient, optimised

@@ -1,4 +1,4 @@
-"""NAS: every value gets the length that values have in the model before all edits."""
+"""NAS: scale every value to the mean length of values in the model before all edits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from sphere_edit.targets.optimised import Values
 
-_DROPPED = 0.05  # share of the longest values that the mean leaves out
-_BEYOND = 2.0  # anchors: a longer value is given up
+_DROPPED = 0.05  # the mean leaves out this share of the values, the longest
+_BEYOND = 2.0  # in anchors; a longer value is given up
 
 
 def solved_outputs(values: Values, own: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """What the edited maps are to say, v* ``{layer: [facts, n]}``, at the places that have a value.
+    """The wanted outputs v* ``{layer: [facts, n]}`` of the edited maps that have a value.
 
-    That is the last map, whose block moves by what it moves by, or every map that has a value of its own.
+    Either the last map alone, whose block adds the map's change unchanged, or every map, each with its own value.
 
     Args:
-        own: ``{layer: [facts, n]}``, what the maps say now, v₀, at the same tokens.
+        own: ``{layer: [facts, n]}``, the maps' present outputs v₀ at the same tokens.
     """
     if values.outputs:
         return values.outputs
@@ -37,18 +37,18 @@ def mean_length(values: Tensor) -> float:
 def anchored(values: Values, own: Mapping[int, Tensor], anchors: Mapping[int, float]) -> tuple[Values, Tensor]:
     """The values with ``v* ← a v* / ‖v*‖``, and ``v* = v₀`` (no change) where ``‖v*‖ > 2 a``.
 
-    A fact whose value is given up stays in the solve, so that it is held where it is.
+    A fact whose value is given up stays in the solve, which then holds the fact where it is.
 
     Args:
         own: as for `solved_outputs`.
         anchors: ``{layer: a}``, from `mean_length` before the first edit.
 
     Returns:
-        The values, and ``[facts]`` bool: whose were given up, at one of the maps at least.
+        The values, and ``[facts]`` bool: the facts given up, at one map at least.
 
-    Source: Liu et al., Norm Anchors Make Model Edits Last (NAS, arXiv 2602.02543), whose code was read: the MLP's
-        output is what is scaled, and the rest of the block's output is left as it is. There the anchor comes from
-        1,000 facts of CounterFact, here from world-facts; that code does not have values of several maps (see
+    Source: Liu et al., Norm Anchors Make Model Edits Last (NAS, arXiv 2602.02543), whose code was read: it scales the
+        MLP's output and leaves the rest of the block's output as it is. Its anchor comes from 1,000 facts of
+        CounterFact, here the anchor comes from world-facts. That code has no values of several maps (see
         `places.AtMaps`).
     """
     wanted, given_up = {}, torch.zeros(len(values.target), dtype=torch.bool, device=values.target.device)

@@ -1,4 +1,4 @@
-"""How a way to find wanted changes presents itself: its settings, presets and checks."""
+"""The declaration of one kind of targets: its settings, presets and checks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sphere_edit.config import TARGETS, ConfigError, EditConfig, Setting
 
 @dataclass(frozen=True)
 class Targets:
-    """One value of the setting ``targets``.
+    """Declaration of one value of the setting ``targets``.
 
     Attributes:
-        settings: that only these targets have a use for.
-        presets: ``{preset: settings}``, any settings, for presets that are changed by choosing these targets.
+        settings: the settings that only these targets use, by name.
+        presets: ``{preset: settings}``, the settings, of any kind, that these targets change in a preset.
         check: raises ConfigError where settings do not go together with these targets.
-        first_layer: for a depth the first of the five blocks to edit, where that is not a method's own choice.
+        first_layer: maps a depth to the first of the five blocks to edit; None leaves the choice to the method.
     """
 
     settings: Mapping[str, Setting]
@@ -30,7 +30,7 @@ class Targets:
 
 
 def all_at_once(config: EditConfig) -> None:
-    """The check of targets that ask for changes of all layers at once."""
+    """Check for targets that give the changes of all layers at once."""
     if config.project == "batch":
         raise ConfigError(
             f"project: {config.targets} targets solve for all layers at once; expected 'layer' or 'solve', got "

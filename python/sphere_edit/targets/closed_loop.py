@@ -1,10 +1,11 @@
-"""Find the wanted changes of a batch through the weights that are written for them.
+"""Find the wanted changes of a batch in rounds, through the weights that are written for them.
 
-In rounds: a forward and backward pass under the weights as they are tells, per fact, how likely its target is and, per
-edited map, which way its output should move at the subject's last token; the changes wanted so far move that way; the
-method solves for all of them anew, SPHERE projects, the weights are written; and the next round sees what came of it.
-So whatever the null space or SPHERE takes away, other facts disturb, or a norm after the MLP makes of a change, is
-still missing in the next round's loss and is asked for again. A batch remains one update: that of its last round.
+A round starts with a forward and backward pass under the present weights. For each fact it gives the likelihood of the
+target and, for each edited map, the direction in which the map's output should move at the subject's last token. The
+wanted changes move in that direction. The method solves for all changes anew, SPHERE projects, the weights are written,
+and the next round sees the effect. The null space or SPHERE may remove part of a change, other facts may disturb it, a
+norm after the MLP may alter it: the missing part shows in the next round's loss and is asked for again. A batch remains
+one update, the last round's.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Asked = dict[int, tuple[Tensor, Tensor]]  # by layer: keys [facts, d] and wanted
 Targets(
     settings={
         "loop_rounds": positive_int(
-            8, "Forward and backward passes of a batch at most; a fact takes part until it is known."
+            8, "The most forward and backward passes per batch; a fact takes part until it is known."
         ),
         "loop_step": positive(
             1.0,
@@ -43,15 +44,16 @@ Targets(
             "A fact's step is this many times as long as a straight line to loop_stop would take it, and at most "
             "loop_step.",
         ),
-        "loop_momentum": share(0.3, "Share of the direction before that goes into a round's."),
+        "loop_momentum": share(0.3, "The share of a round's direction that the next round keeps."),
         "loop_stop": positive(0.1, "A fact is known when the mean NLL of its target's tokens falls below this."),
         "loop_kl": not_negative(
-            0.0, 'Weight of the KL divergence of "{subject} is a" from what the model said before the batch.'
+            0.0, 'Weight of the KL divergence of "{subject} is a" from the model before the batch.'
         ),
         "loop_arithmetic": choice(
             "auto",
-            "Of the rounds: model as the model is, bfloat16 in a copy of it that is kept for them; auto takes the copy "
-            "on processors that multiply bfloat16. Updates are fp32, and a forward pass of the model itself reports.",
+            "Arithmetic of the rounds. model: the model's own. bfloat16: in a copy of the model, kept for the rounds. "
+            "auto: the copy on processors that multiply bfloat16. Updates are fp32, and a forward pass of the model "
+            "itself reports.",
             ("auto", "model", "bfloat16"),
         ),
     },
@@ -62,13 +64,13 @@ Targets(
 
 @dataclass(frozen=True)
 class Loop:
-    """What the rounds of a batch came to.
+    """Result of a batch's rounds.
 
     Attributes:
-        plain: what a forward pass of the model itself said after the last write.
-        rounds: ``[facts]`` int64, forward and backward passes that each fact took.
-        wanted: ``{layer: [facts, n]}`` fp32, the changes that were solved for at last.
-        flops: of the linear maps in all passes.
+        plain: result of a forward pass of the model itself after the last write.
+        rounds: ``[facts]`` int64, forward and backward passes of each fact.
+        wanted: ``{layer: [facts, n]}`` fp32, the changes of the last solve.
+        flops: floating-point operations of the linear maps in all passes.
     """
 
     plain: Plain
@@ -92,21 +94,22 @@ def close_loop(
 
     Per fact and edited map, with g the gradient of its loss and s the mean output length over the batch in the
     first round: a direction ``u ← m u + g / ‖g‖`` and a wanted change ``v ← v − c s u / √layers``. The step c is
-    ``loop_reach`` times what a straight line needs to half of ``loop_stop``, at most ``loop_step``, and half of
-    that for each time that the fact's loss rose. A fact takes part until its NLL is below ``loop_stop``. Then its
-    change stays as it is, 0 where the model knew it before, and stays in the solve with the fact's last key. At the end
-    `look` asks the model itself. Facts that it does not have are taken up again while there are rounds left.
+    ``loop_reach`` times the length of a straight line to half of ``loop_stop``, at most ``loop_step``; each rise of the
+    fact's loss halves it. A fact takes part until its NLL is below ``loop_stop``. Then its change stays as it is (0 if
+    the model knew the fact before) and stays in the solve with the fact's last key. At the end `look` asks the model
+    itself. Facts that the model does not have take part again while there are rounds left.
 
     Args:
-        contexts: templates with ``{}``, the first the bare prompt; where there are more, each round asks in one drawn
-            anew, and a fact's key is the mean over its rounds.
-        batch: its number, which seeds the draw.
-        write: puts the update for keys and wanted changes, each by layer, into the model, in place of the one before.
-        look: at the bare prompts, by the model itself.
+        contexts: templates with ``{}``, the first the bare prompt. With more, each later round draws one anew, and a
+            fact's key is the mean over its rounds.
+        batch: number of the batch; it seeds the draw.
+        write: writes the update for keys and wanted changes, each by layer, into the model and replaces the update of
+            the round before.
+        look: asks the model itself for the targets of the bare prompts.
         progress: called with (facts known, facts).
 
     Raises:
-        FloatingPointError: by ``write``, where a loss or gradient is not finite.
+        FloatingPointError: from ``write``, where a loss or gradient is not finite.
     """
     facts, layers = len(requests), config.layers
     drawn = torch.Generator().manual_seed((config.seed * 1_000_003 + batch) % 2**63)
@@ -145,7 +148,7 @@ def close_loop(
 
 
 class _Steps:
-    """Keys, wanted changes and what decides the next step, by layer or by fact."""
+    """Keys, wanted changes and the state of the steps, by layer or by fact."""
 
     def __init__(self, first: Seen, config: EditConfig, averaged: bool) -> None:
         self._config, self._averaged = config, averaged
@@ -159,7 +162,7 @@ class _Steps:
         self._times = torch.zeros_like(first.nll)
 
     def see(self, seen: Seen) -> None:
-        """Take the keys of the facts that were run."""
+        """Take the keys of the facts that ran."""
         self._times[seen.ran] += 1
         for layer, keys in self.keys.items():
             new = seen.keys[layer][seen.ran]
@@ -167,7 +170,7 @@ class _Steps:
             keys[seen.ran] += share * (new - keys[seen.ran])
 
     def move(self, seen: Seen, unknown: Tensor) -> None:
-        """One step of the facts that are not known yet, ``[facts]`` bool."""
+        """Make one step for the facts in ``unknown``, ``[facts]`` bool."""
         config = self._config
         self._caution[unknown & (seen.nll > self._before)] *= 0.5
         self._before = torch.where(unknown, seen.nll, self._before)
@@ -190,7 +193,7 @@ def _rows(
     active: Tensor,
     kl: bool,
 ) -> list[tuple[int, Row]]:
-    """(fact, row) of the active facts in a context, and where the KL term is wanted its rows."""
+    """(fact, row) of the active facts in a context; with ``kl``, the rows of the KL term too."""
     rows = []
     for fact, request in enumerate(requests):
         if not active[fact]:
@@ -205,7 +208,7 @@ def _rows(
 
 
 def told(loop: Loop, requests: Sequence[EditRequest]) -> dict[str, Any]:
-    """What a batch's event says of its rounds."""
+    """The fields of a batch's event that describe its rounds."""
     nll = loop.plain.nll
     return {
         "nll": float(nll.mean()),

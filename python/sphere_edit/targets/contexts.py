@@ -1,4 +1,4 @@
-"""Context prefixes: a fact is optimised under a few sentences before it, so that it holds wherever it is asked."""
+"""Context prefixes: facts are optimised after a few sentences, so that they hold in every context."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 def generate_contexts(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> list[str]:
     """``["{}"]`` and ``count`` prefixes ``"<generated>. {}"``, sampled (top 5) by the model itself with a fixed seed.
 
-    Models use the first token of a row as a sink for their attention, not as a word. Where the tokenizer adds none, a
-    newline takes that place: a model that finds an opening word there writes no text.
+    Models use the first token of a row as a sink for their attention, not as a word. Where the tokenizer adds no such
+    token, a newline takes the first place: a model with an opening word there writes no text.
 
     Args:
         model: a causal LM in evaluation mode.
         count: number of generated prefixes; 0 leaves the bare prompt only.
-        length: new tokens of each.
-        seed: the caller's random state is left as it was.
+        length: new tokens per prefix.
+        seed: seed of the sampling; the caller's random state does not change.
     """
     if count == 0:
         return ["{}"]

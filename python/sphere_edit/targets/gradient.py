@@ -1,9 +1,9 @@
-"""Wanted changes from one forward and backward pass, made comparable over the whole life of the edits.
+"""Wanted changes from one forward and backward pass, comparable over the whole life of the edits.
 
-No subject, no iteration: at every position that predicts a target token, the input of an edited map is the key, and the
-wanted change goes against the gradient of the target's likelihood for the map's output. Both are normalised by running
-statistics of all positions so far, those of this batch included, so that each position asks for a step of about the
-same length however sure the model is by then.
+No subject, no iteration. At every position that predicts a target token, the input of an edited map is the key, and the
+wanted change goes against the gradient of the target's NLL with respect to the map's output. Running statistics of all
+positions so far, this batch's included, normalise both, so that each position asks for a step of about the same length,
+however sure the model is.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from sphere_edit.state import add_prefix, strip_prefix
 from sphere_edit.targets.base import Targets, all_at_once
 from sphere_edit.targets.passes import alike
 
-_CONSTANT = 1e-6  # a feature that deviates by this share of its mean, or less, does so by rounding
-_FLOOR = 1e-3  # of the mean eigenvalue: directions with less are whitened as if they had it
+_CONSTANT = 1e-6  # a feature that deviates by at most this share of its mean deviates by rounding
+_FLOOR = 1e-3  # share of the mean eigenvalue; smaller eigenvalues are raised to it before whitening
 
 
 Targets(
@@ -34,31 +34,31 @@ Targets(
         ),
         "gradient_whiten": flag(
             False,
-            "Whiten gradients by their running covariance, once there are more positions than dimensions, and do not "
-            "only divide them by their deviations (StableEdit).",
+            "Whiten gradients by their running covariance, once there are more positions than dimensions, instead of "
+            "only dividing them by their deviations (StableEdit).",
         ),
         "gradient_preheat": count(
-            0, "The running statistics begin with so many other facts (world-facts), which are not edited."
+            0, "Number of other facts (world-facts, not edited) that the running statistics begin with."
         ),
     },
-    # So wide a step, so high up; there the key covariance has no eigenvalue below the threshold.
+    # The step is wide and the blocks are high up; the key covariance there has no eigenvalue below the threshold.
     presets={
         "smollm2-135m": {"layers": (24, 25, 26, 27, 28), "gradient_lr": 1.0, "ridge": 1.0, "null_space": False},
     },
     check=all_at_once,
-    # Where down-projections took them best in the demo's model, and UltraEdit's are in Mistral-7B (29, 30 of 32).
+    # Down-projections of these blocks worked best in the demo's model; UltraEdit uses 29, 30 of 32 in Mistral-7B.
     first_layer=lambda depth: max(depth - 6, 0),
 ).register("gradient")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one pass saw, fact by fact and token by token: ``p`` positions in all.
+    """Result of one pass, by fact and by token: ``p`` positions in all.
 
     Attributes:
         nll: ``[facts]`` fp32, mean negative log-likelihood of a target token, in nats.
         keys: ``{layer: [p, d]}`` fp32, inputs of the edited maps.
-        gradients: ``{layer: [p, n]}`` fp32, of the sum of ``nll`` for their outputs.
+        gradients: ``{layer: [p, n]}`` fp32, gradients of the sum of ``nll`` with respect to the maps' outputs.
     """
 
     nll: Tensor
@@ -73,10 +73,10 @@ def look_back(
     layers: Sequence[int],
     progress: Callable[[int, int], None] | None = None,
 ) -> Seen:
-    """One forward and backward pass of whole rows through the model itself.
+    """Run one forward and backward pass of whole rows through the model itself.
 
     Args:
-        model: causal LM in evaluation mode without parameter gradients (see `inference.frozen`).
+        model: causal LM in evaluation mode without parameter gradients (see `sphere_edit.model.inference.frozen`).
         rows: each with a target.
         layers: the edited blocks.
         progress: called with (rows done, rows).
@@ -112,8 +112,8 @@ def look_back(
 
 
 class _Probes:
-    """Within, the output of each module takes a zero whose gradient can be asked for; it comes before hooks of others,
-    as what the weight gives does."""
+    """Inside the context, add to each module's output a zero that has a gradient; it is added before other hooks run,
+    like the output of the weight."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
@@ -142,7 +142,7 @@ class Moments:
         count: positions.
         mean: ``[d + n]``.
         squares: ``[d + n]``, sums of squared deviations from the mean.
-        products: ``[n, n]``, of products of the deviations of g, or None where nobody asks.
+        products: ``[n, n]``, sums of products of the deviations of g, or None where whitening is off.
     """
 
     count: int
@@ -152,13 +152,13 @@ class Moments:
 
     @classmethod
     def none(cls, weight: Tensor, whiten: bool) -> Moments:
-        """Of nothing yet, for a map ``weight [n, d]``."""
+        """The empty statistics of a map ``weight [n, d]``."""
         n = len(weight)
         zero = torch.zeros(sum(weight.shape), dtype=torch.float64, device=weight.device)
         return cls(0, zero, zero.clone(), zero.new_zeros(n, n) if whiten else None)
 
     def merged(self, z: Tensor) -> Moments:
-        """With the positions of one batch, ``[p, d + n]``.
+        """The statistics with the positions ``[p, d + n]`` of one batch added.
 
         Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm (1979): exact for any two parts.
         """
@@ -174,7 +174,7 @@ class Moments:
         return Moments(total, self.mean + between * (len(z) / total), squares, products)
 
     def normalised(self, z: Tensor) -> Tensor:
-        """``(z − mean) / deviation`` ``[p, d + n]`` fp64; 0 where a feature does not vary (yet)."""
+        """``(z − mean) / deviation`` ``[p, d + n]`` fp64; 0 for a feature that does not vary (yet)."""
         deviation = (self.squares / max(self.count - 1, 1)).sqrt()
         varies = deviation > _CONSTANT * self.mean.abs()
         return torch.where(varies, (z.double() - self.mean) / deviation, 0.0)
@@ -193,7 +193,7 @@ class Moments:
 
 
 class Lifelong:
-    """The statistics of every edited map, and what a batch asks for by them; kept or forgotten batch by batch.
+    """The statistics of every edited map, kept or forgotten batch by batch; they give a batch's wanted changes.
 
     Args:
         weights: ``{layer: [n, d]}`` of the edited maps; empty where targets do not come from gradients.
@@ -207,7 +207,7 @@ class Lifelong:
         self._gradients: dict[int, Tensor] = {}
 
     def follows(self, layer: int) -> bool:
-        """Whether there are statistics of the layer."""
+        """Whether the layer has statistics."""
         return layer in self._moments
 
     def see(self, layer: int, keys: Tensor, gradients: Tensor) -> None:
@@ -223,11 +223,11 @@ class Lifelong:
         """The wanted changes ``v = −η ‖ĥ‖² ĝ`` ``[p, n]`` fp32 of the batch that `see` took, ``η = gradient_lr / d``.
 
         ĥ and ĝ are key and gradient, normalised by the statistics with this batch; with ``gradient_whiten`` ĝ is
-        whitened once there are more positions than dimensions. The first position of a life asks for nothing.
+        whitened once there are more positions than dimensions. The very first position asks for nothing.
 
         Source: Gu et al., UltraEdit (arXiv 2505.14679), whose code has one set of statistics for all
-            maps of a shape; whitening and clamped eigenvalues: StableEdit (arXiv 2605.11836), whose clamp is 1e-6
-            whatever the scale of the gradients, where ours is a share of their mean.
+            maps of a shape. Whitening and clamped eigenvalues: StableEdit (arXiv 2605.11836), whose clamp is 1e-6 at
+            any scale of the gradients; ours is a share of the eigenvalues' mean.
         """
         moments, gradients, d = self._next[layer], self._gradients[layer], keys.shape[1]
         z = moments.normalised(torch.cat([keys, gradients], 1))
@@ -236,12 +236,12 @@ class Lifelong:
         return (-self._config.gradient_lr / d * z[:, :d].square().sum(1, keepdim=True) * toward).float()
 
     def commit(self) -> None:
-        """The batch has been written."""
+        """Keep the batch in the statistics: it has been written."""
         self._moments |= self._next
         self.rollback()
 
     def rollback(self) -> None:
-        """The batch was not written: forget it."""
+        """Forget the batch: it was not written."""
         self._next, self._gradients = {}, {}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -253,7 +253,7 @@ class Lifelong:
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state_dict`; raises ValueError for one of other maps, before anything changes."""
+        """Restore a `state_dict`; raise ValueError for one of other maps, before anything changes."""
         own = self.state_dict()
         kinds = [{name: list(value.shape) for name, value in sorted(s.items())} for s in (own, state)]
         if kinds[0] != kinds[1]:

@@ -1,4 +1,4 @@
-"""Rows of facts that are run together, and what the loss reads of them."""
+"""Groups of facts' rows that run together, and the places that the loss reads."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Group:
 
     Attributes:
         row_fact: ``[rows]``, the fact of each row.
-        read_row, read_column: the places whose logits matter, flattened.
-        want: the token each should predict, or -1 where the KL term reads the distribution.
-        weight: the place's share in its fact's loss.
+        read_row, read_column: the places whose logits the loss reads, flattened.
+        want: the token that each place should predict, or -1 where the KL term reads the distribution.
+        weight: the share of each place in its fact's loss.
         reference: log-probabilities at the KL places before any change, ``[KL places, vocabulary]``.
     """
 
@@ -36,10 +36,10 @@ class Group:
 
     @classmethod
     def of(cls, structure: ModelStructure, replay: Replay, facts: Sequence[int], rows: Sequence[Row], of: int) -> Group:
-        """The group of a replay whose ``column`` is each row's subject; KL rows are those without a target.
+        """The group of a replay whose ``column`` is each row's subject; rows without a target are KL rows.
 
         Args:
-            of: in how many rows each fact has its target.
+            of: the number of rows in which each fact has its target.
         """
         places = []
         for i, row in enumerate(rows):
@@ -58,7 +58,7 @@ class Group:
         return group
 
     def rows(self, keep: Tensor) -> Group:
-        """The same group for some of its rows, ``[kept]`` indices."""
+        """The group of some rows only, ``[kept]`` indices."""
         place = torch.full((len(self.row_fact),), -1, dtype=torch.long, device=keep.device)
         place[keep] = torch.arange(len(keep), device=keep.device)
         read = place[self.read_row] >= 0
@@ -74,8 +74,8 @@ class Group:
         )
 
     def wanted(self, active: Tensor, worth: float) -> Group | None:
-        """Without the rows of facts that are not active; as it is where more than the share ``worth`` of them is, or
-        where it cannot be cut."""
+        """The group without the rows of inactive facts, or None if no row is left; the group itself if more than the
+        share ``worth`` of its rows is active, or if its replay cannot be cut."""
         active = active[self.row_fact]
         count = int(active.sum())
         if count == 0:
@@ -83,16 +83,16 @@ class Group:
         return self.rows(active.nonzero()[:, 0]) if count <= worth * len(active) and self.replay.can_cut else self
 
     def tells_target(self) -> Tensor:
-        """Indices of the rows that have the target; the others are for the KL term."""
+        """Indices of the rows that have a target; the other rows serve the KL term."""
         return self.read_row[self.want >= 0].unique()
 
     def log_probs(self, structure: ModelStructure, hidden: Tensor) -> Tensor:
-        """``[places, vocabulary]`` log-probabilities, fp32, after the blocks from the replay's first on."""
+        """Log-probabilities ``[places, vocabulary]``, fp32, after the replay's blocks run on ``hidden``."""
         out = self.replay.run(hidden)[self.read_row, self.read_column]
         return structure.logits(out).float().log_softmax(-1)
 
     def misses(self, log_probs: Tensor, facts: int) -> Tensor:
-        """How many target tokens of each fact are not the likeliest, ``[facts]``."""
+        """Number of each fact's target tokens that are not the likeliest, ``[facts]``."""
         targets = self.want >= 0
         wrong = (log_probs[targets].argmax(-1) != self.want[targets]).float()
         return wrong.new_zeros(facts).index_add(0, self.row_fact[self.read_row][targets], wrong)

@@ -1,9 +1,9 @@
-"""Keys and current values: what enters the down-projection, and leaves the last edited layer, at each subject.
+"""Keys and present values: the inputs of the edited maps, and the output of the last edited layer, at each subject.
 
 Prompts are cut at the subject's last token and padded on the left, so that this token is the last column of every
-row. The pass goes up layer by layer: after a layer's weight is written, its block is run once more, so the layers
-above see the edited weights without another pass from the bottom. The key of a layer depends only on the layers
-below it, which are final when it is computed: the same keys therefore serve the solve and the history.
+row. The pass goes up layer by layer: after a layer's weight is written, its block runs once more, so the layers above
+see the edited weights without another pass from the bottom. A layer's key depends only on the layers below, and these
+are final when the key is computed: the same keys therefore serve the solve and the history.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class LayerPass:
 
     @torch.no_grad()
     def keys(self) -> Tensor:
-        """``[facts, d]``, fp32: the mean of the bare prompt's key and the mean key of the generated contexts."""
+        """Keys ``[facts, d]``, fp32: the mean of the bare prompt's key and the mean key of the generated contexts."""
         seen: list[Tensor] = []
         down = self._structure.edited[self.layer].module
         handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -79,12 +79,12 @@ class LayerPass:
 
     @torch.no_grad()
     def values(self) -> Tensor:
-        """``[facts, hidden]``, fp32: the last edited layer's output at the bare prompts under the present weights."""
+        """The last edited layer's outputs ``[facts, hidden]``, fp32, at the bare prompts under the present weights."""
         return self._parts[0].run(self._parts[0].hidden, self._at)[:, -1].float()
 
     @torch.no_grad()
     def outputs(self) -> Tensor:
-        """``[facts, n]``, fp32: the layer's edited map's own output at the bare prompts under the present weights."""
+        """The edited map's own outputs ``[facts, n]``, fp32, at the bare prompts under the present weights."""
         part = self._parts[0]
         nothing = part.hidden.new_zeros(len(part.hidden), self._structure.edited[self.layer].weight.shape[0])
         with added(self._structure.edited[self.layer].module, part.hidden.shape[:2], -1, nothing) as said:
@@ -93,7 +93,7 @@ class LayerPass:
 
     @torch.no_grad()
     def advance(self, layer: int) -> None:
-        """Go up to ``layer``, running the blocks passed with their present weights."""
+        """Go up to ``layer``: run the blocks below it with their present weights."""
         while self.layer < layer:
             for part in self._parts:
                 part.hidden = part.block(self._at, part.hidden)

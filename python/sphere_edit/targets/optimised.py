@@ -1,9 +1,9 @@
-"""Optimise the values: what the last edited layer should say at a subject so that the model then says the target.
+"""Optimise values: find the outputs of the last edited layer at a subject that make the model say the target.
 
-All facts of a batch are optimised together. The hidden states at the edited layer and everything before the subject's
-last token are computed once; each step runs only the blocks above, on the few tokens from the subject on, and the
-head only where the loss reads it. Rows are grouped by that number of tokens, so nothing is padded; facts that are
-done leave their groups.
+All facts of a batch are optimised together. The hidden states at the edited layer, and everything before the subject's
+last token, are computed once. Each step runs only the blocks above, on the few tokens from the subject's last one on,
+and runs the head only where the loss reads it. Rows are grouped by that number of tokens, so nothing is padded. Facts
+leave their groups when they are done.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from sphere_edit.targets.groups import Group, essence
 from sphere_edit.targets.places import AtBlock, AtMaps, Bare
 
 _ROWS_PER_GROUP = 96  # bounds the activations that a backward pass keeps
-_SHRINK = 0.8  # a group is cut down once this share of its rows, or less, is still wanted
-_MORE_STEPS = 2  # after the first in which the target is the likeliest (ENCORE)
+_SHRINK = 0.8  # a group is cut down once at most this share of its rows is active
+_MORE_STEPS = 2  # after the first step in which the target is the likeliest (ENCORE)
 
 
 def _check(config: EditConfig) -> None:
@@ -51,32 +51,32 @@ def _check(config: EditConfig) -> None:
 Targets(
     settings={
         "value_steps": positive_int(25, "Steps of Adam on each fact's value."),
-        "value_lr": positive(0.5, "Its learning rate."),
+        "value_lr": positive(0.5, "Learning rate of Adam on the value."),
         "value_weight_decay": not_negative(1e-3, "Weight of the value's decay in the loss."),
         "value_kl": not_negative(0.0625, 'Weight of the KL divergence of "{subject} is a" in the loss.'),
-        "value_clamp": positive(4.0, "Longest value, in units of the hidden state's norm."),
+        "value_clamp": positive(4.0, "Longest change of the value, in units of the hidden state's norm."),
         "value_beta1": below_one(0.9, "Adam's first decay rate."),
         "value_beta2": below_one(0.999, "Adam's second decay rate."),
         "value_stop": not_negative(0.05, "A fact is done when its loss falls below this."),
         "value_stop_on": choice(
             "loss",
-            "Which loss: loss (NLL + KL + decay, published) or nll alone; or argmax: a fact is done two steps after "
-            "every token of its target became the likeliest in all contexts, whatever value_stop.",
+            "The loss of value_stop. loss: NLL + KL + decay (published). nll: NLL alone. argmax: instead, a fact is "
+            "done two steps after every token of its target became the likeliest in all contexts, whatever value_stop.",
             ("loss", "nll", "argmax"),
         ),
         "value_anchor": count(
             0,
-            "Values are scaled to the length that those of so many other facts (world-facts) have in the model before "
-            "all edits, and given up beyond twice that (NAS, whose code takes 1,000; see "
-            "`sphere_edit.targets.anchor`). 0: they stay as they are. A resumed run measures it anew.",
+            "Number of other facts (world-facts). Values are scaled to the length that the values of these facts have "
+            "in the model before all edits, and given up beyond twice that (NAS, whose code takes 1,000 facts; see "
+            "`sphere_edit.targets.anchor`). 0: values stay as they are. A resumed run measures the length anew.",
         ),
     },
     presets={
         "llama3-8b": {"value_lr": 0.1, "value_weight_decay": 0.5, "value_clamp": 0.75},
         "gpt2-xl": {"value_steps": 20, "value_weight_decay": 0.5, "value_clamp": 0.75},
         "gpt-j-6b": {"value_weight_decay": 0.5, "value_clamp": 0.75},
-        # Chosen by measurement (benchmarks/preset.py): the values of a small model need a large clamp and step to reach
-        # their targets, and stopping at their NLL rather than the whole loss spares the neighbours.
+        # Chosen by measurement (benchmarks/preset.py). The values of a small model need a large clamp and step to reach
+        # their targets; stopping at the NLL, not the whole loss, spares the neighbours.
         "smollm2-135m": {"value_stop": 0.1, "value_stop_on": "nll", "contexts": 5, "ridge": 10.0},
     },
     check=_check,
@@ -89,12 +89,13 @@ class Values:
 
     Args:
         target: ``[facts, hidden]``, the wanted output of the last edited layer at the subject's last token; with values
-            of the edited maps, that of the last map.
+            of the edited maps, the wanted output of the last map.
         loss: ``[facts]``, the last loss (NLL + KL + weight decay), fp32.
-        nll: ``[facts]``, its first part: mean negative log-likelihood of a target token over the contexts, in nats.
-        steps: ``[facts]``, evaluations of the loss that each fact took.
-        start: ``[facts, hidden]``, what stood in the place of ``target``.
-        outputs: ``{layer: [facts, n]}``, the wanted outputs of the edited maps; empty where the block's is wanted.
+        nll: ``[facts]``, the first part of the loss: mean negative log-likelihood of a target token over the contexts,
+            in nats.
+        steps: ``[facts]``, evaluations of the loss per fact.
+        start: ``[facts, hidden]``, the output before any change, at the place of ``target``.
+        outputs: ``{layer: [facts, n]}``, the wanted outputs of the edited maps; empty with values of the block.
     """
 
     target: Tensor
@@ -119,18 +120,19 @@ def optimise_values(
 ) -> Values:
     """Find, for every request, the output of block ``layer`` at the subject's last token that yields the new target.
 
-    Minimises, per fact, with Adam: the mean NLL of the target over the context prefixes, plus ``value_kl`` times the KL
+    Adam minimises, per fact, the mean NLL of the target over the context prefixes, plus ``value_kl`` times the KL
     divergence at the subject's last token of "{subject} is a", plus ``value_weight_decay · ‖δ‖/‖z₀‖²``; ‖δ‖ is clamped
     to ``value_clamp · ‖z₀‖``. A fact stops when its loss is below ``value_stop`` or after ``value_steps`` evaluations.
     With ``value_stop_on: argmax`` it stops at the third evaluation in which all its target tokens are the likeliest.
 
     Args:
-        model: causal LM in evaluation mode without parameter gradients (see `inference.frozen`).
+        model: causal LM in evaluation mode without parameter gradients (see `sphere_edit.model.inference.frozen`).
         contexts: templates with ``{}``; the first is the bare prompt, which gives z₀.
         layer: the last edited block.
         progress: called with (steps, steps at most) after every step.
-        maps: the edited maps, ascending, where blocks do not add their outputs as they are (see
-            `partial_forward.not_additive`). There is a value for each then, optimised together; see `places.AtMaps`.
+        maps: the edited maps, ascending, if blocks do not add their outputs unchanged (see
+            `sphere_edit.model.partial_forward.not_additive`). Each map then has a value, and all values are optimised
+            together; see `places.AtMaps`.
 
     Source: MEMIT's ``compute_z``, as AlphaEdit and SPHERE use it.
     """
@@ -193,7 +195,7 @@ def _prepare(
     contexts: Sequence[str],
     first: int,
 ) -> tuple[list[Group], list[Bare]]:
-    """Group the rows by tokens to replay, from block ``first`` on; also where the bare prompts are."""
+    """Group the rows by number of tokens to replay, from block ``first`` on; also return the bare prompts' rows."""
     by_length: dict[int, list[tuple[int, bool, Row]]] = defaultdict(list)
     for fact, request in enumerate(requests):
         for i, context in enumerate(contexts):
@@ -203,7 +205,7 @@ def _prepare(
     groups, all_bare = [], []
     cached = keeps_only_keys(model)
     for length in sorted(by_length):
-        rows = sorted(by_length[length], key=lambda item: item[2].subject_last)  # prefixes of like length together
+        rows = sorted(by_length[length], key=lambda item: item[2].subject_last)  # prefixes of similar length together
         for at in range(0, len(rows), _ROWS_PER_GROUP):
             part = rows[at : at + _ROWS_PER_GROUP]
             group = _make_group(model, structure, part, len(contexts), first, cached)
@@ -229,5 +231,5 @@ def _make_group(
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Norms of the last dimension whose gradient at zero is zero."""
+    """Norms over the last dimension; their gradient at zero is zero."""
     return (x.square().sum(-1) + 1e-30).sqrt()

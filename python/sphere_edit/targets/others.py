@@ -1,4 +1,4 @@
-"""Facts that nobody edits, from which statistics of a model are taken before its first edit."""
+"""Facts that are not edited; they give statistics of a model before its first edit."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from sphere_edit.data.requests import EditRequest
 
 
 def other_facts(setting: str, wanted: int, seed: int) -> list[EditRequest]:
-    """So many world-facts from all over the list, of another seed than its default: the batches to come are not looked
-    at. Edits that are world-facts themselves may be about some of the same subjects, with other targets.
+    """``wanted`` world-facts, evenly spread over the list and drawn with another seed than the default one.
+
+    The batches to come are not looked at. Edits that are world-facts themselves may share some subjects with these
+    facts, with other targets.
 
     Args:
-        setting: what asks for them, for the error.
+        setting: name of the setting that asks for the facts, for the error.
 
     Raises:
-        ValueError: there are not as many. ImportError: as `sphere_edit.data.world_facts`.
+        ValueError: the list has fewer facts. ImportError: as `sphere_edit.data.world_facts`.
     """
     if not wanted:
         return []

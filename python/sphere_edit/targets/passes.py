@@ -1,9 +1,9 @@
-"""Forward and backward passes of a batch of facts through the model as its weights are, as cheap as they come.
+"""Forward and backward passes of a batch of facts through the present weights, at the lowest cost.
 
-A pass runs the tokens from the subject's last on. What the tokens before it say, as keys and values of the attention,
-is computed once a batch, under the weights of the batch before; the blocks below the first edited one run once too. An
-update acts on the tokens before the subject as well, a little: `SphereEditor` therefore asks the model itself, whole,
-before a fact is called learned. A model that keeps other states of its tokens runs whole rows.
+A pass runs the tokens from the subject's last one on. The attention's keys and values of the tokens before it are
+computed once a batch, under the weights of the batch before; the blocks below the first edited one run once too. An
+update also acts, a little, on the tokens before the subject: the closed loop therefore asks the whole model (`plain`)
+before a fact counts as learned. A model that keeps other states of its tokens runs whole rows.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from sphere_edit.targets.groups import Group
 from sphere_kernels._backends import native
 
 _TOKENS_PER_GROUP = 1024  # bounds the activations that a backward pass keeps
-_ROWS = 24  # below so many a group is not split for its padding: weights are read once a group
-_PADDING = 0.2  # of a group's tokens
-_WORTH = 0.85  # a group is cut down once this share of its rows, or less, is still wanted
+_ROWS = 24  # a group with fewer rows is not split for its padding: weights are read once a group
+_PADDING = 0.2  # share of a group's tokens
+_WORTH = 0.85  # a group is cut down once at most this share of its rows is active
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a pass saw of the facts that took part; rows of others are as `Passes.run` found them.
+    """Result of a pass for the facts that took part; other facts' rows are zero, but for ``nll``.
 
     Attributes:
         nll: ``[facts]`` fp32, mean negative log-likelihood of a target token in nats; infinite for facts not run.
-        ran: ``[facts]`` bool.
+        ran: ``[facts]`` bool, whether the fact took part.
         keys: ``{layer: [facts, d]}`` fp32, inputs of the edited maps at the subject's last token.
-        lengths: ``{layer: [facts]}`` fp32, norms of their outputs there.
-        gradients: ``{layer: [facts, n]}`` fp32, of the loss for these outputs.
+        lengths: ``{layer: [facts]}`` fp32, norms of the maps' outputs there.
+        gradients: ``{layer: [facts, n]}`` fp32, gradients of the loss with respect to these outputs.
     """
 
     nll: Tensor
@@ -53,9 +53,9 @@ class Passes:
     """Passes through one model, or through a copy of it in bfloat16.
 
     Args:
-        model: causal LM in evaluation mode without parameter gradients (see `inference.frozen`).
+        model: causal LM in evaluation mode without parameter gradients (see `sphere_edit.model.inference.frozen`).
         layers: the edited blocks, ascending.
-        arithmetic: ``model``, or ``bfloat16``: a copy of the model is kept, whose edited weights follow by `follow`.
+        arithmetic: ``model``, or ``bfloat16``: a copy of the model is kept, and `follow` updates its weights.
 
     Attributes:
         flops: multiplications and additions of the linear maps in all passes so far.
@@ -83,7 +83,7 @@ class Passes:
 
     @torch.no_grad()
     def follow(self, weights: Mapping[int, Tensor]) -> None:
-        """The model's edited weights ``{layer: [n, d]}`` may have been written, and whatever else was since."""
+        """Copy the edited weights ``{layer: [n, d]}`` into the bfloat16 copy, and all others if one of them changed."""
         if not self._copied:
             return
         for layer, weight in weights.items():
@@ -94,17 +94,17 @@ class Passes:
                 own.copy_(other)
 
     def _others(self) -> list[tuple[int, int]]:
-        """Which differ once a parameter that is not edited has been replaced or written by torch."""
+        """Address and version of each parameter that is not edited; they change when torch replaces or writes it."""
         others = (parameter for parameter in self._followed.parameters() if id(parameter) not in self._edited)
         return [(parameter.data_ptr(), parameter._version) for parameter in others]
 
     @torch.no_grad()
     def begin(self, rows: Sequence[tuple[int, Row]], facts: int) -> None:
-        """Take the facts that the next passes are about.
+        """Prepare the next passes.
 
         Args:
             rows: (fact, row); a row without a target is for the KL term.
-            facts: their number.
+            facts: number of facts.
         """
         self._facts = facts
         with _attention(self._structure.device):
@@ -113,12 +113,12 @@ class Passes:
             self._groups = [self._group(part, rows, prefixes) for part in alike(lengths)]
 
     def keep(self, active: Tensor) -> None:
-        """Leave out facts that are not active ``[facts]``; for good, until `begin`."""
+        """Leave out facts that are not active, ``[facts]`` bool, until the next `begin`."""
         kept = (group.wanted(active, _WORTH) for group in self._groups)
         self._groups = [group for group in kept if group is not None]
 
     def run(self, kl: float = 0.0) -> Seen:
-        """One forward and backward pass of the facts kept, of the loss NLL + ``kl`` · KL."""
+        """Run one forward and backward pass of the kept facts; the loss is NLL + ``kl`` · KL."""
         facts, device = self._facts, self._structure.device
         nll = torch.zeros(facts, dtype=torch.float32, device=device)
         ran = torch.zeros(facts, dtype=torch.bool, device=device)
@@ -143,7 +143,7 @@ class Passes:
         return Seen(nll.masked_fill(~ran, torch.inf), ran, keys, lengths, gradients)
 
     def _flops(self, tokens: int, first: int, reads: int) -> float:
-        """Of the linear maps in a forward pass."""
+        """Floating-point operations of the linear maps in a forward pass."""
         weights = sum(self._structure.block_weights[first:])
         return 2.0 * (tokens * weights + reads * self._structure.head_weights)
 
@@ -185,7 +185,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class _Prefixes:
-    """Keys and values of some rows' first tokens, ``width`` with the padding on the left."""
+    """Keys and values of some rows' first tokens, padded on the left to ``width`` tokens."""
 
     places: list[int]
     width: int
@@ -215,8 +215,8 @@ def _joined(part: Sequence[int], width: int, prefixes: Sequence[_Prefixes]) -> P
 
 
 class _Probes:
-    """Within, each edited map's output at the replay's column takes a zero whose gradient can be asked for; it comes
-    before hooks of others, as what the weight gives does."""
+    """Inside the context, add to each edited map's output, at the replay's column, a zero that has a gradient; it is
+    added before other hooks run, like the output of the weight."""
 
     def __init__(self, maps: Sequence[Any], replay: Replay) -> None:
         hidden = replay.hidden
@@ -247,7 +247,7 @@ class _Probes:
 
 
 def alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of rows to run together, longest first: a group has little padding, and is not needlessly small."""
+    """Row indices of each group, longest rows first: groups have little padding and are not needlessly small."""
     groups: list[list[int]] = []
     tokens = longest = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -265,7 +265,7 @@ def _padded(
     rows: Sequence[tuple[Sequence[int], Sequence[int]]], before: int, after: int, structure: ModelStructure
 ) -> dict[str, Tensor]:
     """Inputs of rows in two parts, the first padded on the left to ``before`` tokens, the second on the right to
-    ``after``; the pad token is 0, whatever the tokenizer's own: it is masked."""
+    ``after``; the pad token is 0 for every tokenizer: it is masked."""
     ids = torch.zeros(len(rows), before + after, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, (left, right) in enumerate(rows):
@@ -287,5 +287,5 @@ def fast_bfloat16(structure: ModelStructure) -> bool:
 
 
 def _attention(device: torch.device) -> AbstractContextManager[None]:
-    """On a CPU plain attention: torch's fused kernel is made for long rows, ten times slower backward in bfloat16."""
+    """Plain attention on a CPU: torch's fused kernel is made for long rows, its bfloat16 backward ten times slower."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()

@@ -1,8 +1,8 @@
-"""Where a value is put: on the output of the last edited block, or on the edited maps' own outputs.
+"""Places of values: the output of the last edited block, or the edited maps' own outputs.
 
-A block that adds its map's output as it is moves by what the map moves by: then one value of its output is enough, and
+A block that adds its map's output unchanged moves as its map moves. Then one value of the block's output is enough, and
 every edited layer takes a share of it. Where a norm, a multiplier or an adapter comes between, no share is known. There
-each edited map gets a value of its own, at the place that its weight writes to.
+each edited map has a value of its own, at its own output.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sphere_edit.targets.groups import Group
 
 @dataclass(frozen=True)
 class Bare:
-    """The rows of a group that are bare prompts, ``rows``, and whose they are, ``facts``."""
+    """The rows of a group that are bare prompts, ``rows``, and their facts, ``facts``."""
 
     group: Group
     rows: list[int]
@@ -34,7 +34,7 @@ class AtBlock:
     Attributes:
         first: the first block that is replayed.
         start: ``[facts, 1, hidden]`` fp32, the output before any change, at the bare prompts.
-        norm: ``[facts, 1]``, its length.
+        norm: ``[facts, 1]``, the length of that output.
     """
 
     def __init__(self, structure: ModelStructure, layer: int) -> None:
@@ -48,7 +48,7 @@ class AtBlock:
         self.norm = self.start.norm(dim=2)
 
     def log_probs(self, group: Group, delta: Tensor) -> Tensor:
-        """What `Group.log_probs` gives with ``delta`` ``[facts, 1, hidden]`` added."""
+        """`Group.log_probs` with ``delta`` ``[facts, 1, hidden]`` added."""
         hidden, at = group.replay.hidden, group.replay.column
         shift = delta[group.row_fact, 0].to(hidden.dtype)
         parts = hidden[:, :at], hidden[:, at : at + 1] + shift[:, None], hidden[:, at + 1 :]
@@ -62,14 +62,14 @@ class AtBlock:
 class AtMaps:
     """Values are outputs of the edited maps, all at once.
 
-    A change is in the units of the block's output: times ``‖y‖ / ‖z‖`` it is added to the map's output ``y``, where
-    ``z`` is the block's output, both before any change. So steps, clamp and decay mean what they mean there, and a
-    model whose multipliers are moved into its weights takes the same steps.
+    A change is in units of the block's output: the change times ``‖y‖ / ‖z‖`` is added to the map's output ``y``, with
+    ``z`` the block's output, both before any change. Steps, clamp and decay therefore mean the same as in `AtBlock`,
+    and a model with its multipliers moved into its weights takes the same steps.
 
     Attributes:
         first: the first block that is replayed.
         start: ``[facts, maps, n]`` fp32, the maps' outputs before any change, at the bare prompts.
-        norm: ``[facts, maps]``, lengths of their blocks' outputs.
+        norm: ``[facts, maps]``, lengths of the blocks' outputs.
     """
 
     def __init__(self, structure: ModelStructure, maps: Sequence[LinearMap]) -> None:
@@ -85,13 +85,13 @@ class AtMaps:
         self._unit = self.start.norm(dim=2) / self.norm.clamp_min(1e-30)
 
     def log_probs(self, group: Group, delta: Tensor) -> Tensor:
-        """What `Group.log_probs` gives with ``delta`` ``[facts, maps, n]`` added."""
+        """`Group.log_probs` with ``delta`` ``[facts, maps, n]`` added."""
         with ExitStack() as hooks:
             self._hook(hooks, group, delta)
             return group.log_probs(self._structure, group.replay.hidden)
 
     def said(self, delta: Tensor) -> Tensor:
-        """The maps' outputs at the bare prompts with ``delta`` added to all: each sees what those below it changed."""
+        """The maps' outputs at the bare prompts with ``delta`` added to all: each map sees the changes below it."""
         return self._run(delta)[0]
 
     def _hook(self, hooks: ExitStack, group: Group, delta: Tensor) -> list[list[Tensor]]:

@@ -1,4 +1,4 @@
-"""A forward pass of the model itself, whole and as it is: what of a batch it has, whatever an optimiser thought."""
+"""A forward pass of the model itself, as a whole: it tells which facts of a batch the model has."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sphere_edit.targets.passes import alike
 
 @dataclass(frozen=True)
 class Plain:
-    """What the model says, on the CPU but for ``keys`` and ``outputs``.
+    """Result of the pass, on the CPU except for ``keys`` and ``outputs``.
 
     Attributes:
         nll: ``[facts]`` fp32, mean negative log-likelihood of a target token, in nats.
         known: ``[facts]`` bool, whether every target token is the likeliest.
         keys: ``{layer: [facts, d]}`` fp32, inputs of the edited maps at the subject's last token.
-        outputs: ``{layer: [facts, n]}`` fp32, their own outputs there, before hooks of others.
-        flops: of the linear maps.
+        outputs: ``{layer: [facts, n]}`` fp32, the maps' own outputs there, before other hooks.
+        flops: floating-point operations of the linear maps.
     """
 
     nll: Tensor
@@ -37,7 +37,7 @@ class Plain:
 
 @torch.no_grad()
 def look(model: Any, structure: ModelStructure, rows: Sequence[Row], layers: Sequence[int]) -> Plain:
-    """Ask the model for the targets of ``rows``; it must be in evaluation mode (see `inference.frozen`)."""
+    """Ask the model, in evaluation mode, for the targets of ``rows`` (see `sphere_edit.model.inference.frozen`)."""
     nll, known = torch.zeros(len(rows), dtype=torch.float32), torch.zeros(len(rows), dtype=torch.bool)
     maps = [structure.edited[layer] for layer in layers]
     keys = {m.layer: m.weight.new_zeros(len(rows), m.weight.shape[1], dtype=torch.float32) for m in maps}
@@ -67,7 +67,7 @@ def look(model: Any, structure: ModelStructure, rows: Sequence[Row], layers: Seq
 
 
 def learned(seen: Plain, requests: Sequence[EditRequest]) -> dict[str, Any]:
-    """How many facts the model has, and the ids of those that it has not."""
+    """Number of facts that the model has, and ids of the facts that it lacks."""
     unlearned = [request.id for request, known in zip(requests, seen.known.tolist(), strict=True) if not known]
     return {"learned": len(requests) - len(unlearned), "unlearned": unlearned}
 

@@ -1,4 +1,4 @@
-"""Presets: the published settings of models and methods, and those chosen here."""
+"""Presets: published settings of models and methods, and settings chosen here."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from sphere_edit.config import COMMON, TARGETS, ConfigError, EditConfig, find_method, unused_settings
 
 _OF_GRADIENTS = {"method": "ridge", "targets": "gradient", "null_space": False, "sphere": False, "contexts": 0}
-# Each as its own method and targets have it; `preset` changes it for others. AlphaEdit's hparams for llama3-8b, gpt2-xl
-# and gpt-j-6b, SPHERE's for qwen2.5-7b.
+# Each preset for its own method and targets; `preset` applies the changes that other methods and targets declare. The
+# settings of llama3-8b, gpt2-xl and gpt-j-6b are AlphaEdit's hparams, those of qwen2.5-7b SPHERE's.
 _BASES: dict[str, dict[str, Any]] = {
     "auto": {},
     "llama3-8b": {"targets": "optimised", "layers": (4, 5, 6, 7, 8)},
@@ -18,13 +18,13 @@ _BASES: dict[str, dict[str, Any]] = {
     "gpt-j-6b": {"targets": "optimised", "layers": (3, 4, 5, 6, 7, 8)},
     # ridge: chosen from 10 (published) to 160 on the first 1,000 CounterFact facts, see study 4 in benchmarks/study.
     "smollm2-135m": {"layers": (4, 5, 6, 7, 8), "contexts": 0, "ridge": 40.0},
-    # The best of seven settings tried on the first CounterFact facts; on others in benchmarks/study (gemma.yaml).
+    # The best of seven settings tried on the first CounterFact facts; gemma.yaml in benchmarks/study has mostly others.
     "gemma3-270m": {"layers": (2, 3, 4, 5, 6), "contexts": 0, "null_space_threshold": 5e-3},
-    # For any model, without SPHERE as published; with --sphere it is projected like any other method.
+    # For any model, without SPHERE, as published; --sphere projects these updates like any other method's.
     "ultraedit": _OF_GRADIENTS | {"ridge": 1.0},
     "stableedit": _OF_GRADIENTS | {"ridge": 10.0, "gradient_whiten": True, "gradient_preheat": 1000},
-    # For any model, at FT's block (published: 22 of Llama-3-8B's 32, 6 of Qwen2.5-7B's 28); all facts are one batch, up
-    # to the 100,000 of the paper.
+    # For any model, at FT's block (published: 22 of Llama-3-8B's 32, 6 of Qwen2.5-7B's 28). All facts are one batch, up
+    # to the paper's 100,000.
     "locft-bf": {
         "method": "ft",
         "sphere": False,
@@ -37,10 +37,10 @@ _BASES: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, method: str | None = None, targets: str | None = None) -> EditConfig:
-    """The preset of that name; for another method or other targets with its own settings of them.
+    """The preset of that name, with the changes that the method and the targets declare for it.
 
     Raises:
-        ConfigError: there is no such preset; or as `EditConfig`.
+        ConfigError: the preset is unknown; or as `EditConfig`.
     """
     if name not in _BASES:
         raise ConfigError(f"preset {name!r} is not known; expected one of {', '.join(_BASES)}")
@@ -64,15 +64,15 @@ def _used(values: Mapping[str, Any], method: str, targets: str) -> dict[str, Any
 
 
 def on_preset(name: str, given: Mapping[str, Any]) -> EditConfig:
-    """The settings given, the rest from the preset of their method."""
+    """The given settings; the preset, for their method and targets, gives the rest."""
     return EditConfig.from_dict({**preset(name, given.get("method"), given.get("targets")).to_dict(), **given})
 
 
 def auto_layers(depth: int, method: str = "alphaedit", targets: str = "optimised") -> tuple[int, ...]:
     """Five blocks from an eighth of the depth on (4–8 of 32); fewer where the model is shallow, never the last.
 
-    For ROME and FT the one block at the depth of the published one; FT may have the last. For gradient targets the five
-    before the last (26–30 of 32).
+    For ROME and FT, one block at the published depth; FT may have the last block. For gradient targets, the five before
+    the last (26–30 of 32).
     """
     solver = find_method(method)
     place, trains = (None, False) if solver is None else (solver.place, solver.trains)

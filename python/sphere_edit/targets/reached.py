@@ -1,4 +1,4 @@
-"""What of a batch's wanted changes is in the written model."""
+"""The share of a batch's wanted changes that the written model makes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from sphere_edit.data.records import LayerRecord
 from sphere_edit.events import Event
 from sphere_edit.updates import applied
 
-ENOUGH = 0.75  # what SPHERE and the null space take of healthy runs leaves more, a norm after the MLP less
+ENOUGH = 0.75  # in healthy runs SPHERE and the null space leave more, a norm after the MLP leaves less
 _NAMED = 5
 
 
 def share_reached(pairs: Iterable[tuple[Tensor, Tensor]]) -> float | None:
-    """Mean over facts of ``⟨got, wanted⟩ / ⟨wanted, wanted⟩``, summed over the pairs; 1 is all of it.
+    """Mean over facts of ``⟨got, wanted⟩ / ⟨wanted, wanted⟩``, both summed over the pairs; 1 is the whole change.
 
     Args:
-        pairs: (got, wanted), ``[facts, n]`` each, of one place a pair. Facts that want no change anywhere do not count.
+        pairs: (got, wanted), ``[facts, n]`` each, one pair per place. Facts that want no change anywhere do not count.
 
     Returns:
         None where no fact wants a change.
@@ -33,11 +33,13 @@ def share_reached(pairs: Iterable[tuple[Tensor, Tensor]]) -> float | None:
 def share_written(
     done: Mapping[int, LayerRecord], keys: Mapping[int, Tensor], wanted: Mapping[int, Tensor]
 ) -> float | None:
-    """`share_reached` where changes are wanted of the edited maps: what the batch's updates ``ΔW`` give for each fact's
-    key in the written model, ``ΔW k``, beside the change that was solved for.
+    """`share_reached` for wanted changes of the edited maps.
+
+    Compares the change ``ΔW k`` of the batch's updates ``ΔW``, for each fact's key in the written model, with the
+    change that was solved for.
 
     Args:
-        done: what each layer took, on the CPU.
+        done: each layer's record, on the CPU.
         keys: ``{layer: [facts, d]}``, from a pass of the written model.
         wanted: ``{layer: [facts, n]}``.
     """
@@ -47,10 +49,10 @@ def share_written(
 
 
 def missed(event: Event) -> str | None:
-    """What to say of a batch whose wanted changes are not in the written model; None where they are.
+    """Message about a batch whose wanted changes the written model does not make; None where the model makes them.
 
-    A closed loop answers for them itself: it asks for more until the facts are known, so what it did not learn is said.
-    Its batches are told by their ``rounds``.
+    A closed loop asks for more until the facts are known, so for its batches the message names the facts not learned.
+    Events of such batches have ``rounds``.
     """
     batch = f"batch {event.get('batch')}"
     if event.get("rounds") is not None:
@@ -69,6 +71,6 @@ def missed(event: Event) -> str | None:
 
 
 def named(ids: Sequence[str]) -> str:
-    """The first ids, and how many more there are."""
+    """The first ids, and the number of the others."""
     shown = ", ".join(ids[:_NAMED])
     return shown if len(ids) <= _NAMED else f"{shown} and {len(ids) - _NAMED} more"
