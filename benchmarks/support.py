@@ -24,7 +24,7 @@ def support() -> str:
             cells = [entry if dtype in dtypes else "–" for dtype in COLUMNS]
             rows.append([f"`{NAMES.get(op, op)}`", f"`{impl}`", *cells])
     head = ["operation", "implementation", *(str(dtype).removeprefix("torch.") for dtype in COLUMNS)]
-    return table(head, rows).replace("---:", "---")
+    return table(head, rows, "---")
 
 
 def render(page: str) -> str:
@@ -32,5 +32,9 @@ def render(page: str) -> str:
     return filled(page, lambda name: {"support": support}[name]())
 
 
-if __name__ == "__main__":
+def write() -> None:
     PAGE.write_text(render(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    write()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from sphere_edit.runs.spec import RunOptions
 
 from sphere_edit.config import ConfigError, EditConfig
 from sphere_edit.editing.editor import SphereEditor
@@ -17,6 +16,7 @@ from sphere_edit.experiments import run as experiment
 from sphere_edit.experiments.run import resume
 from sphere_edit.model.structure import StructureError, find_structure
 from sphere_edit.runs.deltas import switch, write_deltas
+from sphere_edit.runs.spec import RunOptions
 from sphere_edit.targets.passes import Passes
 from sphere_kernels.streaming import HypersphereState
 

@@ -9,7 +9,6 @@ import pytest
 import tiny
 import torch
 import yaml
-from sphere_edit.runs.spec import RunOptions
 from typer.testing import CliRunner
 
 from sphere_edit.cli.app import app
@@ -17,6 +16,7 @@ from sphere_edit.editing.guard import BOUND, FIRST, LEAST, Guard, GuardError
 from sphere_edit.experiments import run as experiment
 from sphere_edit.experiments.run import resume, rollback
 from sphere_edit.runs import run_folder
+from sphere_edit.runs.spec import RunOptions
 from sphere_kernels import LowRankUpdate
 
 _ONE = {"batch_size": 1}

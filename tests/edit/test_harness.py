@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from sphere_edit.runs.spec import RunOptions
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -28,6 +27,7 @@ from sphere_edit.experiments import run as experiment
 from sphere_edit.model.structure import StructureError
 from sphere_edit.runs import run_folder
 from sphere_edit.runs.journal import RunError
+from sphere_edit.runs.spec import RunOptions
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed (the extra harness)", allow_module_level=True)

@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import tiny
-from sphere_edit.runs.spec import RunOptions
 from typer.testing import CliRunner
 
 from sphere_edit.cli.app import app
@@ -21,6 +20,7 @@ from sphere_edit.evaluation.judge import Endpoint, JudgeError
 from sphere_edit.experiments.run import resume, run
 from sphere_edit.report.page import write_report
 from sphere_edit.runs import run_folder
+from sphere_edit.runs.spec import RunOptions
 
 
 class Server(ThreadingHTTPServer):

@@ -11,7 +11,6 @@ import pytest
 import tiny
 import torch
 import transformers as hf
-from sphere_edit.runs.spec import RunOptions
 
 from sphere_edit.data.requests import EditRequest
 from sphere_edit.editing.editor import SphereEditor
@@ -20,6 +19,7 @@ from sphere_edit.evaluation.metrics import Score, evaluate, perplexity, score_ta
 from sphere_edit.experiments import run as experiment
 from sphere_edit.model.structure import StructureError, check_weights_finite
 from sphere_edit.model.tokens import encode
+from sphere_edit.runs.spec import RunOptions
 
 _TEXT = "Anna went home. The river flows past the old mill, and nobody saw it.\nIt rained — for days.\n" * 30
 

@@ -9,7 +9,6 @@ import plain
 import pytest
 import tiny
 import torch
-from sphere_edit.runs.spec import RunOptions
 
 from sphere_edit.config import ConfigError, EditConfig
 from sphere_edit.editing.editor import SphereEditor
@@ -22,6 +21,7 @@ from sphere_edit.methods.covariance import key_covariances
 from sphere_edit.model.structure import find_structure
 from sphere_edit.runs import run_folder
 from sphere_edit.runs.deltas import switch
+from sphere_edit.runs.spec import RunOptions
 from sphere_edit.targets.optimised import optimise_values
 
 _PRUNING = {"method": "prune", "covariance_weight": 1e-3, "value_clamp": 400.0, "value_lr": 50.0}

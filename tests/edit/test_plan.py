@@ -9,7 +9,6 @@ from collections import namedtuple
 import pytest
 import tiny
 from safetensors import safe_open
-from sphere_edit.runs.spec import RunOptions
 from typer.testing import CliRunner
 
 from sphere_edit.cli.app import app
@@ -18,6 +17,7 @@ from sphere_edit.experiments import plan
 from sphere_edit.experiments import run as experiment
 from sphere_edit.experiments.plan import make_plan
 from sphere_edit.runs import run_folder
+from sphere_edit.runs.spec import RunOptions
 
 _QUICK = [
     *("--layers", "1,2,3", "--batch-size", "2", "--set", "contexts=0", "--set", "covariance_tokens=600"),

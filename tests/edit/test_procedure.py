@@ -7,7 +7,6 @@ import json
 import pytest
 import tiny
 import torch
-from sphere_edit.runs.spec import RunOptions
 
 from sphere_edit.config import EditConfig
 from sphere_edit.data.requests import EditRequest, RequestError
@@ -18,6 +17,7 @@ from sphere_edit.experiments.snapshots import sample_prompts
 from sphere_edit.model.generation import complete
 from sphere_edit.runs import run_folder
 from sphere_edit.runs.journal import RunError
+from sphere_edit.runs.spec import RunOptions
 
 _FILES = {"config.yaml", "requests.jsonl", "before.json", "journal.jsonl", "batches", "lock"}
 _FILES |= {"metrics.jsonl", "deltas.safetensors", "report.html"}

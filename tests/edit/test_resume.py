@@ -14,7 +14,6 @@ import children
 import pytest
 import tiny
 import torch
-from sphere_edit.runs.spec import RunOptions
 from typer.testing import CliRunner
 
 from sphere_edit import files
@@ -28,6 +27,7 @@ from sphere_edit.runs import journal as journals
 from sphere_edit.runs import run_folder
 from sphere_edit.runs.deltas import switch
 from sphere_edit.runs.journal import BATCHES, CHECKPOINTS, JOURNAL, SET_ASIDE, Journal, RunError
+from sphere_edit.runs.spec import RunOptions
 
 _BATCHES = 13
 _SETTINGS = tiny.CONFIG.replace(contexts=1, value_steps=3, refresh_every=2)

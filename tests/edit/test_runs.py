@@ -12,7 +12,6 @@ import tiny
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from sphere_edit.runs.spec import RunOptions
 
 from sphere_edit.experiments import run as experiment
 from sphere_edit.files import read_facts
@@ -20,6 +19,7 @@ from sphere_edit.model.structure import find_structure
 from sphere_edit.runs import run_folder
 from sphere_edit.runs.deltas import switch
 from sphere_edit.runs.journal import RunError
+from sphere_edit.runs.spec import RunOptions
 
 
 @pytest.fixture(scope="module")
