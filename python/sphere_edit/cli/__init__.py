@@ -1,1 +1,1 @@
-"""The command ``sphere-edit``."""
+"""The command line: the commands of ``sphere-edit``, their options, and terminal output."""

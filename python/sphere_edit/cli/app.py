@@ -1,4 +1,4 @@
-"""The command ``sphere-edit``."""
+"""The commands of ``sphere-edit``."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def _rehearse(
     read: Callable[[], list[EditRequest]],
     load_model: Callable[[], tuple[Any, Any]],
 ) -> None:
-    """Check what a run would, and say what it would do; all problems at once, then status 1."""
+    """Check a run and print its plan without running it; print all problems together, then exit with status 1."""
     from sphere_edit.editing.editor import SphereEditor
     from sphere_edit.experiments.plan import check_folder, make_plan
     from sphere_edit.experiments.run import check_options, check_run
@@ -384,7 +384,7 @@ def evaluate_command(
                     texts = generate_texts(loaded, tokenizer, chosen, progress=tell)
                     scores |= score_texts(chosen, texts, about, tfidf).to_dict()
                     written["texts"] = {r.id: own for r, own in zip(chosen, texts, strict=True)}
-            finally:  # a judge that fails on the way takes nothing with it
+            finally:  # figures survive a judge that fails midway
                 if judged is not None:
                     written["judged"] = judged.verdicts
                 event = {"event": "evaluation", "when": "now", "scores": scores, "perplexity": finite(value)}
