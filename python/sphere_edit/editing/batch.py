@@ -1,4 +1,4 @@
-"""Write one batch: find the wanted changes of the facts; the engine solves for them, projects and writes."""
+"""Write one batch: find the wanted changes of the facts; the engine solves, projects and writes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class BatchWriter:
             self.anchors = self._measure_anchors()
 
     def write(self, engine: Engine, facts: Sequence[EditRequest], clock: Clock) -> tuple[Done, Event]:
-        """Find the updates of all layers and write them; call within `Engine.batch`.
+        """Find and write the updates of all layers; call within `Engine.batch`.
 
         Returns:
             Each layer's record and event, and the fields of the batch's event.
@@ -152,7 +152,7 @@ class BatchWriter:
         return done, {"nll": float(seen.nll.mean()), "positions": positions}
 
     def see_gradients(self, engine: Engine, facts: Sequence[EditRequest]) -> Seen:
-        """Run one forward and backward pass over prompts and targets, and add it to the running statistics."""
+        """Run one forward and backward pass over prompts and targets, and update the running statistics."""
         rows = [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in facts]
         seen = look_back(
             self.model,

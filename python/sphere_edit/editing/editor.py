@@ -1,4 +1,4 @@
-"""The editor: write batch after batch, judge each, keep or undo it, and carry the state between them."""
+"""The editor: write, judge, and keep or undo batch after batch, and carry the state from batch to batch."""
 
 from __future__ import annotations
 
@@ -106,16 +106,16 @@ class SphereEditor:
 
     @property
     def batches(self) -> int:
-        """Number of batches done, with those left out."""
+        """Number of batches done, skipped batches included."""
         return self._engine.batches if self._engine else 0
 
     @property
     def edits(self) -> int:
-        """Number of facts in the batches done, with those of batches left out."""
+        """Number of facts in the batches done, skipped batches included."""
         return self._edits
 
     def edit(self, requests: Iterable[EditRequest | Mapping[str, Any]]) -> EditResult:
-        """Edit the facts in batches of ``batch_size``, after all earlier ones.
+        """Edit the facts in batches of ``batch_size``, after all earlier edits.
 
         Raises:
             RequestError, ValueError: a request cannot be edited; no weight has been touched.
@@ -193,7 +193,7 @@ class SphereEditor:
 
     @contextmanager
     def finished(self) -> Iterator[None]:
-        """Hold the final weights of `hand_over` in the model within the block; restore the loop's weights after it."""
+        """Hold the final weights of `hand_over` in the model within the block, then restore the loop's weights."""
         if self._aside is not None:
             yield
             return
@@ -245,7 +245,7 @@ class SphereEditor:
         return counts | add_prefix("engine", self._engine.state_dict()) | add_prefix("guard", self._guard.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore a `state_dict` of an editor of the same model and settings, and write its weights."""
+        """Restore a `state_dict` of an editor of the same model and settings, weights included."""
         self.prepare()
         assert self._engine is not None
         self._check_unmoved()
@@ -292,7 +292,7 @@ class SphereEditor:
             raise ValueError("the weights have been handed over; expected a call after finished(), or after revert()")
 
     def _check_ours(self) -> None:
-        """Raise ValueError unless the model's weights are the engine's tensors and hold the bits that it wrote."""
+        """Raise ValueError unless the model's weights are the engine's tensors and hold the engine's bits."""
         self._check_not_handed_over()
         self._check_unmoved()
         states = self._engine.states if self._engine else {}
@@ -400,7 +400,7 @@ class SphereEditor:
         return {i: {**engine.energy(i), "weight_norm": engine.weight_norm(i)} for i in self.config.layers}
 
     def _guarded(self, batch: Sequence[EditRequest], before: Mapping[int, Event]) -> BatchRecord:
-        """Write a batch and judge it; raise GuardError if it stands out and may not stay."""
+        """Write and judge a batch; raise GuardError for a batch that stands out and may not stay."""
         assert self._engine is not None
         number, ids, guard = self._engine.batches + 1, [request.id for request in batch], self.config.guard
         try:

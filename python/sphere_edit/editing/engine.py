@@ -1,4 +1,4 @@
-"""The engine: edited weights with their energies, directions and the method's history, updated batch by batch."""
+"""The engine: edited weights, energies, directions and the method's history, updated batch by batch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Clock(dict[str, float]):
 
 
 class Engine:
-    """Solves, projects (SPHERE, then REVIVE if it is on) and writes; keeps a batch whole or undoes it.
+    """Solves, projects (SPHERE, then REVIVE if set) and writes; keeps a batch whole or undoes the batch.
 
     Args:
         weights: ``{layer: [n, d]}``, the model's own storage; written in place.
@@ -89,7 +89,7 @@ class Engine:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Make the writes within the block the next batch; on an error or interrupt undo them bit for bit."""
+        """Make the writes within the block the next batch; on an error or interrupt undo all writes bit for bit."""
         self.check_whole()
         try:
             yield
@@ -124,7 +124,7 @@ class Engine:
 
     @contextmanager
     def tried(self, layer: int, update: LowRankUpdate) -> Iterator[None]:
-        """Add the whole update to the model's weight within the block; restore the weight after it, bit for bit."""
+        """Add the whole update to the model's weight within the block, then restore the weight bit for bit."""
         state = self.states[layer]
         before = state.weight.clone()
         try:
@@ -136,7 +136,7 @@ class Engine:
     def write(
         self, layer: int, keys: Tensor, residuals: Tensor, solved: LowRankUpdate, clock: Clock
     ) -> tuple[LayerRecord, Event]:
-        """Reshape the update that `solve` found for ``keys`` and ``residuals``, project it and add it; within `batch`.
+        """Reshape, project and add the update that `solve` found for ``keys`` and ``residuals``; call within `batch`.
 
         Returns:
             The layer's record and the fields of its energy event.
@@ -145,12 +145,12 @@ class Engine:
         return self._put(layer, keys, update, event, clock)
 
     def add(self, layer: int, keys: Tensor, solved: Update, clock: Clock) -> tuple[LayerRecord, Event]:
-        """Project an update of one layer and add it; within `batch`. ``keys`` as for `solve`."""
+        """Project and add an update of one layer; call within `batch`. ``keys`` as for `solve`."""
         return self._put(layer, keys, *self._projected(layer, solved, clock), clock)
 
     @torch.no_grad()
     def attempt(self, asked: Mapping[int, tuple[Tensor, Tensor]], clock: Clock) -> None:
-        """Write trial updates into the model; states, directions and history stay those of the batch before.
+        """Write trial updates into the model; states, directions and history do not change.
 
         `settle` makes the last attempt final. The next attempt undoes this one, and so does an error in `batch`.
 
@@ -189,7 +189,7 @@ class Engine:
         self._before = {}
 
     def _shaped(self, layer: int, residuals: Tensor, solved: LowRankUpdate, clock: Clock) -> tuple[Update, Event]:
-        """Reshape and project a solved update; the update to add, and the fields of its event."""
+        """Reshape and project a solved update; returns the update to add and fields of the layer's event."""
         shaped = self.method.reshape(layer, solved, self.states[layer].master)
         clock.lap("solve")
         update, event = self._projected(layer, shaped, clock)
@@ -231,7 +231,7 @@ class Engine:
         return record, event
 
     def replay(self, layer: int, record: LayerRecord) -> None:
-        """Add the recorded update of an earlier run and remember its keys, if it has any; call within `batch`.
+        """Add an earlier run's recorded update and remember the keys, unless the record is empty; call within `batch`.
 
         Raises:
             ReplayError: the record lacks gradients, or the weight's bits then differ from the earlier run's.
@@ -297,7 +297,7 @@ class Engine:
         self._whole = True
 
     def _entering(self, layer: int, keys: Tensor) -> Tensor:
-        """The keys ``[b, d]`` that the method solves for: projected ones with ``project: solve``."""
+        """The keys ``[b, d]`` that the method solves for, projected with ``project: solve``."""
         return self.states[layer].project(keys).to(keys.dtype) if self._projects_keys else keys
 
     def _add(self, layer: int, update: Update) -> None:

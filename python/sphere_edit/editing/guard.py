@@ -70,7 +70,7 @@ class GuardError(ValueError):
 
 
 class Guard:
-    """Keeps the figures of the batches in the weights, and compares the next batch with them.
+    """Keeps the figures of the batches in the weights, and compares the next batch with these figures.
 
     Args:
         orthogonal: for each edited layer, the energy of as many orthogonal rows.
@@ -143,7 +143,7 @@ class Guard:
 
 
 def describe(found: Sequence[Mapping[str, Any]]) -> str:
-    """Say in words which figures stand out; for each figure, name the layer furthest beyond its bound."""
+    """Say in words which figures stand out; for each figure, name the layer furthest beyond the bound."""
     worst: dict[str, Mapping[str, Any]] = {}
     layers: dict[str, list[int]] = {}
     for one in found:
