@@ -30,7 +30,7 @@ _SEED = 1234  # lm-eval's default seed for drawing examples
 
 
 def _boolq(fields: Fields) -> dict[str, Any]:
-    """A BoolQ record as in SuperGLUE: the passage begins with the title of its page."""
+    """A BoolQ record as in SuperGLUE: the passage begins with the page's title."""
     passage = f"{fields.text('title')} -- {fields.text('passage')}"
     return {"passage": passage, "question": fields.text("question"), "label": int(fields.truth("answer"))}
 
@@ -44,7 +44,7 @@ def _rte(fields: Fields) -> dict[str, Any]:
 
 
 def _nq(fields: Fields) -> dict[str, Any]:
-    """A question without its question mark; the prompt template adds one."""
+    """A question without question mark; the prompt template adds one."""
     answers = list(fields.texts("answer", required=True))
     if not answers:
         raise DataError(f"{fields.where}: field 'answer' is empty; expected at least one text")
@@ -60,7 +60,7 @@ def _gsm8k(fields: Fields) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Source:
-    """A task: the file of its records, the parser from a record to the template's fields, and lm-eval's definition."""
+    """A task: file of records, parser from a record to the template's fields, and lm-eval's definition."""
 
     file: str
     parse: Callable[[Fields], dict[str, Any]]
@@ -185,7 +185,7 @@ def _tsv(path: Path) -> Iterator[Record]:
 
 
 def _task(name: str, records: Records, shots: int | None) -> Any:
-    """lm-eval's task with the local records as its test split."""
+    """lm-eval's task with the local records as the test split."""
     import lm_eval
     import yaml
     from datasets import Dataset
@@ -224,7 +224,7 @@ def _scores(found: dict[str, Any], n: int) -> dict[str, dict[str, float | int | 
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """Silence lm-eval's warnings of a model loaded already and of a task with records of its own; both are intended."""
+    """Silence lm-eval's warnings of a model loaded already and of a task with given records; both are intended."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -26,7 +26,7 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignore
 
 
 class JudgeError(ValueError):
-    """The judge cannot be reached, or its reply cannot be read; earlier verdicts are kept."""
+    """The judge cannot be reached, or a reply cannot be read; earlier verdicts are kept."""
 
 
 class Endpoint:
@@ -109,7 +109,7 @@ class Endpoint:
 
 
 def check_judge(url: str | None, model: str | None, answers: bool) -> Endpoint | None:
-    """Make the judge that the options name and check that it replies; None without a judge.
+    """Make the judge that the options name and check for a reply; None without a judge.
 
     Raises:
         ValueError: address or model is missing, there are no answers to judge, or the check of the reply fails.

@@ -31,7 +31,7 @@ _WINDOW = 256
 
 @dataclass(frozen=True)
 class Score:
-    """Mean over ``n`` requests with its standard error (of the mean of per-request means); NaN where n is 0."""
+    """Mean over ``n`` requests with standard error (of the mean of per-request means); NaN if n is 0."""
 
     mean: float
     stderr: float
@@ -57,14 +57,14 @@ def finite(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by name (``efficacy_success`` …), and the figures of each request behind them."""
+    """Scores by name (``efficacy_success`` …), and the figures of each request behind the scores."""
 
     scores: dict[str, Score]
     per_request: list[dict[str, float]]
 
     @classmethod
     def of(cls, per_request: Sequence[dict[str, float]], names: Iterable[str] | None = None) -> Evaluation:
-        """Means of ``names`` over the requests that have them; by default `SCORES` and any of `FURTHER_SCORES`."""
+        """Means of ``names``, each over the requests with that score; by default `SCORES`, `FURTHER_SCORES`."""
         chosen = named(per_request, SCORES, FURTHER_SCORES) if names is None else names
         return cls({n: Score.of([r[n] for r in per_request if n in r]) for n in chosen}, list(per_request))
 
@@ -96,7 +96,7 @@ def named(per_request: Sequence[Iterable[str]], always: Iterable[str], further: 
 
 
 class Question(NamedTuple):
-    """A prompt, its right answer followed by aliases, and the answer to compare with, or None."""
+    """A prompt, the right answer followed by aliases, and the answer to compare with, or None."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -154,7 +154,7 @@ def evaluate(
 
 
 def questions(request: EditRequest) -> dict[str, list[Question]]:
-    """The prompts of a request with their answers, by metric."""
+    """The prompts and answers of a request, by metric."""
     r, new, true, own = request, request.target_new, request.target_true, request.neighborhood_answers
     local = own or (true,) * len(r.neighborhood)
     return {

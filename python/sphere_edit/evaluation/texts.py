@@ -1,4 +1,4 @@
-"""Free text about edited subjects: generate text, and score its variety and its fit with the new target.
+"""Free text about edited subjects: generate text, and score variety and fit with the new target.
 
 *Fluency* and *consistency* follow ROME and MEMIT. Fluency is the weighted entropy of 2- and 3-grams of words.
 Consistency is the cosine of two TF-IDF vectors: the model's text about a subject, and texts about things that truly
@@ -40,7 +40,7 @@ def generate_texts(
     length: int = TEXT_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[str]]:
-    """Generate a text for each ``generation`` prompt of each request; a request without them uses its own prompt.
+    """Generate a text for each ``generation`` prompt of each request; a request without any uses the edit's prompt.
 
     Each token is sampled from the five likeliest ones, as published. Every text has the full length, because entropy
     grows with length: end of text is never sampled, while the published code goes on after one.
@@ -83,7 +83,7 @@ def generate_texts(
 
 
 def reference_texts(requests: Iterable[EditRequest]) -> References:
-    """True sentences from the data itself: prompts completed by their true targets, by relation and target.
+    """True sentences from the data: prompts completed by true targets, by relation and target.
 
     ROME's references are encyclopaedia articles on subjects that have the target. One-sentence stand-ins replace them
     here, so compare the figures among models and methods on the same data, not with published ones.
@@ -99,7 +99,7 @@ def reference_texts(requests: Iterable[EditRequest]) -> References:
 
 
 def read_references(path: str | Path) -> References:
-    """Read a user's references: JSON records ``{target, text}``; an optional ``relation`` limits a text to its facts.
+    """Read a user's references: JSON records ``{target, text}``; an optional ``relation`` limits a text's use.
 
     Blanks around a target are removed, as for requests.
 
@@ -157,7 +157,7 @@ def score_texts(
     references: References,
     tfidf: Any = None,
 ) -> Evaluation:
-    """``fluency`` of the texts of each request, and their ``consistency`` with references for the new target.
+    """``fluency`` of the texts of each request, and ``consistency`` with references for the new target.
 
     Args:
         texts: the texts of each request, from `generate_texts`.

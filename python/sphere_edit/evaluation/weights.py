@@ -1,4 +1,4 @@
-"""Effects of edits on a weight besides its energy: movement, spectrum, output change, and the theorem's bound."""
+"""Effects of edits on a weight besides the energy: movement, spectrum, output change, and the theorem's bound."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Measures:
         self._outputs = {layer: output_square(originals[layer], c) for layer, c in self._covariances.items()}
 
     def of_weight(self, layer: int, weight: Tensor, batch: int) -> Event:
-        """`spectrum` of a weight, and the movement of its neurons since before all edits.
+        """`spectrum` of a weight, and the movement of the neurons since before all edits.
 
         Returns:
             Empty for a batch that is not measured; else ``neurons`` (n), ``moved_mean`` and ``moved_max`` of
