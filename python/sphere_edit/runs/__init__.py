@@ -1,1 +1,1 @@
-"""The folder of a run: its files, its journal, and the options recorded in it."""
+"""The folder of a run: files, journal, and recorded options."""

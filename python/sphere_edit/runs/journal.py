@@ -1,4 +1,4 @@
-"""The journal of a run: a kill, a full disk or a flipped bit loses at most the steps after it.
+"""The journal of a run: a kill, a full disk or a flipped bit loses at most the steps from there on.
 
     journal.jsonl                   one line per step done, appended, never rewritten
     batches/000001.safetensors      the record of batch 1
@@ -119,7 +119,7 @@ class Journal:
     @classmethod
     @contextmanager
     def opened(cls, folder: Path) -> Iterator[Journal]:
-        """A journal under the lock of its folder."""
+        """A journal under the lock of the folder."""
         with locked(folder):
             journal = cls(folder)
             try:
@@ -162,7 +162,7 @@ class Journal:
             self._append(record)
 
     def add_batch(self, number: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], **more: Any) -> None:
-        """Record batch ``number``, the next one: ``tensors`` and ``facts`` in its file, ``more`` in its line."""
+        """Record batch ``number``, the next one: ``tensors`` and ``facts`` in a file, ``more`` in the line."""
         assert number == self.batches + 1
         file = f"{BATCHES}/{number:06d}.safetensors"
         with self.writing(file):
@@ -222,7 +222,7 @@ class Journal:
                 left.unlink()
 
     def go_back(self, number: int, also: Iterable[str] = ()) -> Path | None:
-        """Set aside all steps after batch ``number`` and the files ``also``, now outdated; returns their new place."""
+        """Set aside all steps after batch ``number`` and the files ``also``, now outdated; returns the new folder."""
         return self._cut(sum(record["number"] <= number for record in self.records), also)
 
     def set_aside(self, *files: str) -> Path:

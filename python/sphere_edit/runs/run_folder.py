@@ -139,7 +139,7 @@ def check_new_run(path: Path, overwrite: bool) -> None:
 
 
 def _unbegun(path: Path) -> bool:
-    """Whether a run in ``path`` was stopped before its first step: nothing to lose, and nothing to resume."""
+    """Whether a run in ``path`` was stopped before the first step: nothing to lose, and nothing to resume."""
     names = [entry.name for entry in path.iterdir()]
     return not names or (LOCK in names and all(name in _BEGINNING or _LEFT.fullmatch(name) for name in names))
 
@@ -168,7 +168,7 @@ def existing_run(path: Path) -> Iterator[Journal]:
 
 
 def is_finished(journal: Journal) -> bool:
-    """Whether the run is complete and its files are undamaged."""
+    """Whether the run is complete and the result undamaged."""
     end = journal.last("finished")
     return end is not None and end["number"] == journal.batches and not journal.fault_of(end) and has_deltas(journal)
 
@@ -186,7 +186,7 @@ def guard_of(journal: Journal, begun: str) -> str:
 
 
 def place(folder: Path, name: str | None) -> Path:
-    """The final path of a run that is to replace ``name``; a folder moved or copied since stays at its own path."""
+    """The final path of a run that is to replace ``name``; a folder moved or copied since stays in place."""
     return folder.with_name(name) if name and folder.name.startswith(f"{name}.partial-") else folder
 
 
@@ -223,7 +223,7 @@ def beside(path: Path) -> list[Path]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and thread count: figures depend on them besides the settings."""
+    """Versions, machine and thread count, on which figures depend besides the settings."""
     import transformers
 
     return {
@@ -271,7 +271,7 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
-    """The events of a run, without the line that names their schema.
+    """The events of a run, without the line of the schema.
 
     Raises:
         RunError: the file cannot be read, a line is not JSON (such as a torn last one), or the schema is later than
@@ -300,7 +300,7 @@ def read_requests(run: Path) -> list[EditRequest]:
 
 
 def write_batch(journal: Journal, batch: BatchRecord) -> None:
-    """Record a batch in the journal. Its file holds ``random_state`` and, from the `LayerRecord` of each layer such as
+    """Record a batch in the journal. The file holds ``random_state`` and, from the `LayerRecord` of each layer such as
     4, ``4.keys``, the update's factors ``4.left`` and ``4.right``, and ``4.gradients`` if there are any; a dense update
     is ``4.right`` alone.
 

@@ -1,4 +1,4 @@
-"""The options of a run besides the settings of its edits: each declared once, and recorded in ``config.yaml``."""
+"""The options of a run besides the settings of the edits: each declared once, and recorded in ``config.yaml``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sphere_edit.evaluation.metrics import PERPLEXITY_TOKENS
 
 
 def _option(default: Any, doc: str, **more: Any) -> Any:
-    """A field of `RunOptions` with its description ``doc``.
+    """A field of `RunOptions` with the description ``doc``.
 
     Args:
         more: ``flags`` of the command line, unless they follow from the field's name; ``least`` value of a count;
@@ -22,7 +22,7 @@ def _option(default: Any, doc: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of a run besides its settings; ``metadata["doc"]`` of each field describes the option.
+    """Options of a run besides the settings; ``metadata["doc"]`` of each field describes the option.
 
     Args:
         model_name, data_name: the user's names for model and data; for the record.
@@ -89,7 +89,7 @@ def declared() -> list[Field[Any]]:
 
 
 def check_counts(options: RunOptions) -> None:
-    """Raise ValueError if a count is below its least value."""
+    """Raise ValueError if a count is below the least value."""
     for one in declared():
         value, least = getattr(options, one.name), one.metadata.get("least")
         if least is None or (value is None and one.default is None):
@@ -99,7 +99,7 @@ def check_counts(options: RunOptions) -> None:
 
 
 def recorded_options(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, without settings, that a run began with; read from its ``config.yaml``."""
+    """The options, without settings, that a run began with; read from ``config.yaml``."""
     own = {one.name: recorded.get(one.name, one.metadata.get("earlier", one.default)) for one in declared()}
     own["harness"] = ",".join(own["harness"] or ()) or None
     own |= {"overwrite": recorded["replaces"] is not None, "device": recorded["device"]}
