@@ -1,4 +1,4 @@
-"""Rank correlations between a run's energies and its scores."""
+"""Rank correlations between a run's energies and scores."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Log:
         return found
 
     def learned(self) -> dict[str, Any] | None:
-        """Facts learned right after their batch, facts in all, facts not learned, and the share of the wanted changes
+        """Facts learned right after each batch, facts in all, facts not learned, and the share of the wanted changes
         that was reached; None if the batch events have no ``learned``."""
         seen = [event for event in self.of_kind("batch") if event.get("learned") is not None]
         if not seen:

@@ -81,7 +81,7 @@ def render(config: Mapping[str, Any], events: Sequence[Event], requests: Iterabl
 
 
 def _scored(requests: Iterable[EditRequest], events: Sequence[Event]) -> Iterator[tuple[EditRequest, Event | None]]:
-    """Scored requests with their event; all requests, with None, as long as none is scored."""
+    """Scored requests, each with an event; all requests, with None, as long as none is scored."""
     left = iter(events)
     event = next(left, None)
     for request in requests:
@@ -113,14 +113,14 @@ def short(value: float | None) -> str:
 
 
 def plain(value: Any) -> str:
-    """A setting's value as a user would type it."""
+    """A setting's value in the form that a user types."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(plain, value)) or "–"
     return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _printable(value: Any) -> Any:
-    """Text in HTML's characters (controls become their pictures, surrogates U+FFFD), cut if absurdly long."""
+    """Text in HTML's characters (controls become control pictures, surrogates U+FFFD), cut if absurdly long."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return (value if len(value) <= _LONGEST else value[:_LONGEST] + "…").translate(_UNPRINTABLE)

@@ -68,7 +68,7 @@ def _relative_norm(event: Event, _: Event) -> float | None:
 
 
 def _plot(name: str, label: str, draw: Callable[[Axes], None], columns: int, title: str = "") -> Markup:
-    """An inline SVG that scales with its column.
+    """An inline SVG that scales with the column of the page.
 
     Args:
         name: keeps the ids of the plot apart from other plots'.
@@ -177,7 +177,7 @@ def _lines(
     looks: Mapping[str, Mapping[str, Any]],
     **axis: Any,
 ) -> Markup | None:
-    """Named lines over the number of edits, without empty ones; ``axis`` is set on the axes."""
+    """Named lines over the number of edits, without empty lines; ``axis`` is set on the axes."""
     there = {key: points for key, points in lines.items() if points}
     if not there:
         return None
