@@ -131,7 +131,7 @@ def _targets(config: EditConfig) -> str:
 
 
 def _covariance(editor: SphereEditor) -> tuple[list[int], int]:
-    """Layers whose key covariance is not in the cache, and the number of tokens to measure them on."""
+    """Layers whose key covariance is not in the cache, and the number of tokens to measure with."""
     config = editor.config
     if method_class(config).trains:
         return [], 0
@@ -225,7 +225,7 @@ def _passes(config: EditConfig) -> tuple[int, int]:
 def _seconds_each(
     action: Callable[[Sequence[EditRequest]], object], requests: Sequence[EditRequest]
 ) -> tuple[float, int]:
-    """Seconds per request, and the number of requests timed: the sample grows until its time reaches `_LONG`."""
+    """Seconds per request, and the number of requests timed: the sample grows until the time reaches `_LONG`."""
     count = 1
     action(sample(requests, count, "probe"))  # untimed: the first call sets things up
     while True:

@@ -254,7 +254,7 @@ class RunSession:
                 torch.set_num_threads(threads)
 
     def prepare(self) -> Snapshot:
-        """Check that model and inputs are those of the run's begin; return the ``before`` snapshot, stored or new."""
+        """Check that model and inputs have not changed since the run began; return the ``before`` snapshot."""
         for change in run_folder.environment_changes(self.record):
             self.journal.on_note(f"since the run began, {change}")
         self.editor.prepare()
@@ -318,7 +318,7 @@ class RunSession:
         return found
 
     def ability(self) -> Event:
-        """General ability of the model with its final weights; empty unless the run asks for a harness."""
+        """General ability of the model with the final weights; empty unless the run asks for a harness."""
         editor, tasks = self.editor, self.record.get("harness")
         if not tasks:
             return {}
@@ -327,7 +327,7 @@ class RunSession:
             return {"ability": ability_scores(editor.model, editor.tokenizer, tasks, folder, limit)}
 
     def restore(self, to: int) -> None:
-        """Restore model and editor after batch ``to``: load the newest checkpoint, then replay the batches after it.
+        """Restore model and editor after batch ``to``: load the newest checkpoint, then replay the later batches.
 
         Raises:
             RunError: a replayed batch does not give the recorded bits.
@@ -416,7 +416,7 @@ class RunSession:
         self.on_event(event)
 
     def write_events(self, before: Snapshot) -> list[Event]:
-        """Write ``metrics.jsonl`` anew from the journal, with all events up to the last batch; return them."""
+        """Rewrite ``metrics.jsonl`` from the journal, with all events up to the last batch; return the events."""
         later = [event for record in self.journal.records for event in record.get("events", [])]
         known = before.events + later
         with self.journal.writing(run_folder.METRICS):

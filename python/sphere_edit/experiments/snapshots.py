@@ -61,7 +61,7 @@ def take(
     answers: bool = False,
     judge: Judge | None = None,
 ) -> Snapshot:
-    """Take a snapshot of the editor's model with its final weights.
+    """Take a snapshot of the editor's model with the final weights.
 
     Args:
         when: ``before`` or ``after``.
@@ -84,7 +84,7 @@ def take(
 
 
 def sample(requests: Sequence[EditRequest], count: int | None, seed: str) -> list[EditRequest]:
-    """Draw ``count`` requests at random and keep their order; all if there are no more or ``count`` is None."""
+    """Draw ``count`` requests at random and keep the order; all if there are no more or ``count`` is None."""
     places = range(len(requests))
     if count is not None and count < len(requests):
         return [requests[i] for i in sorted(random.Random(seed).sample(places, count))]
@@ -175,7 +175,7 @@ def _cosines(editor: SphereEditor, when: str) -> Iterator[Event]:
 
 
 def sample_prompts(requests: Sequence[EditRequest]) -> list[tuple[str, str]]:
-    """(kind, prompt) of the completions shown: edited facts, their paraphrases, neighbours, and neutral prompts."""
+    """(kind, prompt) of the completions shown: edited facts, paraphrases, neighbours, and neutral prompts."""
     chosen = requests[:: max(1, len(requests) // 4)][:4]
     prompts = [("edited", r.text) for r in chosen]
     prompts += [("paraphrase", r.paraphrases[0]) for r in chosen[:2] if r.paraphrases]

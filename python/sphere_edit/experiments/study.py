@@ -115,7 +115,7 @@ class Study:
         return str(self.runs[run].get("method", self.settings.get("method", "alphaedit")))
 
     def config(self, run: str) -> EditConfig:
-        """The settings of a run: its method's preset, then the study's settings of use to the method, then its own."""
+        """The settings of a run: the method's preset, then the study's of use to the method, then the run's."""
         method = self.method(run)
         targets = str((self.settings | self.runs[run]).get("targets", preset(self.preset, method).targets))
         shared = {name: value for name, value in self.settings.items() if name not in unused_settings(method, targets)}
@@ -172,7 +172,7 @@ def _check(path: Path, name: str, value: Any) -> None:
 
 
 def expanded(value: Any) -> Any:
-    """A text with its environment variables replaced; any other value unchanged."""
+    """A text with environment variables replaced; any other value unchanged."""
     return os.path.expandvars(value) if isinstance(value, str) else value
 
 
@@ -224,7 +224,7 @@ def go(
 
 
 def finished(path: Path) -> bool:
-    """Whether a run is complete, according to its journal's last line."""
+    """Whether a run is complete, according to the journal's last line."""
     try:
         return json.loads((path / run_folder.JOURNAL).read_bytes().splitlines()[-1])["kind"] == "finished"
     except (OSError, ValueError, IndexError):

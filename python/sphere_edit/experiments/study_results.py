@@ -178,7 +178,7 @@ def _as_written(study: Study, settings: Mapping[str, Any], run: str) -> dict[str
 
 
 def _thin(event: Event, energy: float, reached: float | None) -> dict[str, Any]:
-    """A curve's event with four digits of each score, and its batch's ``reached`` if known."""
+    """A curve's event with four digits of each score, and the batch's ``reached`` if known."""
     scores = {
         group: {
             name: {key: value if value is None else round(value, 4) for key, value in score.items()}
@@ -286,7 +286,7 @@ def _correlation(row: Mapping[str, Any] | None) -> str:
 
 
 def plots(found: Mapping[str, Any]) -> str:
-    """One SVG: a panel per measure over the edits, a line per run; a base method and its runs with SPHERE share a
+    """One SVG: a panel per measure over the edits, a line per run; a method with and without SPHERE shares a
     colour."""
     from matplotlib import colormaps, style, ticker
     from matplotlib.figure import Figure
