@@ -1,1 +1,1 @@
-"""The command line: the commands of ``sphere-edit``, their options, and terminal output."""
+"""The command line: commands of ``sphere-edit``, options, and terminal output."""

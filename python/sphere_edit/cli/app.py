@@ -196,7 +196,7 @@ def _rehearse(
     read: Callable[[], list[EditRequest]],
     load_model: Callable[[], tuple[Any, Any]],
 ) -> None:
-    """Check a run and print its plan without running it; print all problems together, then exit with status 1."""
+    """Check a run and print the plan; or print all problems together and exit with status 1."""
     from sphere_edit.editing.editor import SphereEditor
     from sphere_edit.experiments.plan import check_folder, make_plan
     from sphere_edit.experiments.run import check_options, check_run

@@ -106,7 +106,7 @@ def numbers(text: str) -> list[int]:
 
 
 def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    """Refuse to resume a run with options other than the recorded ones; ``guard`` may change.
+    """Refuse to resume a run with options that differ from the record; ``guard`` may change.
 
     Args:
         given: the user's options, by parameter.
@@ -130,7 +130,7 @@ def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Ma
 
 
 def check_same_requests(given: Sequence[EditRequest], recorded: Sequence[EditRequest], name: str) -> None:
-    """Refuse to resume a run with data other than its own.
+    """Refuse to resume a run with other data.
 
     Raises:
         ConfigError: a request differs; the message names the first such request.

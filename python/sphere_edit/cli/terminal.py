@@ -36,7 +36,7 @@ MENDABLE = (ValueError, OSError, SafetensorError, ArithmeticError, ImportError, 
 
 @contextmanager
 def plain_errors(status: int = 2) -> Iterator[None]:
-    """Turn a user's error into one line and an exit status; a bug keeps its traceback."""
+    """Turn a user's error into one line and an exit status; a bug still gives a traceback."""
     try:
         yield
     except MENDABLE as error:
@@ -207,7 +207,7 @@ def guard_lines(events: list[dict[str, Any]]) -> list[str]:
 def data_table(
     name: str, loaded: Loaded, against: Sequence[Conflict], again: Sequence[tuple[EditRequest, EditRequest]]
 ) -> Table:
-    """Contents of a source of requests, and its faults that a user may want to mend."""
+    """Contents of a source of requests, and faults that a user may want to mend."""
     table = Table(title=escape(name), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -263,7 +263,7 @@ def requests_table(requests: Sequence[EditRequest]) -> Table:
 
 
 def scores_table(events: list[dict[str, Any]]) -> Table:
-    """Every score with its standard error, one column per evaluation."""
+    """Every score with standard error, one column per evaluation."""
     found = [event for event in events if event["event"] == "evaluation"]
     table = Table(title="scores (mean ± standard error over the requests)")
     table.add_column("metric")
