@@ -1,4 +1,4 @@
-"""Cases of the kernel suites: a case is one operation with its ways; a suite measures every way on every shape."""
+"""Cases of the kernel suites: a case is one operation with several ways; a suite measures every way on every shape."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def ours(op: str, shape: Shape, run: Callable[..., Any], tolerance: float) -> li
 
 
 def plan(case: Case, shapes: Iterable[Shape], turns: int = 3) -> list[Any]:
-    """Parameters of a test: the ways of each shape take turns, so that a slow minute of the machine hits them all.
+    """Parameters of a test: the ways of each shape take turns, so that a slow minute of the machine hits every way.
 
     Backends that ``impl="auto"`` passes over, other libraries and very slow ways take the first turn only.
     """
@@ -118,7 +118,7 @@ def _marks(way: Way) -> list[Any]:
 def measure(
     benchmark: Any, case: Case, row: Row, machine: dict[str, float], most: int = 20, calls: int | None = None
 ) -> None:
-    """Check a way against fp64, time it for `SECONDS` or ``most`` rounds, and note the fields of the row.
+    """Check a way against fp64, time the way for `SECONDS` or ``most`` rounds, and note the fields of the row.
 
     With ``calls``, a round is so many calls on the same arguments: this times the overhead of a call on tiny inputs.
     """
@@ -162,7 +162,7 @@ def _call(case: Case, row: Row) -> tuple[Any, float]:
 
 
 def _checked(case: Case, row: Row, result: Any) -> float | None:
-    """The error of a result, to two digits; fails if it exceeds the way's tolerance."""
+    """The error of a result, to two digits; fails above the way's tolerance."""
     if row.way.kind == "limit":
         return None
     error = case.error(result, row.shape)

@@ -14,7 +14,7 @@ THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """Store the kind of machine in the rows, not its identity."""
+    """Store the kind of machine in the rows, not the identity."""
     machine_info.pop("node", None)
     machine_info["cpu"] = {key: machine_info.get("cpu", {}).get(key) for key in ("brand_raw", "count", "arch")}
 

@@ -71,7 +71,7 @@ def main() -> None:
 def solved(
     config: EditConfig, covariances: dict[int, Tensor], keys: dict[int, Tensor], other: dict[int, Tensor]
 ) -> dict[str, Any]:
-    """Figures of a method's solution for keys ``{layer: [facts, d]}`` with these covariances."""
+    """Figures of a method's solution for keys ``{layer: [facts, d]}`` with the given covariances."""
     try:
         method = make_method(config, covariances)
     except ValueError as error:

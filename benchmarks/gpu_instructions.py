@@ -145,7 +145,7 @@ SLAB_BYTES, STAGES = 128, 3  # of csrc/cuda/multiply.cuh
 
 
 def record_cuda() -> list[dict[str, Any]]:
-    """Rows of the CUDA kernels of tiles for s = 1, without those of products, which choose types at run time."""
+    """Rows of the CUDA kernels of tiles for s = 1; kernels of products choose types at run time and have none."""
     sys.path[:0] = [str(ROOT / "tests/kernels"), str(ROOT / "tests/triton")]
     import aot
 

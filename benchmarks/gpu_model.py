@@ -43,7 +43,7 @@ SIZE = {"tf32x3": 4, "tf32": 4, "ieee": 4, "half": 2}
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel, given by its row of instruction counts."""
+    """A compiled kernel, given by a row of instruction counts."""
 
     row: dict[str, Any]
 
@@ -157,7 +157,7 @@ def streamed(name: str, dram: float) -> Work:
 
 
 def met(tiles: torch.Tensor, block: int, running: int) -> int:
-    """Rows read from DRAM, if blocks running at the same time share their reads and L2 keeps nothing for later."""
+    """Rows read from DRAM, if blocks running at the same time share reads and L2 keeps nothing for later."""
     return sum(len(part.unique()) for part in tiles.split(running)) * block
 
 

@@ -131,7 +131,7 @@ def against() -> str:
 
 
 def editing() -> str:
-    """Flops per fact in the closed loop, and the facts per second that they allow."""
+    """Flops per fact in the closed loop, and the resulting facts per second."""
     stored = json.loads((RESULTS / "targets.json").read_text())
     info = next(b["extra_info"] for b in stored["benchmarks"] if b["name"] == "test_edits[closed_loop]")
     cells = []
@@ -178,7 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def render(page: str) -> str:
-    """``page`` with its tables rewritten."""
+    """``page`` with all tables rewritten."""
     return filled(page, lambda name: TABLES[name]())
 
 

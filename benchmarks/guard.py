@@ -1,4 +1,4 @@
-"""Does the guard see broken batches, and only these: ``python -m benchmarks.guard`` → ``results/guard.json``.
+"""Does the guard see broken batches, and no others: ``python -m benchmarks.guard`` → ``results/guard.json``.
 
 SmolLM2-135M edits CounterFact facts with closed-loop and with optimised targets, and the guard judges each batch by the
 earlier ones. After three batches (fixed bounds) and after six (medians), one batch is sabotaged in each of several ways
@@ -80,7 +80,7 @@ def contradictory(facts: Sequence[EditRequest]) -> list[EditRequest]:
 
 
 class Run:
-    """An editor that counts its healthy batches and the figures that stood out in them."""
+    """An editor that collects the guard's false alarms on healthy batches."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str, method: str | None, targets: str, size: int) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""Tables of the kernel suites: our time, the fastest plain way by name, their ratio, the limit, memory."""
+"""Tables of the kernel suites: our time, the fastest plain way by name, the ratio, the limit, memory."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _ms(timing: Timing | None) -> str:
 
 
 def _best(c: Comparison, kind: str) -> str:
-    """The fastest way of a kind, with its name."""
+    """The time and the name of the fastest way of a kind."""
     timing = c.best(kind)
     return f"{_ms(timing)} ({timing.way})" if timing else "–"
 

@@ -1,4 +1,4 @@
-"""A synthetic layer under a stream of edits, and our engine on it, for the benchmarks of the streaming engine."""
+"""A synthetic layer under a stream of edits, and our engine, for the benchmarks of the streaming engine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Layer:
 
 
 class Engine:
-    """Our engine: a weight, changed in place, and its solver."""
+    """Our engine: a weight, changed in place, and a solver."""
 
     def __init__(
         self, weight: Tensor, solver: RecursiveLeastSquares, refresh_every: int, directions: str = "exact"
@@ -53,7 +53,7 @@ class Engine:
         self.weight, self.solver = weight, solver
 
     def batch(self, keys: Tensor, left: Tensor, again: Tensor | None = None) -> float:
-        """Edit a batch and return the energy after it; ``again`` holds the keys for the history, if they differ."""
+        """Edit a batch and return the new energy; ``again`` holds the keys for the history if different."""
         right = self.state.project(self.solver.solve(keys))
         self.state.update_(left, right)
         self.solver.commit(again)

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def peak(module: str, case: str, way: str, shape: tuple[int, ...]) -> float:
-    """MB that a way's call needs besides its arguments; a call on a tiny input loads its libraries first."""
+    """MB that a way's call needs besides the arguments; a call on a tiny input loads all libraries first."""
     return _processes().apply(_peak, (module, case, way, shape))
 
 

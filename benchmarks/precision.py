@@ -64,7 +64,7 @@ def inputs(data: Path) -> Inputs:
 
 
 class Run:
-    """One method's three streams on the same batches, each with its own history and weight."""
+    """One method's three streams on the same batches, each with a history and a weight."""
 
     def __init__(self, method: str, given: Inputs) -> None:
         self.method, self.given, alpha = method, given, ALPHAS[method]
@@ -94,11 +94,11 @@ class Run:
         self.scale = MOVE * float(given.weight.norm() / update.norm())
 
     def residuals(self) -> Tensor:
-        """Residuals ``[n, b]``; the first batch moves the weight by `MOVE` of its norm."""
+        """Residuals ``[n, b]``; the first batch moves the weight by `MOVE` of the weight's norm."""
         return self.scale * torch.randn(len(self.given.weight), EDITS, generator=self.generator)
 
     def batch(self, number: int) -> dict[str, Any]:
-        """Errors of one batch: of its solve and directions before the write, of both weights' energies after it."""
+        """Errors of one batch: of solve and directions before the write, of both weights' energies after the write."""
         keys, left = self.given.keys[number % len(self.given.keys)], self.residuals()
         wanted = self.exact.solver.solve(keys.double(), left.double())
 

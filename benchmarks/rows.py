@@ -11,7 +11,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Timing:
-    """One way on one shape, its turns together.
+    """One way on one shape, with all turns together.
 
     Attributes:
         seconds: median over turns of the medians over rounds; per batch if a call computes several.
@@ -39,7 +39,7 @@ class Comparison:
         return next((t for t in self.timings if t.way == way), None)
 
     def best(self, *kinds: str) -> Timing | None:
-        """The fastest way of these kinds."""
+        """The fastest way of the given kinds."""
         return min((t for t in self.timings if t.kind in kinds), key=lambda t: t.seconds, default=None)
 
     @property
@@ -55,7 +55,7 @@ class Comparison:
         return limit / self.ours.seconds
 
     def ratio(self, *kinds: str) -> float | None:
-        """Our speed-up over the fastest way of these kinds."""
+        """Our speed-up over the fastest way of the given kinds."""
         other = self.best(*kinds)
         return other.seconds / self.ours.seconds if other else None
 

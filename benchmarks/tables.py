@@ -81,7 +81,7 @@ def values(stored: dict[str, Any]) -> str:
 
 
 def targets(stored: dict[str, Any]) -> str:
-    """A batch of edits by the source of its targets, from one run of the benchmark."""
+    """A batch of edits by the source of the targets, from one run of the benchmark."""
     ways = {
         "test_edits[optimised]": "optimised, as published",
         "test_edits[closed_loop_model]": "closed loop, in fp32",
@@ -167,7 +167,7 @@ def measured() -> list[str]:
 
 
 def render(page: str) -> str:
-    """``page`` with its tables rewritten."""
+    """``page`` with all tables rewritten."""
 
     def write(name: str) -> str:
         file, made = TABLES[name]
@@ -203,7 +203,7 @@ _OF_STUDIES = {"training": training, "scale-directions": directions, "counterfac
 
 
 def render_studies(page: str) -> str:
-    """``page`` with the results of its studies and files rewritten."""
+    """``page`` with the results of studies and files rewritten."""
 
     def write(name: str) -> str:
         path, made = STUDIES.parent / "results" / name, _OF_STUDIES.get(name)
@@ -226,7 +226,7 @@ def settings() -> str:
 
 
 def events() -> str:
-    """Every event and its fields."""
+    """Every event, with all fields."""
     rows = []
     for kind, known in KINDS.items():
         for name, one in known.items():

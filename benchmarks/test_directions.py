@@ -1,4 +1,4 @@
-"""Principal directions that hold half of the energy, against the published way and plain better ones.
+"""Principal directions that hold half of the energy, against the published way and better plain ways.
 
 The limit is ``eigh`` of a Gram matrix that is computed before. A second case renews the directions after a batch of
 edits, with the Gram matrix computed before, too: our tracking against LAPACK's ``eigh`` of the same matrix.

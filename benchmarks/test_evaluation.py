@@ -28,7 +28,7 @@ def setting():
 
 @pytest.fixture(scope="module")
 def reached(setting):
-    """Results of `evaluate_one_by_one`: the baseline's benchmark fills them, ours reads them."""
+    """Results of `evaluate_one_by_one`, filled by the baseline's benchmark and read by ours."""
     return {}
 
 

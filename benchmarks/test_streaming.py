@@ -142,7 +142,7 @@ def ways(shape: Shape, batches: int, tracks: bool = False) -> list[Way]:
 
 
 def error(outcome: Outcome, shape: Shape) -> float:
-    """The larger of two errors: of the weight, relative to the batches' movement of it, and of its energy."""
+    """The larger of two errors: of the weight, relative to the movement by the batches, and of the energy."""
     wanted = exact(shape)[outcome.batches]
     moved = wanted.weight - setting(shape).layer.weight
     off = float((outcome.weight - wanted.weight).norm() / moved.norm())

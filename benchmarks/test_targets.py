@@ -1,4 +1,4 @@
-"""Whole edits by the source of their targets: optimised as published, found in the closed loop, one gradient.
+"""Whole edits by the source of the targets: optimised as published, found in the closed loop, one gradient.
 
 Real model (SmolLM2-135M), the first hundred facts of MultiCounterFact (optimised: the first twenty, for time). One
 batch is timed with all of its parts: passes, keys, solve, directions, projection, write, energies, records. The closed

@@ -40,7 +40,7 @@ def setting():
 
 @pytest.fixture(scope="module")
 def reached(setting):
-    """Losses of the shared facts: the baseline's benchmark fills them, ours reads them."""
+    """Losses of the shared facts, filled by the baseline's benchmark and read by ours."""
     return {}
 
 

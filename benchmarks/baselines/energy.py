@@ -1,4 +1,4 @@
-"""Hyperspherical energy (s = 1) as a skilled PyTorch user would write it: of ``[n, d]`` fp32 rows, summed in fp64.
+"""Hyperspherical energy (s = 1) by a skilled PyTorch user: of ``[n, d]`` fp32 rows, summed in fp64.
 
 Each docstring names the memory that a way holds besides the unit rows.
 """

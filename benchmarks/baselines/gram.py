@@ -62,7 +62,7 @@ def compiled(gram: Tensor, left: Tensor, cross: Tensor, inner: Tensor) -> Result
 
 
 def exact(gram: Tensor, left: Tensor, cross: Tensor, inner: Tensor) -> Result:
-    """The yardstick: the new M and its energies in fp64."""
+    """The yardstick: the new M and the energies in fp64."""
     gram, left, cross, inner = (t.double() for t in (gram, left, cross, inner))
     gram = gram + cross @ left.T + left @ cross.T + left @ inner @ left.T
     return gram, _formula(gram)

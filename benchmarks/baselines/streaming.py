@@ -59,7 +59,7 @@ class Published:
         self.weight += update @ (torch.eye(len(basis), dtype=basis.dtype) - self.alpha * (basis @ basis.T))
 
     def batch(self, keys: Tensor, left: Tensor, again: Tensor | None = None) -> float:
-        """Edit a batch and return the energy after it; ``again`` holds the keys for the history, if they differ."""
+        """Edit a batch and return the new energy; ``again`` holds the keys for the history if different."""
         self.write(self.solver.solve(keys, left))
         self.solver.commit(keys if again is None else again)
         return float(energy.chunked_triangle(self.weight))
@@ -93,7 +93,7 @@ class Streamed:
         self.gram, self.batches = weight @ weight.T, 0
 
     def batch(self, keys: Tensor, left: Tensor, again: Tensor | None = None) -> float:
-        """Edit a batch and return the energy after it; ``again`` holds the keys for the history, if they differ."""
+        """Edit a batch and return the new energy; ``again`` holds the keys for the history if different."""
         right, step = self._solve(keys)
         if self.batches % self.refresh_every == 0:
             self._refresh()

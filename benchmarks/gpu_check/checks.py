@@ -99,7 +99,7 @@ def _gradient_within(device: Target, kind: Kind, weight: Tensor, variant: Varian
 
 
 def _depth(device: Target, kind: Kind, d: int) -> Row:
-    """Error over the length of inner products, beside the error of plain fp32: tensor cores truncate their sums."""
+    """Error over the length of inner products, beside the error of plain fp32: tensor cores truncate sums."""
     weight = randn(device, device.sizes.usual[0], d, dtype=kind.dtype)
     (actual,) = twice(device, lambda: energy(weight, kind.impl))
     expected = oracle.per_neuron_of_gram(weight.double() @ weight.double().mT)  # differences would take gigabytes

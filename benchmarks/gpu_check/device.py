@@ -1,4 +1,4 @@
-"""The device under test, and the CPU in its place in a rehearsal, with the same interface."""
+"""The device under test, and the CPU with the same interface for a rehearsal."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ Target = Device | Rehearsal
 
 
 def facts(device: Target) -> dict[str, Any]:
-    """The machine, its software, and the operations that each implementation can run."""
+    """The machine, the software, and the operations that each implementation can run."""
     offered = {
         op: {impl: reason or "yes" for impl in IMPLS for reason in [_refusal(op, impl, device)]}
         for op in dispatch.operations()

@@ -35,7 +35,7 @@ def probes(device: Target, impl: str) -> Iterator[Case]:
 
 
 def _weight(device: Target, kind: Kind, copies: float) -> Tensor:
-    """A random weight of the far size, if ``copies`` times its memory is free."""
+    """A random weight of the far size, if ``copies`` times the memory is free."""
     n, d = device.sizes.far
     _room(device, n * d * kind.dtype.itemsize * copies)
     generator = torch.Generator(device.torch).manual_seed(0)
@@ -106,7 +106,7 @@ def _application(device: Target, kind: Kind) -> Row:
 
 
 def _gram(device: Target, kind: Kind) -> Row:
-    """Check some rows, and their mirror images, of a matrix whose last element lies past 2^31."""
+    """Check some rows and the mirrored columns of a matrix whose last element lies past 2^31."""
     n, d = device.sizes.wide, 16
     _room(device, 4.5 * n * n)
     generator = torch.Generator(device.torch).manual_seed(0)

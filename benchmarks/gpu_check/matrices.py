@@ -1,4 +1,4 @@
-"""Checks of Gram matrices, their updates, projections and products."""
+"""Checks of Gram matrices, updates of Gram matrices, projections and products."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _gram_within(device: Target, kind: Kind, weight: Tensor, normalize: bool) ->
 
 
 def _depth(device: Target, kind: Kind, d: int) -> Row:
-    """Error over the length of sums, beside the error of plain fp32: tensor cores truncate their sums."""
+    """Error over the length of sums, beside the error of plain fp32: tensor cores truncate sums."""
     weight = randn(device, device.sizes.usual[0], d, dtype=kind.dtype)
     found = _gram_within(device, kind, weight, False)
     exact = weight.double() @ weight.double().mT

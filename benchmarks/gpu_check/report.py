@@ -17,7 +17,7 @@ REHEARSED = "A rehearsal on the CPU: nothing here was measured on a GPU."
 
 
 def write(found: dict[str, Any], name: str | None, out: Path) -> list[Path]:
-    """Write ``gpu-NAME.json``, ``.md`` and, with matplotlib, ``.svg``; returns their paths.
+    """Write ``gpu-NAME.json``, ``.md`` and, with matplotlib, ``.svg``; returns the paths.
 
     Raises:
         ValueError: a rehearsal would be written among measurements.
@@ -47,7 +47,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def failures(rows: list[Row]) -> list[Row]:
-    """The failed rows, without those of plain PyTorch, which do not make a check fail."""
+    """The failed rows, without rows of plain PyTorch, which do not make a check fail."""
     return [row for row in rows if row["ok"] is False and row.get("kind") not in ("plain", "compile")]
 
 
@@ -108,7 +108,7 @@ def _rates(rows: list[Row]) -> str:
 
 
 def _depths(rows: list[Row]) -> str:
-    """Errors beside those of plain fp32: relative to the largest element for Gram matrices, to each value for energies.
+    """Errors beside those of plain fp32: relative to the largest element of a Gram matrix, or to each energy.
 
     The bias is that of the diagonal, or of the energies.
     """

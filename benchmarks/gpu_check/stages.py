@@ -21,7 +21,7 @@ __all__ = ["NONE", "STAGES", "run", "work"]
 
 
 def work(options: argparse.Namespace) -> int:
-    """Run one stage in its own process; returns the exit status."""
+    """Run one stage, in a separate process; returns the exit status."""
     device = Rehearsal() if options.rehearse else Device()
     (stage,) = options.stages
     if options.rehearse and stage == "benchmark":
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, out: Path) -> int:
 
 
 def _stage(options: argparse.Namespace, stage: str, journal: Path, machine: Row, rows: list[Row]) -> None:
-    """Run a stage to its end, in as many processes as necessary; fills ``machine`` and ``rows`` on the way."""
+    """Run a stage to the end, in as many processes as necessary; fills ``machine`` and ``rows`` on the way."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_check", "--worker", str(journal)]
     command += ["--stages", stage, "--only", options.only, *(["--rehearse"] if options.rehearse else [])]
     journal.touch()

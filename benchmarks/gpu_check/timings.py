@@ -335,7 +335,7 @@ def _exact_projection(device: Target, shape: Shape, dtype: torch.dtype) -> Tenso
 
 
 def _projection_error(found: Tensor, device: Target, shape: Shape, dtype: torch.dtype) -> float:
-    """Error of the new weight, relative to its size."""
+    """Error of the new weight, relative to the weight's norm."""
     return _norm_error(found, _exact_projection(device, shape, dtype))
 
 

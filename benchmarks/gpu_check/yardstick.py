@@ -53,7 +53,7 @@ class Kind:
 
     @property
     def product_eps(self) -> float:
-        """Rounding unit of products, wider in fp64: plain torch is the reference there, so its error says nothing."""
+        """Rounding unit of products, wider in fp64, where plain torch is the reference without an error."""
         return self.eps * (5 if self.dtype == torch.float64 else 1)
 
     def info(self, op: str, case: str) -> Row:
@@ -74,7 +74,7 @@ def precisions(device: Target) -> tuple[str, ...]:
 
 
 def kinds(device: Target, op: str, impl: str, wide: bool = False) -> Iterator[Kind]:
-    """The kinds that an implementation offers for an operation; with ``wide``, without 16-bit ones."""
+    """The kinds that an implementation offers for an operation; with ``wide``, without 16-bit kinds."""
     dots = precisions(device)
     cores = "tf32x3" if "tf32x3" in dots else "ieee"
     found = [Kind(impl, torch.float64, "", "ieee"), *(Kind(impl, torch.float32, dot, dot) for dot in dots)]
@@ -93,7 +93,7 @@ def first_kind(device: Target, op: str, impl: str) -> Kind | None:
 
 
 def under(kind: Kind, run: Callable[[], Row]) -> Callable[[], Row]:
-    """Wrap a case: run it in the kind's arithmetic, with new memory filled with NaN."""
+    """Wrap a case to run in the kind's arithmetic, with new memory filled with NaN."""
 
     def case() -> Row:
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -126,7 +126,7 @@ def twice(device: Target, run: Callable[[], Result], host: int | None = 0) -> tu
 
 
 def within(actual: Result, expected: Result, plain: Result, *eps: float) -> Row:
-    """The error and its budget ``2 (error of plain torch + eps max|expected|)``, for the worst of several tensors.
+    """The error and the budget ``2 (error of plain torch + eps max|expected|)``, for the worst of several tensors.
 
     Give one ``eps`` for all tensors, or one for each.
     """

@@ -84,7 +84,7 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def small(family: str, kind: type | None = None) -> Any:
-    """A family's settings with small sizes, also for its text model, if any."""
+    """A family's settings with small sizes, also for the text model, if any."""
     kind = kind or CONFIG_MAPPING[family]
     default = kind()
     known = set(default.to_dict()) | set(getattr(kind, "attribute_map", {}))

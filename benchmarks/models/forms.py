@@ -1,4 +1,4 @@
-"""Form of each family for a Llama's function: names, settings, multipliers, and the devices it needs (see `twins`)."""
+"""Form of each family for a Llama's function: names, settings, multipliers, and necessary devices (see `twins`)."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def edited() -> str:
 
 
 def twins() -> str:
-    """The same edits on SmolLM2 and on its twins."""
+    """The same edits on SmolLM2 and on the twins."""
     body = []
     for row in stored("twins"):
         cells = [f"`{row['family']}`", row["pattern"], f"{row['difference_before']:.1e}"]
@@ -119,7 +119,7 @@ TABLES = {f"models-{f.__name__.replace('_', '-')}": f for f in (counts, edited, 
 
 
 def render(page: str) -> str:
-    """``page`` with its tables rewritten."""
+    """``page`` with all tables rewritten."""
     return filled(page, lambda name: TABLES[name]())
 
 

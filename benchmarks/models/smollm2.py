@@ -1,4 +1,4 @@
-"""SmolLM2-135M in the forms of other families: the same real edits on each twin, against edits of SmolLM2 itself."""
+"""SmolLM2-135M in the forms of other families: the same real edits on each twin, against edits of the original."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _original() -> tuple[Any, Any, list[Any]]:
 
 
 def edit(family: str) -> dict[str, Any]:
-    """The row of one family: differences of the twin from SmolLM2 before and after the edits, and its batch's figures.
+    """The row of one family: differences of the twin from SmolLM2 before and after the edits, and the batch's figures.
 
     A difference is the largest of any logit; ``moved`` is the largest change of a logit of SmolLM2 under the edits.
     """
@@ -56,7 +56,7 @@ def edit(family: str) -> dict[str, Any]:
 
 @cache
 def _reference() -> dict[str, Any]:
-    """Logits of SmolLM2 itself before and after the edits, and its batch; the edits are reverted."""
+    """Logits of the original SmolLM2 before and after the edits, and the batch; the edits are reverted."""
     original, *_ = _original()
     before = _logits(original)
     told, after = _edit(original, "llama")

@@ -73,7 +73,7 @@ def twin(llama: Any, family: str) -> Any:
 
 
 def _read(llama: Any) -> tuple[Parts, list[Parts]]:
-    """The Llama's weights by the names of their parts: outside the blocks, and for each block."""
+    """The Llama's weights by the names of the parts: outside the blocks, and for each block."""
     blocks: list[Parts] = [{} for _ in range(llama.config.num_hidden_layers)]
     outer: Parts = {}
     for name, value in llama.state_dict().items():

@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def whose(before: Tensor, after: Tensor, ratio: float) -> dict[str, Any]:
-    """Compare the principal directions of ``after [n, d]`` with those of ``before`` and of the edits.
+    """Compare the principal directions of ``after [n, d]``, of ``before`` and of the edits.
 
     Returns:
         ``rank`` of ``after``, and ``rank_before``; ``of_before`` and ``of_edits``, overlaps of the directions of

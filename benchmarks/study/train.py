@@ -92,7 +92,7 @@ def make(folder: Path, steps: int, rate: float, seed: int) -> None:
 
 
 def corpus() -> tuple[list[Sentence], list[Sentence], list[Sentence]]:
-    """True sentences about subjects to be edited, about their neighbours, and about subjects that are kept."""
+    """True sentences about subjects to edit, about neighbours, and about subjects to keep."""
     requests = load_requests("world-facts")
     neighbours = {(prompt, str(r.target_true)) for r in requests[:REQUESTS] for prompt in r.neighborhood}
     asked = {prompt for prompt, _ in neighbours}
@@ -101,7 +101,7 @@ def corpus() -> tuple[list[Sentence], list[Sentence], list[Sentence]]:
 
 
 def without_edited(sentences: list[Sentence]) -> list[Sentence]:
-    """Sentences without those about a subject that a study edits, in any relation."""
+    """Sentences about subjects that no study edits in any relation."""
     subjects = {r.subject for r in load_requests("world-facts", limit=REQUESTS)}
     templates = [t for relation in RELATIONS.values() for t in (relation.prompt, *relation.paraphrases)]
     edited = {template.replace("{}", subject) for template in templates for subject in subjects}
