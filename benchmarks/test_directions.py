@@ -87,7 +87,7 @@ DIRECTIONS = Case(
 
 
 def edited(shape: Shape, how: str) -> tuple[HypersphereState]:
-    """A state with the directions of the weight before its last batch, not yet renewed."""
+    """A state after a batch, with directions from before the batch, not yet renewed."""
     layer = Layer(*shape)
     state = HypersphereState(layer.weight, energy_ratio=RATIO, directions=how)
     right = torch.randn(EDITS, shape[1], generator=torch.Generator().manual_seed(1)) * 0.13 / shape[1] ** 0.5

@@ -108,7 +108,7 @@ def _rates(rows: list[Row]) -> str:
 
 
 def _depths(rows: list[Row]) -> str:
-    """Errors beside those of plain fp32: relative to the largest element of a Gram matrix, or to each energy.
+    """Errors beside the errors of plain fp32: relative to the largest element of a Gram matrix, or to each energy.
 
     The bias is that of the diagonal, or of the energies.
     """

@@ -262,8 +262,8 @@ class SphereEditor:
         return dict(self._fingerprints)
 
     def energy(self, layer: int) -> dict[str, float]:
-        """Current hyperspherical energy of an edited weight and its excess over orthogonal rows; for a 16-bit model,
-        those of the fp32 master."""
+        """Current hyperspherical energy of an edited weight, and the excess over orthogonal rows; for a 16-bit model,
+        both of the fp32 master."""
         if self._engine is not None:
             return self._engine.energy(layer)
         weight, s = self.structure.edited[layer].weight, self.config.energy_s

@@ -2,7 +2,7 @@
 
 A broken edit shows at once: the hyperspherical energy of a layer jumps, the update is as long as the weight itself, or
 the facts are not learned. The guard compares these figures of a batch with those of the run's earlier batches. It uses
-median and MAD, which one or two broken batches cannot move. Fixed bounds hold for the first `FIRST` batches.
+median and MAD, which one or two broken batches cannot move. Fixed bounds hold until `FIRST` batches are in the weights.
 
 | figure | of | stands out |
 | --- | --- | --- |

@@ -64,7 +64,10 @@ class Evaluation:
 
     @classmethod
     def of(cls, per_request: Sequence[dict[str, float]], names: Iterable[str] | None = None) -> Evaluation:
-        """Means of ``names``, each over the requests with that score; by default `SCORES`, `FURTHER_SCORES`."""
+        """Means of ``names``, each over the requests with that score.
+
+        By default `SCORES`, and any of `FURTHER_SCORES` that some request has.
+        """
         chosen = named(per_request, SCORES, FURTHER_SCORES) if names is None else names
         return cls({n: Score.of([r[n] for r in per_request if n in r]) for n in chosen}, list(per_request))
 

@@ -180,7 +180,7 @@ def has_deltas(journal: Journal) -> bool:
 
 
 def guard_of(journal: Journal, begun: str) -> str:
-    """The current setting ``guard`` of a run: from the last resume that changed it, else ``begun``."""
+    """The current setting ``guard`` of a run: from the last change on a resume, else ``begun``."""
     found = journal.last("setting")
     return begun if found is None else str(found["guard"])
 
@@ -191,7 +191,7 @@ def place(folder: Path, name: str | None) -> Path:
 
 
 def replace_earlier(folder: Path, name: str | None) -> Path:
-    """Move a complete run into the place of the earlier run ``name`` beside it; returns the run's path afterwards.
+    """Move a complete run into the place of an earlier run ``name`` in the same folder; returns the new path.
 
     Raises: as `new_run`.
     """
