@@ -1,4 +1,4 @@
-"""Writes the tables of the pages under docs, and the plots, from stored rows: ``python -m benchmarks``."""
+"""Write the tables of the pages under docs, and the plots, from stored rows: ``python -m benchmarks``."""
 
 from benchmarks import gpu_page, plots, support, tables
 from benchmarks.models import page as models

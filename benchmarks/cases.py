@@ -1,4 +1,4 @@
-"""A case is one operation with the ways to compute it: what a suite measures, way by way, on each shape."""
+"""Cases of the kernel suites: a case is one operation with several ways; a suite measures every way on every shape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from benchmarks.memory import peak
 from sphere_kernels import dispatch
 
-SECONDS = 0.2  # for each way at each turn
+SECONDS = 0.2  # per way and turn
 Shape = tuple[int, ...]
 
 
@@ -24,17 +24,17 @@ class Way:
     """One way to compute an operation.
 
     Attributes:
-        name: what tables call it.
-        kind: ``"ours"`` (what ``impl="auto"`` takes), ``"backend"`` (ours, another one), ``"plain"``, ``"published"``,
-            ``"peer"`` (another library), or ``"limit"`` (what the machine does at best; it has no result to check).
+        name: name in tables.
+        kind: ``"ours"`` (the choice of ``impl="auto"``), ``"backend"`` (another of ours), ``"plain"``,
+            ``"published"``, ``"peer"`` (another library), or ``"limit"`` (the machine's best; no result to check).
         run: called with the arguments of the case.
         tolerance: largest error allowed.
-        memory: whether its peak is measured.
-        compiled: the first call on a shape compiles, so that its peak is measured on the second.
-        once: too slow to call again: the timed call's own result is checked.
-        skip: why it cannot run here.
-        prepare: makes of the case's arguments what ``run`` takes; not timed.
-        batches: how many a call computes; tables state the time of one.
+        memory: measure the peak.
+        compiled: the first call on a shape compiles, so the second call's peak is measured.
+        once: too slow to call again; the result of the timed call is checked.
+        skip: the reason why the way cannot run here.
+        prepare: turns the case's arguments into ``run``'s; not timed.
+        batches: batches per call; tables state the time per batch.
     """
 
     name: str
@@ -59,11 +59,11 @@ class Case:
     """One operation.
 
     Attributes:
-        module, name: where it stands, in that module's ``CASES``.
+        module, name: the case's place, in the module's ``CASES``.
         arguments: fresh arguments for a shape; not timed.
         ways: the ways that fit a shape.
-        error: of a result, against fp64; not timed.
-        flops, bytes: what the operation must do and must move, for a shape.
+        error: error of a result against fp64; not timed.
+        flops, bytes: least work and least traffic of the operation, for a shape.
         tiny: a shape for the warm-up of the memory measurement.
     """
 
@@ -85,16 +85,16 @@ class Row:
 
 
 def ours(op: str, shape: Shape, run: Callable[..., Any], tolerance: float) -> list[Way]:
-    """Every implementation of an operation that runs here; the first is what ``impl="auto"`` takes."""
+    """Every implementation of an operation that runs here; the first is the choice of ``impl="auto"``."""
     kinds = ["ours"] + ["backend"] * len(dispatch.PREFERENCE)
     impls = dispatch.available(op, "cpu", torch.float32, shape)
     return [Way(impl, kind, partial(run, impl=impl), tolerance) for impl, kind in zip(impls, kinds, strict=False)]
 
 
 def plan(case: Case, shapes: Iterable[Shape], turns: int = 3) -> list[Any]:
-    """Parameters of a test: each shape's ways take turns, so that a slow minute of the machine hits them all.
+    """Parameters of a test: the ways of each shape take turns, so that a slow minute of the machine hits every way.
 
-    Backends that ``impl="auto"`` passes over, other libraries and what is too slow take the first turn only.
+    Backends that ``impl="auto"`` passes over, other libraries and very slow ways take the first turn only.
     """
     rows = [
         Row(shape, turn, way)
@@ -118,9 +118,9 @@ def _marks(way: Way) -> list[Any]:
 def measure(
     benchmark: Any, case: Case, row: Row, machine: dict[str, float], most: int = 20, calls: int | None = None
 ) -> None:
-    """Check a way against fp64, time it for `SECONDS` or ``most`` rounds, and note what belongs to the row.
+    """Check a way against fp64, time the way for `SECONDS` or ``most`` rounds, and note the fields of the row.
 
-    With ``calls``, a round is so many calls on the same arguments: what a call costs where the work costs nothing.
+    With ``calls``, a round is so many calls on the same arguments: this times the overhead of a call on tiny inputs.
     """
     way, rounds = row.way, 1
     if not way.once:
@@ -162,7 +162,7 @@ def _call(case: Case, row: Row) -> tuple[Any, float]:
 
 
 def _checked(case: Case, row: Row, result: Any) -> float | None:
-    """The error of a result, to two digits; fails above the tolerance of its way."""
+    """The error of a result, to two digits; fails above the way's tolerance."""
     if row.way.kind == "limit":
         return None
     error = case.error(result, row.shape)

@@ -1,4 +1,4 @@
-"""Keep the figures of finished runs: ``python -m benchmarks.collect NAME RUN [RUN ...]`` → ``results/NAME.json``."""
+"""Store the figures of finished runs: ``python -m benchmarks.collect NAME RUN [RUN ...]`` → ``results/NAME.json``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OF_BATCH = ("size", "loss", "nll", "steps", "learned", "reached", "flops", "sec
 
 
 def row(run: Path) -> dict[str, Any]:
-    """What a table needs of one run."""
+    """The figures of one run for the tables."""
     config, events = run_folder.read_config(run), run_folder.read_events(run)
     energies: dict[int, list[dict[str, Any]]] = {}
     for event in events:
@@ -72,7 +72,7 @@ def _read(path: str) -> str:
 
 
 def store(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write ``results/NAME.json``: the rows, the machine, and the commit they were collected at."""
+    """Write ``results/NAME.json``: the rows, the machine, and the current commit."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 

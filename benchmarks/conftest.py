@@ -1,4 +1,4 @@
-"""What every benchmark shares: pinned threads, the machine's own rates beside each figure, and what a file keeps."""
+"""Shared by all benchmarks: pinned threads, the machine's own rates beside each figure, and the stored fields."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """The stored rows say what kind of machine they come from, not which one."""
+    """Store the kind of machine in the rows, not the identity."""
     machine_info.pop("node", None)
     machine_info["cpu"] = {key: machine_info.get("cpu", {}).get(key) for key in ("brand_raw", "count", "arch")}
 
@@ -25,7 +25,7 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Of the rounds only their statistics; of the settings none, for each row says its own."""
+    """Store only statistics of the rounds, and no settings: each row has its own."""
     for row in output_json["benchmarks"]:
         for key in ("options", "params", "param", "group", "fullname"):
             row.pop(key, None)
@@ -40,14 +40,14 @@ def pinned_threads() -> int:
 
 @pytest.fixture(scope="session")
 def gemm_gflops(pinned_threads: int) -> float:
-    """Median rate of ``torch.mm`` on 2048³ fp32, in GFLOP/s: what the machine gives in this very run."""
+    """Median rate of ``torch.mm`` on 2048³ fp32 in this run, in GFLOP/s."""
     a = torch.randn(2048, 2048)
     return 2 * 2048**3 / _seconds(lambda: torch.mm(a, a)) / 1e9
 
 
 @pytest.fixture(scope="session")
 def copy_gbs(pinned_threads: int) -> float:
-    """Median rate of a copy of 256 MB, read and written bytes together, in GB/s."""
+    """Median rate of a copy of 256 MB in this run, read and written bytes together, in GB/s."""
     a = torch.ones(1 << 26)
     b = torch.empty_like(a)
     return 2 * a.nbytes / _seconds(lambda: b.copy_(a)) / 1e9

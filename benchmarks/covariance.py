@@ -1,15 +1,15 @@
-"""How few tokens the key covariance needs: that of SmolLM2-135M from 1,000 to 100,000 tokens of text.
+"""Number of tokens that the key covariance needs, for SmolLM2-135M: from 1,000 to 100,000 tokens of text.
 
-``python -m benchmarks.covariance`` → ``results/covariance.json``; a few minutes on one core. It takes CounterFact and
-WikiText-2 from ``SPHERE_EDIT_DATA``. The keys of 100 facts are solved for with unit residuals, nothing is written. A
-row has means over the edited layers:
+``python -m benchmarks.covariance`` → ``results/covariance.json``; a few minutes on one core. The benchmark reads
+CounterFact and WikiText-2 from ``SPHERE_EDIT_DATA``. Each method solves for the keys of 100 facts with unit residuals;
+nothing is written. A row has means over the edited layers:
 
 - ``relative_error`` of the covariance, and the ``null_space_rank``;
-- ``reach``: what of its residual a fact gets, the mean of ``diag(ΔK)``;
-- ``disturbed``: the change that the same update makes of the output for a key of *other* text, squared, per fact.
+- ``reach``: share of its residual that a fact gets, the mean of ``diag(ΔK)``;
+- ``disturbed``: squared change of the output for a key of *other* text under the same update, per fact.
 
-FastMEMIT (Gupta et al., Efficient Knowledge Editing via Minimal Precomputation, arXiv 2506.04226) asks this of MEMIT
-with 44 million tokens: at least as many keys as features, and ten times as many are enough.
+FastMEMIT (Gupta et al., Efficient Knowledge Editing via Minimal Precomputation, arXiv 2506.04226) asks this question
+for MEMIT with 44 million tokens. Its answer: at least as many keys as features, and ten times as many are enough.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
 def solved(
     config: EditConfig, covariances: dict[int, Tensor], keys: dict[int, Tensor], other: dict[int, Tensor]
 ) -> dict[str, Any]:
-    """What a method makes of the keys ``{layer: [facts, d]}`` with these covariances."""
+    """Figures of a method's solution for keys ``{layer: [facts, d]}`` with the given covariances."""
     try:
         method = make_method(config, covariances)
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""What the compiled kernels issue on sm_90: ``python -m benchmarks.gpu_instructions``.
+"""Instruction counts of the compiled kernels on sm_90: ``python -m benchmarks.gpu_instructions``.
 
-Compiles the launches of the ahead-of-time lane (tests/triton) and the CUDA sources, disassembles them, and counts
-instructions in the loop over the inner dimension and outside of it → ``results/gpu_instructions.json``, which
-`benchmarks.gpu_model` reads. Needs triton, which brings the disassembler, and nvcc; no GPU.
+The program compiles the launches of the ahead-of-time lane (tests/triton) and the CUDA sources, and disassembles them.
+It counts instructions in the loop over the inner dimension and outside → ``results/gpu_instructions.json``;
+`benchmarks.gpu_model` reads this file. Needs triton, which brings the disassembler, and nvcc; no GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ARCH = "sm_90"
 KERNELS = ("pair_energy_kernel", "pair_slopes_kernel", "gram_kernel", "gram_update_kernel", "product_kernel")
 VARIANT = ("S", "ANGULAR", "HALF_SPACE", "FAST", "NORMALIZE", "SUBTRACT", "SCALE", "ADDEND", "ACCUMULATE")
 
-# By what bounds their rate, see `benchmarks.gpu_model.LANES`; whatever is not named only takes its issue slot.
+# Instructions by the pipe that bounds their rate, see `benchmarks.gpu_model.LANES`; others only take an issue slot.
 PIPES = {
     "fma": r"F(ADD|MUL|FMA)|FADD2|FFMA2",
     "alu": r"FSETP|FSEL|FMNMX|FCHK|I(ADD3|SETP|MNMX|ABS|MAD|MUL)|LOP3|PLOP3|SEL|SHF|LEA|PRMT|VIADD|VIMNMX|BMSK|SGXT",
@@ -33,7 +33,7 @@ PIPES = {
 
 
 def parsed(code: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Instructions without predicates, and the loops as first and last place."""
+    """Instructions without predicates, and the loops as (first, last) indices."""
     found: list[str] = []
     labels: dict[str, int] = {}
     for line in code.splitlines():
@@ -47,7 +47,7 @@ def parsed(code: str) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 def counted(instructions: list[str]) -> dict[str, Any]:
-    """How many there are, by pipe, and the floating-point operations of a warp's matrix instructions."""
+    """Number of instructions by pipe, and floating-point operations of a warp's matrix instructions."""
     names = [text.split()[0] for text in instructions]
     by_pipe = collections.Counter(
         pipe for name in names for pipe, pattern in PIPES.items() if re.fullmatch(pattern, name.split(".")[0])
@@ -60,7 +60,7 @@ def counted(instructions: list[str]) -> dict[str, Any]:
 
 
 def flops(name: str) -> int:
-    """Of one warp, of a matrix instruction; four warps share an HGMMA."""
+    """Floating-point operations of a matrix instruction, per warp; four warps share an HGMMA."""
     shape = re.search(r"\.(\d+)x(\d+)x(\d+)", name)
     if shape is None:
         digits = re.search(r"\.(1688|16816|884|1684)\b", name)
@@ -72,9 +72,10 @@ def flops(name: str) -> int:
 
 
 def split(code: str) -> dict[str, Any]:
-    """Counts of the innermost loop that multiplies, of what a loop around it adds, of the loop over rows, of the rest.
+    """Counts of four parts: the innermost loop that multiplies, the rest of a loop around it, the loop over rows, and
+    the rest of the kernel.
 
-    Triton's kernels have the first only; the loop over rows takes the reciprocal roots.
+    Triton's kernels have only the first of these loops; the loop over rows takes the reciprocal roots.
     """
     instructions, loops = parsed(code)
 
@@ -96,7 +97,7 @@ def split(code: str) -> dict[str, Any]:
 
 
 def record() -> list[dict[str, Any]]:
-    """The rows of every launch of the kernels that multiply."""
+    """Rows for every launch of Triton's multiplying kernels."""
     sys.path[:0] = [str(ROOT / "tests/kernels"), str(ROOT / "tests/triton")]
     import aot
     import pytest
@@ -136,7 +137,7 @@ def record() -> list[dict[str, Any]]:
     return rows
 
 
-# sphere::cuda::NAME<Math, side, fast>, as the compiler writes it; the order of Math in csrc/cuda/multiply.cuh.
+# Mangled name of sphere::cuda::NAME<Math, side, fast>; Math in the order of csrc/cuda/multiply.cuh.
 MANGLED = r"_ZN6sphere4cuda\d+(\w+_kernel)ILNS0_4MathE(\d)ELi(\d+)ELb([01])EEE\S*"
 MATHS = ("ieee", "tf32x3", "tf32", "bf16", "fp16", "fp64")
 CUDA_SOURCES = ("pair_energy", "gram_update")
@@ -144,7 +145,7 @@ SLAB_BYTES, STAGES = 128, 3  # of csrc/cuda/multiply.cuh
 
 
 def record_cuda() -> list[dict[str, Any]]:
-    """The rows of the CUDA kernels of tiles for s = 1; those of products choose types at run time."""
+    """Rows of the CUDA kernels of tiles for s = 1; kernels of products choose types at run time and have none."""
     sys.path[:0] = [str(ROOT / "tests/kernels"), str(ROOT / "tests/triton")]
     import aot
 
@@ -163,7 +164,7 @@ def record_cuda() -> list[dict[str, Any]]:
                     continue
                 kernel, math, side, fast = match[1], MATHS[int(match[2])], int(match[3]), match[4] == "1"
                 if not fast:
-                    continue  # fp64 for every pair outweighs the products there
+                    continue  # their fp64 per pair outweighs the products
                 size = {"bf16": 2, "fp16": 2, "fp64": 8}.get(math, 4)
                 threads = 2 * side if math not in ("ieee", "fp64") else 256
                 row = {"kernel": f"cuda {kernel}", "precision": math, "block": side, "depth": SLAB_BYTES // size}

@@ -1,7 +1,7 @@
 """A model of the GPU kernels' time: operations and bytes counted, over datasheet rates of the H100 SXM.
 
-It predicts; nothing here was measured. Instruction counts are those of `benchmarks.gpu_instructions`, tiles and their
-order those that the launches take. `benchmarks.gpu_page` makes the tables of docs/gpu.md of it.
+The model predicts; nothing here was measured. Instruction counts come from `benchmarks.gpu_instructions`, tiles and
+their order from the launches. `benchmarks.gpu_page` makes the tables of docs/gpu.md from the model.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ import torch
 from benchmarks.gpu_instructions import RESULT
 from sphere_kernels._backends.triton import configs, schedule
 
-# The datasheet of the H100 SXM, dense rates.
+# Dense rates, from the datasheet of the H100 SXM.
 MATRIX = {"tf32": 494e12, "half": 989e12, "double": 67e12}  # flop/s
 PLAIN = {"ieee": 67e12, "double": 34e12}
 DRAM = 3.35e12  # bytes/s
 MULTIPROCESSORS = 132
-# Its architecture: registers, shared memory and threads of a multiprocessor, results per clock of its pipes.
+# Architecture: registers, shared memory and warps of a multiprocessor, results per clock of each pipe.
 REGISTERS, SHARED, WARPS = 65536, 227 << 10, 64
 LANES = {"issued": 128, "fma": 128, "alu": 64, "mufu": 16, "fp64": 64}
-CLOCK = MATRIX["tf32"] / (MULTIPROCESSORS * 2048)  # at which 2048 flop a clock make the datasheet's rate: 1.83 GHz
-# Assumed, from nobody's datasheet.
+CLOCK = MATRIX["tf32"] / (MULTIPROCESSORS * 2048)  # 2048 flop a clock then give the datasheet's rate: 1.83 GHz
+# Assumptions, from no datasheet.
 L2 = 5.5e12  # bytes/s to the multiprocessors
-SUSTAINED = 0.8  # of the matrix units' rate, at the power and the clocks of a long run
-MMA_SYNC = 0.62  # of that, where a warp multiplies by itself (HMMA): about what microbenchmarks saw, arXiv 2402.13499
-STREAMED = 0.9  # of DRAM's rate
-LAUNCH = 10e-6  # s from Python, one kernel after the other
-LEAST = 3e-6  # s that the smallest kernel takes
+SUSTAINED = 0.8  # share of the matrix units' rate, at the power and the clocks of a long run
+MMA_SYNC = 0.62  # share of that if a warp multiplies alone (HMMA): about the rate of microbenchmarks, arXiv 2402.13499
+STREAMED = 0.9  # share of DRAM's rate
+LAUNCH = 10e-6  # s per launch from Python
+LEAST = 3e-6  # s of the smallest kernel
 
 SHAPES = ((576, 1536), (1024, 3584), (4096, 14336), (3584, 18944))
-EDITS, GROUP, BATCH = 100, 2048, (1024, 64, 128)  # GROUP: rows whose slopes are in memory at a time
+EDITS, GROUP, BATCH = 100, 2048, (1024, 64, 128)  # GROUP: rows with slopes in memory at a time
 PRECISIONS = ("tf32x3", "tf32", "ieee", "half")
 SIZE = {"tf32x3": 4, "tf32": 4, "ieee": 4, "half": 2}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel, by its row of instruction counts."""
+    """A compiled kernel, given by a row of instruction counts."""
 
     row: dict[str, Any]
 
     @property
     def unroll(self) -> float:
-        """Steps of the inner dimension that one pass of its loop makes."""
+        """Steps of the inner dimension per pass of the loop."""
         inside, outside = (self.row[part]["matrix_flops"] for part in ("loop", "outside"))
         if not inside:
             step = self.row["block"] ** 2 * self.row["depth"] / (32 * self.row["warps"])
@@ -58,34 +58,34 @@ class Kernel:
 
     @property
     def blocks(self) -> int:
-        """That fit on a multiprocessor."""
+        """Number of blocks that fit on a multiprocessor."""
         threads = 32 * self.row["warps"]
         registers = ceil(self.row["registers"] / 8) * 8 * threads
         return min(REGISTERS // registers, SHARED // (self.row["shared"] + 1024), WARPS // self.row["warps"])
 
     @property
     def rate(self) -> float:
-        """Of the matrix units, flop per clock and multiprocessor; 1 where there are none to count."""
+        """Rate of the matrix units for the kernel's type, in flop per clock and multiprocessor."""
         names = " ".join(self.row["loop"]["matrix_names"])
         kind = "tf32" if "TF32" in names else "double" if "DMMA" in names else "half"
         return MATRIX[kind] / MULTIPROCESSORS / CLOCK
 
     @property
     def sustained(self) -> float:
-        """Share of the matrix units' rate that is expected."""
+        """Expected share of the matrix units' rate."""
         return SUSTAINED * (
             MMA_SYNC if any(name.startswith("HMMA") for name in self.row["loop"]["matrix_names"]) else 1
         )
 
     def count(self, what: str, steps: float, once: bool = True) -> float:
-        """How many of a kind a warp issues, in so many steps and, if ``once``, before and after them."""
+        """Instructions of a kind that a warp issues in so many steps, and, if ``once``, before and after the steps."""
         row = self.row
         found = steps * (row["loop"].get(what, 0) / self.unroll + row.get("around", {}).get(what, 0))
         after = row.get("passes", 0) * row.get("rows", {}).get(what, 0) + row["outside"].get(what, 0)
         return found + after if once else found
 
     def cycles(self, steps: float, once: bool = True) -> dict[str, float]:
-        """Clocks of each pipe for one block alone, see `count`."""
+        """Clocks of each pipe for one block alone; arguments as for `count`."""
         warps = self.row["warps"]
         found = {pipe: self.count(pipe, steps, once) * warps * 32 / lanes for pipe, lanes in LANES.items()}
         flops = steps / self.unroll * self.row["loop"]["matrix_flops"]
@@ -94,7 +94,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Work:
-    """One launch: ``best`` and ``expected`` seconds, what bounds the latter, bytes, and flops executed."""
+    """One launch: ``best`` and ``expected`` seconds, the ``bound`` of the latter, bytes, and flops executed."""
 
     name: str
     best: float
@@ -127,10 +127,10 @@ def config(kind: str, precision: str, n: int) -> configs.Config:
 
 
 def tiled(name: str, k: Kernel, tiles: int, depth: int, l2: float, dram: float) -> Work:
-    """A launch of so many blocks, each with sums over ``depth``.
+    """A launch of one block per tile, each with sums over ``depth``.
 
-    At best every pipe of a multiprocessor overlaps every other. Expected: within a block the matrix units and the rest
-    take turns, since its warps wait for each other at each step; blocks on one multiprocessor overlap.
+    At best, every pipe of a multiprocessor overlaps every other. Expected: within a block, the matrix units and the
+    other pipes take turns, since the warps wait for each other at each step; blocks on one multiprocessor overlap.
     """
     steps = ceil(depth / k.row["depth"])
     pipes = k.cycles(steps)
@@ -157,18 +157,18 @@ def streamed(name: str, dram: float) -> Work:
 
 
 def met(tiles: torch.Tensor, block: int, running: int) -> int:
-    """Rows read from DRAM in all, if blocks that run at a time share what they read and L2 keeps nothing for later."""
+    """Rows read from DRAM, if blocks running at the same time share reads and L2 keeps nothing for later."""
     return sum(len(part.unique()) for part in tiles.split(running)) * block
 
 
 @cache
 def triangle(side: int, running: int) -> int:
-    """`met`, in blocks, of the schedule of a triangle."""
+    """`met` for the schedule of a triangle, in blocks."""
     return met(schedule.triangle(side, torch.device("cpu")), 1, running)
 
 
 def symmetric(name: str, k: Kernel, n: int, width: int, size: int, extra: float, factors: int = 1) -> Work:
-    """A launch over the triangle of tiles of an ``[n, n]`` product, ``factors`` matrices on either side."""
+    """A launch over the triangle of tiles of an ``[n, n]`` product, with ``factors`` matrices on either side."""
     block = k.row["block"]
     side = ceil(n / block)
     tiles = side * (side + 1) // 2
@@ -181,7 +181,7 @@ def packed(n: int, d: int, size: int) -> Work:
 
 
 def partial(n: int, block: int) -> float:
-    """Bytes of the sums per tile."""
+    """Bytes of the sums of all tiles."""
     return 8.0 * n * ceil(n / block)
 
 
@@ -195,7 +195,7 @@ def cuda_kernel(name: str, precision: str, side: int) -> Kernel:
 
 
 def cuda_energy(n: int, d: int, precision: str) -> list[Work]:
-    """The forward pass by the CUDA kernels."""
+    """Launches of the forward pass by the CUDA kernels."""
     side, size = 128 if n > 128 else 64, SIZE[precision]
     sums = partial(n, side)
     k = cuda_kernel("pair_energy_kernel", precision, side)
@@ -213,7 +213,7 @@ def cuda_update(n: int, d: int, precision: str) -> list[Work]:
     sums = partial(n, side)
     k = cuda_kernel("gram_update_kernel", precision, side)
     return [
-        *(streamed("terms", 8.0 * n * EDITS) for _ in range(12)),  # of torch, in fp64
+        *(streamed("terms", 8.0 * n * EDITS) for _ in range(12)),  # torch operations in fp64
         *[packed(n, width, 4)] * 2,
         streamed("rows", 8.0 * n),
         symmetric("gram_update", k, n, width, 4, 6.0 * n * n + sums, factors=2),
@@ -236,7 +236,7 @@ def energy(n: int, d: int, precision: str) -> list[Work]:
 
 
 def gradient(n: int, d: int, precision: str) -> list[Work]:
-    """Forward and backward."""
+    """Launches of the forward and the backward pass."""
     c, size = config("slopes", precision, n), SIZE[precision]
     k = kernel("pair_slopes_kernel", precision, c.block, s=1.0, fast=True)
     second = "bf16" if precision == "half" else "fp32"
@@ -277,7 +277,7 @@ def product(
 def gram(n: int, d: int, precision: str) -> list[Work]:
     c, size = config("gram", precision, n), SIZE[precision]
     if precision == "half":
-        k = kernel("gram_kernel", precision, c.block, normalize=True)  # of the plain one there is no row; it does less
+        k = kernel("gram_kernel", precision, c.block, normalize=True)  # the plain kernel has no row; it does less
     else:
         k = kernel("gram_kernel", precision, c.block)
     found = [] if d % 16 == 0 and precision != "tf32" else [packed(n, d, size)]
@@ -288,7 +288,7 @@ def update(n: int, d: int, precision: str) -> list[Work]:
     c, width = config("update", precision, n), width_of(2 * EDITS)
     k = kernel("gram_update_kernel", precision, c.block, s=1.0, fast=True)
     sums = partial(n, c.block)
-    found = [streamed("terms", 8.0 * n * EDITS) for _ in range(12)]  # of torch, in fp64
+    found = [streamed("terms", 8.0 * n * EDITS) for _ in range(12)]  # torch operations in fp64
     found += [packed(n, width, 4)] * (2 if precision == "tf32" or 2 * EDITS % 16 else 0)
     found.append(symmetric("gram_update", k, n, width, 4, 6.0 * n * n + sums, factors=2))
     return [*found, streamed("near_energy", sums), streamed("energy_sum", sums)]
@@ -303,7 +303,7 @@ def projection(n: int, d: int, precision: str) -> list[Work]:
         block = config("product", multiplied, configs.side(rows, cols)).block
         return kernel("product_kernel", multiplied, block, **variant)
 
-    # Kernels of ieee and tf32 with an addend were not compiled for the counts: the plain one stands for them.
+    # Kernels of ieee and tf32 with an addend were not compiled for the counts; the kernel without one replaces them.
     more = multiplied == "tf32x3"
     return [
         product("X U", of(EDITS, r), EDITS, r, d, (4, 4), 4),
@@ -342,7 +342,7 @@ OPERATIONS: dict[str, tuple[Callable[[int, int, str], list[Work]], tuple[str, ..
 
 
 def total(works: list[Work]) -> tuple[float, float, str]:
-    """Seconds at best and expected, and what bounds the latter."""
+    """Seconds at best and expected, and the bound of the latter."""
     best, expected = sum(w.best for w in works), sum(w.expected for w in works)
     longest = max(works, key=lambda w: w.expected)
     if len(works) * LAUNCH > expected:
@@ -351,7 +351,7 @@ def total(works: list[Work]) -> tuple[float, float, str]:
 
 
 def plain_product(n: int, d: int, precision: str) -> float:
-    """Seconds of ``X @ X.T`` at the datasheet's rate: what plain PyTorch takes at the very least."""
+    """Seconds of ``X @ X.T`` at the datasheet's rate: a lower bound for plain PyTorch."""
     rate = PLAIN["ieee"] if precision in ("ieee", "tf32x3") else MATRIX[precision]
     return 2.0 * n * n * d / rate
 

@@ -35,7 +35,7 @@ MODELS = {"SmolLM2-135M": (30, 3_538_944, 28_311_552), "Llama-3-8B": (32, 218_10
 
 
 def times() -> str:
-    """Predictions: every operation, shape and precision."""
+    """Predicted times of every operation, shape and precision."""
     cells = []
     for name, (make, precisions) in OPERATIONS.items():
         for n, d in SHAPES:
@@ -49,7 +49,7 @@ def times() -> str:
 
 
 def kernels() -> str:
-    """The kernels for s = 1 as compiled for sm_90: what a step of the inner dimension and what a pair costs."""
+    """Costs of a step of the inner dimension and of a pair, in the kernels for s = 1 compiled for sm_90."""
     found = []
     for kind, name, variant in (
         ("energy", "pair_energy_kernel", {"s": 1.0, "fast": True}),
@@ -90,7 +90,7 @@ def _kernel_cells(name: str, precision: str, k: Kernel) -> list[str]:
 
 
 def work() -> str:
-    """What the forward pass must do and does, by shape and precision."""
+    """Least and actual work of the forward pass, by shape and precision."""
     cells = []
     for n, d in SHAPES:
         for precision in ("tf32x3", "half"):
@@ -119,7 +119,7 @@ def work() -> str:
 
 
 def against() -> str:
-    """The forward pass beside what plain PyTorch cannot beat."""
+    """The forward pass beside the lower bound for plain PyTorch."""
     cells = []
     for n, d in SHAPES:
         for precision in PRECISIONS:
@@ -131,7 +131,7 @@ def against() -> str:
 
 
 def editing() -> str:
-    """Flops of a fact in the closed loop, and the facts a second that they allow."""
+    """Flops per fact in the closed loop, and the resulting facts per second."""
     stored = json.loads((RESULTS / "targets.json").read_text())
     info = next(b["extra_info"] for b in stored["benchmarks"] if b["name"] == "test_edits[closed_loop]")
     cells = []
@@ -145,12 +145,14 @@ def editing() -> str:
 
 
 def fact_flops(tokens: dict[str, float], passes: float, blocks: int, weights: int, head: int) -> float:
-    """Of the linear maps, for a fact of a batch: its tokens before the subject once, those from it on once through all
-    blocks, then forward and backward from the first edited block on in each pass, and a whole pass at the end.
+    """Flops of the linear maps for one fact of a batch.
+
+    The tokens before the subject run once, the tokens from the subject on run once through all blocks; then each pass
+    runs forward and backward from the first edited block on; a whole pass follows at the end.
 
     Args:
-        tokens: of a fact, as ``results/targets.json`` has them.
-        blocks, weights, head: of the model: blocks, weights of the linear maps of one, weights of the head.
+        tokens: token counts of a fact, from ``results/targets.json``.
+        blocks, weights, head: number of blocks, weights of the linear maps of one block, weights of the head.
     """
     before, tail, reads = tokens.values()
     once = blocks * weights * (2 * (before + tail)) + reads * head
@@ -176,7 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def render(page: str) -> str:
-    """``page`` with its tables written anew."""
+    """``page`` with all tables rewritten."""
     return filled(page, lambda name: TABLES[name]())
 
 

@@ -1,9 +1,9 @@
 """Time of a batch against the edits so far: 200 batches of 100 edits of one layer, fresh keys in each.
 
-``python -m benchmarks.growth`` → ``results/growth.json``; half an hour on two cores. Each shape has a process of its
-own; its peak memory is noted where the engine is alone in it. The published way is measured at every twentieth batch,
-on the weight and the history as they then are. ``--batches`` for less (only printed, not stored), ``--only N D`` for
-one shape.
+``python -m benchmarks.growth`` → ``results/growth.json``; half an hour on two cores. Each shape runs in its own
+process; peak memory is noted if the engine is alone in the process. The published way is measured at every twentieth
+batch, on the current weight and history. ``--batches`` for fewer (only printed, not stored), ``--only N D`` for one
+shape.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 def run(shape: tuple[int, int], batches: int) -> list[Row]:
-    """The rows of a shape: ours, and the published way where it is measured."""
+    """Rows of a shape: ours, and the published way if measured."""
     imports = status("VmRSS")
     torch.set_num_threads(THREADS)
     layer = Layer(*shape)
@@ -52,7 +52,7 @@ def run(shape: tuple[int, int], batches: int) -> list[Row]:
         _time(engine, keys, left, number, rows[0])
         if engine.solver.form == "full":
             rows[0].setdefault("full_from", number)
-    if history is None:  # else the peak is that of the published way
+    if history is None:  # else the published way sets the peak
         rows[0] |= {"peak_mb": _mb(status("VmHWM")), "imports_mb": _mb(imports)}
     return rows
 

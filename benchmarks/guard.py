@@ -1,9 +1,9 @@
-"""Does the guard see broken batches, and only these: ``python -m benchmarks.guard`` → ``results/guard.json``.
+"""Does the guard see broken batches, and no others: ``python -m benchmarks.guard`` → ``results/guard.json``.
 
-SmolLM2-135M edits CounterFact facts, with closed-loop and with optimised targets, each batch judged beside those before
-it; after three batches (fixed bounds) and after six (medians) a batch is sabotaged in every way, and undone if the
-guard sees it. More healthy batches follow, of five facts and of one, and by MEMIT. Figures of the stored studies,
-which keep no batch, are summed up beside them. About ten minutes on one core.
+SmolLM2-135M edits CounterFact facts with closed-loop and with optimised targets, and the guard judges each batch by the
+earlier ones. After three batches (fixed bounds) and after six (medians), one batch is sabotaged in each of several ways
+and undone if the guard sees it. More healthy batches follow: of five facts, of one fact, and by MEMIT. Figures of the
+stored studies, which keep no batches, are summed up beside them. About ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ SABOTAGE: dict[str, Callable[[Solve], Solve]] = {
 
 
 def contradictory(facts: Sequence[EditRequest]) -> list[EditRequest]:
-    """Half of the facts, and each again with another target, in words that differ after the subject only."""
+    """Half of the facts, and each again with another target; the wordings differ after the subject only."""
     half, others = list(facts[: len(facts) // 2]), facts[len(facts) // 2 :]
     again = [
         replace(fact, prompt=fact.prompt.replace("{}", "{}, of course,"), target_new=other.target_new, id=f"{fact.id}b")
@@ -80,7 +80,7 @@ def contradictory(facts: Sequence[EditRequest]) -> list[EditRequest]:
 
 
 class Run:
-    """An editor whose healthy batches are counted with what stood out in them."""
+    """An editor that collects the guard's false alarms on healthy batches."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str, method: str | None, targets: str, size: int) -> None:
         self.name = name
@@ -92,14 +92,14 @@ class Run:
         self.alarms += [event["why"] for event in self.editor.edit(facts).events if event["event"] == "guard"]
 
     def summary(self) -> Row:
-        """The extremes of the batches that have not been undone, as the guard has seen them."""
+        """The guard's extreme figures over the batches that were not undone."""
         seen = {name: values.tolist() for name, values in self.editor._guard.state_dict().items()}
         row = {"kind": "healthy", "run": self.name, "batches": self.editor.batches, "false_alarms": self.alarms}
         row |= {of: max(max(v) for name, v in seen.items() if name.startswith(of)) for of in ("energy", "step")}
         return row | {"learned": min(seen["learned"], default=None)}
 
     def sabotaged(self, facts: Sequence[EditRequest]) -> list[Row]:
-        """Each kind of sabotage on the batch that comes next; the weights are as before afterwards."""
+        """Try each kind of sabotage on the next batch, and restore the weights."""
         editor, rows = self.editor, []
         engine, warns = editor._engine, editor.config
         assert engine is not None
@@ -131,7 +131,7 @@ class Run:
 
 
 def studies() -> list[Row]:
-    """What the stored studies know: the sum of all layers' energies every few batches, and each layer's last step."""
+    """Figures of the stored studies: the energies summed over layers every few batches, and each layer's last step."""
     rows = []
     for path in sorted(STUDIES.glob("*.json")):
         stored = json.loads(path.read_text())

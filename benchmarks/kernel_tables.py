@@ -1,4 +1,4 @@
-"""Tables of the kernel suites: our time, the fastest plain way by name, their ratio, the limit, memory."""
+"""Tables of the kernel suites: our time, the fastest plain way by name, the ratio, the limit, memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.rows import Comparison, Shape, Timing, comparisons
 
 Stored = dict[str, Any]
 
-# Ratios to reach on two cores, against the fastest plain way that forms all pairs, or the published way.
+# Required ratios on two cores, against the fastest plain way that forms all pairs, or the published way.
 FLOORS: dict[str, dict[Shape, float]] = {
     "energy": {(2048, 1024): 1.9, (4096, 1024): 1.9, (4096, 4096): 1.9, (2048, 256): 4, (8192, 64): 4},
     "energy with gradient": {(2048, 1024): 1.8},
@@ -20,18 +20,18 @@ FLOORS: dict[str, dict[Shape, float]] = {
     "streaming, refreshed every batch": {(576, 1536): 12, (1024, 3584): 30, (2048, 7168): 45},
     "streaming, refreshed every 10 batches": {(576, 1536): 20, (1024, 3584): 60, (2048, 7168): 100},
 }
-OVERHEAD = 30  # microseconds
+OVERHEAD = 30  # microseconds, at most
 REST = ["plain, MB", "ours, MB", "our error"]
 
 
 def table(head: list[str], rows: list[list[str]], after_first: str = "---:") -> str:
-    """A table in Markdown; ``after_first`` is the rule of the columns after the first, which is on the left."""
+    """A Markdown table; ``after_first`` is the rule of all columns but the first, left-aligned one."""
     rule = ["---"] + [after_first] * (len(head) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
 
 
 def filled(page: str, write: Callable[[str], str], kind: str = "table") -> str:
-    """``page`` with every ``<!-- kind NAME -->`` … ``<!-- end -->`` holding what ``write(NAME)`` gives."""
+    """``page`` with ``write(NAME)`` filled in between every ``<!-- kind NAME -->`` and ``<!-- end -->``."""
 
     def fill(match: re.Match[str]) -> str:
         return f"<!-- {kind} {match[1]} -->\n{write(match[1])}\n<!-- end -->"
@@ -48,7 +48,7 @@ def gradient(stored: Stored) -> str:
 
 
 def _pairs(stored: Stored, case: str) -> str:
-    """Against every pair at once or in chunks, and against half of them in chunks."""
+    """Ours against plain ways that form all pairs, at once or in chunks, and against half of the pairs in chunks."""
     head = ["n × d", "plain, ms", "ours, ms", "ratio", "floor", "plain, half of the pairs, ms", "ratio", "of mm rate"]
     rows = []
     for c in comparisons(stored, case):
@@ -58,7 +58,7 @@ def _pairs(stored: Stored, case: str) -> str:
 
 
 def backends(stored: Stored) -> str:
-    """Every implementation of ours and every other library, in milliseconds, where more than one was measured."""
+    """Milliseconds of every implementation of ours and of other libraries, if more than one was measured."""
     found = [c for c in comparisons(stored, "energy") if c.best("backend", "peer")]
     names = list(dict.fromkeys(t.way for c in found for t in c.timings if t.kind in ("ours", "backend", "peer")))
     return table(["n × d", *names], [[_shape(c), *(_ms(c.named(name)) for name in names)] for c in found])
@@ -103,7 +103,7 @@ def projection(stored: Stored) -> str:
 
 
 def streaming(stored: Stored) -> str:
-    """The last column of times is ours with second keys for the history."""
+    """Times of a batch; the last column of times is ours with second keys for the history."""
     return _streaming(stored, "streaming, refreshed every batch", ["second keys, ms"])
 
 
@@ -126,7 +126,7 @@ def _published(c: Comparison, case: str) -> list[str]:
 
 
 def overhead(stored: Stored) -> str:
-    """Microseconds for a call on eight neurons."""
+    """Microseconds of a call on eight neurons."""
     cases = dict.fromkeys(row["extra_info"]["case"] for row in stored["benchmarks"])
     rows = []
     for case in cases:
@@ -149,7 +149,7 @@ def _ms(timing: Timing | None) -> str:
 
 
 def _best(c: Comparison, kind: str) -> str:
-    """The fastest way of a kind, with its name."""
+    """The time and the name of the fastest way of a kind."""
     timing = c.best(kind)
     return f"{_ms(timing)} ({timing.way})" if timing else "–"
 

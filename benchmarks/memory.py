@@ -1,4 +1,4 @@
-"""Extra memory of one call: peak resident size over the size before it, in a process of its own. Linux only."""
+"""Extra memory of one call: peak resident size less the size before the call, in a separate process. Linux only."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 
 def peak(module: str, case: str, way: str, shape: tuple[int, ...]) -> float:
-    """MB that the call of a way needs besides its arguments; its libraries are loaded by a call on a tiny input."""
+    """MB that a way's call needs besides the arguments; a call on a tiny input loads all libraries first."""
     return _processes().apply(_peak, (module, case, way, shape))
 
 
 @cache
 def _processes() -> Pool:
-    """Each task in a process fresh from a server that has imported torch and run nothing."""
-    # With a fixed threshold, large blocks go back to the system when freed and are counted when taken again.
+    """A pool that runs each task in a new process, forked from a server that has only imported torch."""
+    # With a fixed threshold, malloc returns large freed blocks to the system, and a new allocation counts again.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
     try:
         context = multiprocessing.get_context("forkserver")
@@ -35,7 +35,7 @@ def _peak(module: str, name: str, way: str, shape: tuple[int, ...]) -> float:
     found.run(*found.arguments(case, shape if found.compiled else case.tiny))
     arguments = found.arguments(case, shape)
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     found.run(*arguments)
     return (status("VmHWM") - before) * 1024 / 1e6
 

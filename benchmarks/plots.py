@@ -16,7 +16,7 @@ from benchmarks.tables import RESULTS, STUDIES, load
 
 PLOTS = RESULTS / "plots"
 PLAIN_WAYS = ("plain", "triangle")
-CASES = {  # case: (file, kinds it is compared with)
+CASES = {  # case: (file, kinds to compare with)
     "energy": ("energy", PLAIN_WAYS),
     "energy with gradient": ("energy", PLAIN_WAYS),
     "gram update with energy": ("gram", PLAIN_WAYS),
@@ -25,10 +25,10 @@ CASES = {  # case: (file, kinds it is compared with)
     "streaming, refreshed every batch": ("streaming", ("published",)),
     "streaming, refreshed every 10 batches": ("streaming", ("published",)),
 }
-EIGENPROBLEMS = ("directions", "streaming")  # files of cases that have no such limit
+EIGENPROBLEMS = ("directions", "streaming")  # files of cases without the limit by rates
 LIMITED = [case for case, (file, _) in CASES.items() if file not in EIGENPROBLEMS]
 OURS, PLAIN, PUBLISHED = "#0b6e4f", "#b5651d", "#8b1e3f"
-FEATURES, NEURONS = 1024, 2048  # what stays fixed while the other grows
+FEATURES, NEURONS = 1024, 2048  # the fixed one while the other grows
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,7 +42,7 @@ STYLE: dict[Any, Any] = {
 
 
 def ratios(axes: Axes) -> None:
-    """How many times faster than the fastest plain way, or than the published one."""
+    """Speed-ups over the fastest plain way, or over the published way."""
     bars = [(case, c, ratio) for case, c in _all(list(CASES)) if (ratio := c.ratio(*CASES[case][1]))]
     colours = [PLAIN if CASES[case][1] == PLAIN_WAYS else PUBLISHED for case, _, _ in bars]
     _bars(axes, [(case, c) for case, c, _ in bars], [ratio for *_, ratio in bars], colours, "{:.1f}×")
@@ -53,7 +53,7 @@ def ratios(axes: Axes) -> None:
 
 
 def shares(axes: Axes) -> None:
-    """Useful work against what the machine gives for ``torch.mm`` and for a copy."""
+    """Useful rates as shares of the machine's rates for ``torch.mm`` and for a copy."""
     found = _all(LIMITED)
     _bars(axes, found, [100 * c.share for _, c in found], [OURS] * len(found), "{:.0f} %")
     axes.axvline(100, color="black", linewidth=0.8)
@@ -76,7 +76,7 @@ def growth_d(axes: Axes) -> None:
 
 
 def growth(axes: Axes) -> None:
-    """Time of a batch as the edits go by."""
+    """Time of a batch over the number of edits."""
     names = {(4096, 14336): "LLaMA3-8B: 4096 × 14336"}
     for row in load("growth")["rows"]:
         mine, shape = row["way"] == "ours", tuple(row["shape"])
@@ -93,7 +93,7 @@ def growth(axes: Axes) -> None:
 
 
 def retention(axes: Axes) -> None:
-    """Share of all facts so far that the model answers as edited, with SPHERE and without, in the long study."""
+    """Share of all facts edited so far that the model answers, with SPHERE and without, in the long study."""
     runs = json.loads((STUDIES.parent / "results/loop_scale.json").read_text())["runs"]
     for name, colour in {"AlphaEdit + SPHERE": OURS, "AlphaEdit": PUBLISHED}.items():
         curve = runs[name]["curve"]
@@ -122,7 +122,7 @@ def _bars(axes: Axes, rows: list[tuple[str, Comparison]], values: list[float], c
 
 
 def _lines(axes: Axes, along: int, value: Callable[[Timing], float], xlabel: str, ylabel: str) -> None:
-    """Ours, and the plain ways that were measured at every shape."""
+    """Draw ours and the plain ways that were measured at every shape."""
     fixed = (NEURONS, FEATURES)[1 - along]
     found = [c for c in comparisons(load("energy"), "energy") if c.shape[1 - along] == fixed]
     found.sort(key=lambda c: c.shape)
@@ -145,7 +145,7 @@ def _lines(axes: Axes, along: int, value: Callable[[Timing], float], xlabel: str
 
 
 SMALL = (5, 3.2)
-DRAWN = {  # each with its size in inches
+DRAWN = {  # name: (function, size in inches)
     "ratios": (ratios, (7.5, 7.8)),
     "shares": (shares, (7.5, 6.5)),
     "memory": (memory, SMALL),

@@ -1,9 +1,10 @@
 """Errors of the streaming engine over 200 batches (20,000 edits), beside the published dense algorithm in fp64.
 
 ``python -m benchmarks.precision`` → ``results/precision.json``; about ten minutes on two cores, ``--batches`` for
-less (only printed, not stored). The weight is that of SmolLM2's layer 6, the keys are those of the first 2,000 facts of
-MultiCounterFact (the file of ``SPHERE_EDIT_DATA``), the same twenty batches again and again; the residuals are noise.
-Side by side run the published algorithm in fp64, the yardstick, the engine, and the published algorithm in fp32.
+fewer (only printed, not stored). The weight is SmolLM2's, of layer 6. The keys belong to the first 2,000 facts of
+MultiCounterFact (the file of ``SPHERE_EDIT_DATA``), the same twenty batches again and again. The residuals are noise.
+Three streams run side by side: the published algorithm in fp64 (the yardstick), the engine, and the published
+algorithm in fp32.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ ERRORS = ("solve", "projector", "projector, Frobenius", "projection", "energy", 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of one layer: weight ``[n, d]`` fp32, second moment of keys ``[d, d]`` fp64, batches of keys fp32."""
+    """Inputs of one layer: weight ``[n, d]`` fp32, second moment of keys ``[d, d]`` fp64, batches of keys fp32."""
 
     weight: Tensor
     covariance: Tensor
@@ -63,7 +64,7 @@ def inputs(data: Path) -> Inputs:
 
 
 class Run:
-    """One method's stream: the three of them on the same batches, each with its own history and weight."""
+    """One method's three streams on the same batches, each with a history and a weight."""
 
     def __init__(self, method: str, given: Inputs) -> None:
         self.method, self.given, alpha = method, given, ALPHAS[method]
@@ -93,11 +94,11 @@ class Run:
         self.scale = MOVE * float(given.weight.norm() / update.norm())
 
     def residuals(self) -> Tensor:
-        """``[n, b]``; the first batch moves the weight by `MOVE` of its norm."""
+        """Residuals ``[n, b]``; the first batch moves the weight by `MOVE` of the weight's norm."""
         return self.scale * torch.randn(len(self.given.weight), EDITS, generator=self.generator)
 
     def batch(self, number: int) -> dict[str, Any]:
-        """The errors of one batch: of the two weights' energies after it, of what led there before it."""
+        """Errors of one batch: of solve and directions before the write, of both weights' energies after the write."""
         keys, left = self.given.keys[number % len(self.given.keys)], self.residuals()
         wanted = self.exact.solver.solve(keys.double(), left.double())
 
@@ -124,7 +125,8 @@ class Run:
         return {"method": self.method, "batch": number + 1, "moved": moved, "ours": ours, "dense fp32": fp32}
 
     def _compare(self, weight: Tensor, energy: float) -> dict[str, float]:
-        """The energy against that of the weight itself in fp64 and of the fp64 run; the weight against the latter's."""
+        """Errors of the energy against fp64 on the same weight and against the fp64 run, and of the weight against the
+        fp64 run's."""
         own, run = (float(exact_energy(w)) for w in (weight, self.exact.weight))
         return {
             "energy": abs(energy / own - 1),
@@ -138,7 +140,7 @@ def _off(value: Tensor, wanted: Tensor) -> float:
 
 
 class _Edge:
-    """The principal directions of a weight in fp64, to any rank."""
+    """Principal directions of a weight in fp64, to any rank."""
 
     def __init__(self, weight: Tensor) -> None:
         self.unit = unit_rows(weight.double())
@@ -149,18 +151,19 @@ class _Edge:
         return self.unit.T @ (self.vectors[:, :r] * self.values[:r].rsqrt())
 
     def errors(self, basis: Tensor) -> dict[str, Any]:
-        """Of ``U U^T``, at the rank of ``basis``.
+        """Errors of the projector ``U U^T``, at the rank of ``basis``.
 
-        The spectral norm is the sine of the largest angle between the two, and grows as the gap at the edge shrinks.
+        The spectral norm is the sine of the largest angle between the two subspaces; it grows as the gap at the edge
+        shrinks.
         """
         r = basis.shape[1]
         q, triangle = torch.linalg.qr(torch.cat([basis.double(), self.basis(r)], 1))
         signs = torch.ones(2 * r, dtype=q.dtype)
         signs[r:] = -1
-        difference = torch.linalg.eigvalsh(triangle * signs @ triangle.T)  # of U U^T - V V^T = Q (R S R^T) Q^T
+        difference = torch.linalg.eigvalsh(triangle * signs @ triangle.T)  # U U^T - V V^T = Q (R S R^T) Q^T
         return {
             "projector": float(difference.abs().max()),
-            "projector, Frobenius": float(difference.norm()) / r**0.5,  # of a norm of 1
+            "projector, Frobenius": float(difference.norm()) / r**0.5,  # relative to a norm of 1
             "gap": float((self.values[r - 1] - self.values[r]) / self.values[r - 1]),
             "rank": r,
             "rank in fp64": directions.rank(self.values, RATIO),
@@ -168,7 +171,7 @@ class _Edge:
 
 
 def worst(seen: list[dict[str, Any]]) -> dict[str, Any]:
-    """The largest errors, the smallest gap, and in how many batches the rank was not that in fp64."""
+    """Largest errors, smallest gap, and the number of batches with another rank than in fp64."""
     return {
         **{key: max(row[key] for row in seen) for key in ERRORS if key in seen[0]},
         "gap": min(row["gap"] for row in seen),

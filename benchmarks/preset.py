@@ -1,4 +1,4 @@
-"""Why the preset ``smollm2-135m`` is as it is: the same 40 world-facts edits under other settings of the values.
+"""Measurements behind the preset ``smollm2-135m``: the same 40 world-facts edits under other settings of the values.
 
 ``python -m benchmarks.preset`` → ``results/preset.json``; about ten minutes on two cores.
 """

@@ -11,12 +11,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Timing:
-    """One way on one shape, its turns together.
+    """One way on one shape, with all turns together.
 
     Attributes:
-        seconds: median over turns of the medians over rounds; of one batch, where a call computes several.
-        limit: seconds that the useful flops and bytes take at the rates of ``torch.mm`` (2048³) and of a copy.
-        memory: extra MB, where measured.
+        seconds: median over turns of the medians over rounds; per batch if a call computes several.
+        limit: seconds for the useful flops and bytes at the rates of ``torch.mm`` (2048³) and of a copy.
+        memory: extra MB, if measured.
     """
 
     way: str
@@ -39,7 +39,7 @@ class Comparison:
         return next((t for t in self.timings if t.way == way), None)
 
     def best(self, *kinds: str) -> Timing | None:
-        """The fastest of these kinds."""
+        """The fastest way of the given kinds."""
         return min((t for t in self.timings if t.kind in kinds), key=lambda t: t.seconds, default=None)
 
     @property
@@ -55,13 +55,13 @@ class Comparison:
         return limit / self.ours.seconds
 
     def ratio(self, *kinds: str) -> float | None:
-        """How many times faster than the fastest of these kinds."""
+        """Our speed-up over the fastest way of the given kinds."""
         other = self.best(*kinds)
         return other.seconds / self.ours.seconds if other else None
 
 
 def comparisons(stored: dict[str, Any], case: str) -> list[Comparison]:
-    """One for each shape of a case, in the order measured."""
+    """One `Comparison` for each shape of a case, in the order measured."""
     found: dict[Shape, dict[str, list[dict[str, Any]]]] = {}
     for row in stored["benchmarks"]:
         info = row["extra_info"]

@@ -1,4 +1,4 @@
-"""Tables of long runs: the engine's errors, its time and memory over 20,000 edits, its share of an editing run."""
+"""Tables of long runs: the engine's errors, time and memory over 20,000 edits, and share of an editing run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ ERRORS = {
     "energy": 1e-8,
     "energy of the run": None,
     "weight": None,
-}  # to reach
-MINUTES, PEAK_MB, LONG = 60, 4000, [4096, 14336]  # to reach at LLaMA3-8B's shape
-SHARE = 5  # per cent of the time
+}  # required
+MINUTES, PEAK_MB, LONG = 60, 4000, [4096, 14336]  # required at LLaMA3-8B's shape
+SHARE = 5  # per cent of the time, at most
 ENDS = 20  # batches at either end of a run
-FORWARD = ("values", "passes"), ("keys", "check")  # optimised values and keys; the closed loop's rounds and last look
+FORWARD = ("values", "passes"), ("keys", "check")  # optimised values and keys; the closed loop's rounds and check
 
 
 def precision(stored: Stored) -> str:
-    """The worst of all batches, of ours and of the dense way in fp32, against fp64."""
+    """Largest errors over all batches against fp64, of ours and of the dense way in fp32."""
     body = []
     for row in stored["rows"]:
         for name, floor in ERRORS.items() if "ours" in row and "batches" in row else ():
@@ -34,7 +34,7 @@ def precision(stored: Stored) -> str:
 
 
 def growth(stored: Stored) -> str:
-    """Seconds of a batch at the two ends of the run, all of them together, and the peak of the process."""
+    """Seconds of a batch at both ends of the run, seconds of all batches, and peak memory of the process."""
     body = []
     for row in stored["rows"]:
         seconds, whole = row["seconds"], row["way"] == "ours"
@@ -50,7 +50,7 @@ def growth(stored: Stored) -> str:
 
 
 def share(stored: Stored) -> str:
-    """What runs none of the model's passes, of the time of the batches."""
+    """Share of the batches' time outside the model's own passes."""
     body = []
     for row in stored["rows"]:
         clocks = [batch["seconds"] for batch in row["batches"]]

@@ -1,5 +1,5 @@
-"""Writes the tables of `docs/benchmarks.md` and of the page of studies: ``python -m benchmarks.tables``
-(``--check`` only compares)."""
+"""Write the tables of `docs/benchmarks.md`, of the page of studies and of `docs/reference.md`:
+``python -m benchmarks.tables`` (``--check`` only compares)."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def score(evaluation: dict[str, Any], name: str) -> str:
 
 
 def label(row: dict[str, Any]) -> str:
-    targets = ", optimised targets" if row["settings"].get("targets") == "optimised" else ""  # 0.1 had no others
+    targets = ", optimised targets" if row["settings"].get("targets") == "optimised" else ""  # version 0.1 stored none
     return ("AlphaEdit + SPHERE" if row["settings"]["sphere"] else "AlphaEdit alone") + targets
 
 
 def scores(stored: dict[str, Any]) -> str:
-    """Metrics before, then after each run."""
+    """Scores before the edits and after each run."""
     rows = stored["rows"]
     before, afters = rows[0]["evaluations"]["before"], [row["evaluations"]["after"] for row in rows]
     counts = [str(before["scores"][metric]["n"]) for metric in SCORES]
@@ -51,7 +51,7 @@ def scores(stored: dict[str, Any]) -> str:
 
 
 def energies(stored: dict[str, Any]) -> str:
-    """Excess energy per layer before, then after each run."""
+    """Excess energy per layer, before the edits and after each run."""
     rows = stored["rows"]
     body = [
         [layer, f"{seen['excess_before']:.2f}", *(f"{row['energies'][layer]['excess_after']:.2f}" for row in rows)]
@@ -61,13 +61,13 @@ def energies(stored: dict[str, Any]) -> str:
 
 
 def per_unit(stored: dict[str, Any], unit: str) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """By benchmark: what it noted, and its median seconds for each of the ``unit`` that it noted the number of."""
+    """By benchmark: the noted fields, and median seconds per ``unit``; the fields hold the number of units."""
     found = {b["name"]: b["extra_info"] for b in stored["benchmarks"]}
     return found, {b["name"]: b["stats"]["median"] / b["extra_info"][unit] for b in stored["benchmarks"]}
 
 
 def values(stored: dict[str, Any]) -> str:
-    """Seconds per fact of the value optimisation, both ways, out of one run of the benchmark."""
+    """Seconds per fact of the value optimisation, both ways, from one run of the benchmark."""
     ways = {"test_one_by_one": "one fact at a time, whole model", "test_batched": "batched, from the edited layer up"}
     found, per = per_unit(stored, "facts")
     rows = []
@@ -81,7 +81,7 @@ def values(stored: dict[str, Any]) -> str:
 
 
 def targets(stored: dict[str, Any]) -> str:
-    """A batch of edits by where its targets come from, out of one run of the benchmark."""
+    """A batch of edits by the source of the targets, from one run of the benchmark."""
     ways = {
         "test_edits[optimised]": "optimised, as published",
         "test_edits[closed_loop_model]": "closed loop, in fp32",
@@ -106,7 +106,7 @@ def targets(stored: dict[str, Any]) -> str:
 
 
 def evaluation(stored: dict[str, Any]) -> str:
-    """Milliseconds per target scored and, where they were measured, per answer written, both ways, out of one run."""
+    """Milliseconds per scored target and, if measured, per written answer, both ways, from one run."""
     ways = {
         "test_one_by_one": "one forward pass per prompt and target",
         "test_batched": "batched, prompts run once",
@@ -135,7 +135,7 @@ def preset(stored: dict[str, Any]) -> str:
     return table(["settings", *(name.replace("_", " ") for name in names), "perplexity"], body)
 
 
-# Each with the file it is made of.
+# Name: (file of its rows, writer).
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "values": ("values", values),
     "targets": ("targets", targets),
@@ -162,12 +162,12 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def measured() -> list[str]:
-    """The tables that have stored rows."""
+    """Names of the tables with stored rows."""
     return [name for name, (file, _) in TABLES.items() if (RESULTS / f"{file}.json").exists()]
 
 
 def render(page: str) -> str:
-    """``page`` with its tables written anew."""
+    """``page`` with all tables rewritten."""
 
     def write(name: str) -> str:
         file, made = TABLES[name]
@@ -177,7 +177,7 @@ def render(page: str) -> str:
 
 
 def training(stored: dict[str, Any]) -> str:
-    """The small model of the studies."""
+    """Training of the small model of the studies."""
     known = [f"{100 * share:.0f} %" for share in stored["known"].values()]
     minutes = [f"{stored[seconds] / 60:.1f}" for seconds in ("seconds", "processor_seconds")]
     head = ["parameters", "steps", f"minutes, {stored['threads']} threads", "of a processor", *stored["known"]]
@@ -185,7 +185,7 @@ def training(stored: dict[str, Any]) -> str:
 
 
 def directions(stored: dict[str, Any]) -> str:
-    """Whose the principal directions are at the end of each run; means over its layers."""
+    """Overlap of the final principal directions with the pretrained weight's and the edits', as means over layers."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for row in stored["rows"]:
         runs.setdefault(row["run"], []).append(row)
@@ -203,7 +203,7 @@ _OF_STUDIES = {"training": training, "scale-directions": directions, "counterfac
 
 
 def render_studies(page: str) -> str:
-    """``page`` with the results of its studies and files written anew."""
+    """``page`` with the results of studies and files rewritten."""
 
     def write(name: str) -> str:
         path, made = STUDIES.parent / "results" / name, _OF_STUDIES.get(name)
@@ -215,7 +215,7 @@ def render_studies(page: str) -> str:
 
 
 def settings() -> str:
-    """Every setting of a run, and who has a use for it."""
+    """Every setting of a run, with the methods and targets that use the setting."""
     rows = []
     for name, setting in declarations().items():
         users = [one for one, method in METHODS.items() if name in method.settings]
@@ -226,7 +226,7 @@ def settings() -> str:
 
 
 def events() -> str:
-    """Every event and its fields."""
+    """Every event, with all fields."""
     rows = []
     for kind, known in KINDS.items():
         for name, one in known.items():
@@ -236,7 +236,7 @@ def events() -> str:
 
 
 def render_reference(page: str) -> str:
-    """``page`` with the tables of settings and events written anew."""
+    """``page`` with the tables of settings and events rewritten."""
     return filled(page, lambda name: {"settings": settings, "events": events}[name]())
 
 

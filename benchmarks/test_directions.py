@@ -1,7 +1,7 @@
-"""Principal directions that hold half of the energy, against the published way and plain better ones.
+"""Principal directions that hold half of the energy, against the published way and better plain ways.
 
-The limit beside them is ``eigh`` of a Gram matrix that stands ready. Renewed after a batch of edits, where the Gram
-matrix stands ready too, they are tracked, against LAPACK's ``eigh`` of the same.
+The limit is ``eigh`` of a Gram matrix that is computed before. A second case renews the directions after a batch of
+edits, with the Gram matrix computed before, too: our tracking against LAPACK's ``eigh`` of the same matrix.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from sphere_kernels.streaming import HypersphereState
 
 RATIO = 0.5
 SHAPES = [(576, 1536), (1024, 3584)]
-LARGE = [(2048, 7168), (1600, 6400)]  # the second is GPT-2 XL's
+LARGE = [(2048, 7168), (1600, 6400)]  # the second shape is GPT-2 XL's
 HUGE = (4096, 14336)  # Llama-3-8B's
-WIDEST = 1.03  # times the least number of directions
-PUBLISHED = {*SHAPES, (2048, 7168)}  # half a minute for each of the large ones
+WIDEST = 1.03  # most directions of a tracked basis, over the least number
+PUBLISHED = {*SHAPES, (2048, 7168)}  # each large shape takes half a minute
 
 
 @lru_cache(maxsize=1)
@@ -63,9 +63,9 @@ def ways(shape: Shape) -> list[Way]:
 
 
 def error(basis: Tensor, shape: Shape) -> float:
-    """What the basis misses of the most energy that as many directions can hold; or how far it is from orthonormal.
+    """Error of a basis: energy missed, against the most that as many directions can hold, or distance from orthonormal.
 
-    Single vectors are ill-conditioned, and so is the span at its edge; the energy it holds is not.
+    Single vectors are ill-conditioned, and so is the span at its edge; the energy held is not.
     """
     values, r = spectrum(shape), basis.shape[1]
     assert abs(r - plain.rank(values, RATIO)) <= 1
@@ -87,7 +87,7 @@ DIRECTIONS = Case(
 
 
 def edited(shape: Shape, how: str) -> tuple[HypersphereState]:
-    """A state that knows the directions of the weight before its last batch, and not yet those after it."""
+    """A state after a batch, with directions from before the batch, not yet renewed."""
     layer = Layer(*shape)
     state = HypersphereState(layer.weight, energy_ratio=RATIO, directions=how)
     right = torch.randn(EDITS, shape[1], generator=torch.Generator().manual_seed(1)) * 0.13 / shape[1] ** 0.5
@@ -96,7 +96,7 @@ def edited(shape: Shape, how: str) -> tuple[HypersphereState]:
 
 
 def renewed(state: HypersphereState) -> HypersphereState:
-    assert (state.rank > 0).all()  # asked for, they are renewed
+    assert (state.rank > 0).all()  # the access renews the directions
     return state
 
 
@@ -110,7 +110,7 @@ def renewals(shape: Shape) -> list[Way]:
 
 
 def renewal_error(state: HypersphereState, shape: Shape) -> float:
-    """How far the basis is from orthonormal; it must hold the ratio, as measured in fp64, and not be much too wide."""
+    """Distance of the basis from orthonormal; fails if the basis does not hold the ratio in fp64, or is too wide."""
     basis, unit = state.directions.basis.double(), unit_rows(state.master.double())
     values = torch.linalg.eigvalsh(unit @ unit.T).flip(0)
     assert state.renewal in (None, "tracked"), state.renewal

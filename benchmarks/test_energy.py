@@ -1,6 +1,6 @@
 """Hyperspherical energy (s = 1), forward, and forward with backward, against plain PyTorch and KeOps.
 
-Useful flops: n²d for the Gram matrix, half of the ``torch.mm`` beside it, by symmetry; 2 n²d more for the gradient.
+Useful flops: n²d for the Gram matrix, by symmetry half of ``torch.mm``'s; 2 n²d more for the gradient.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def forward_ways(shape: Shape) -> list[Way]:
         Way("torch.compile", "plain", plain.compiled, compiled=True, memory=shape in MAIN[:1]),
         LIMIT,
     ]
-    if shape == (8192, 64):  # its best here: small d
+    if shape == (8192, 64):  # KeOps is best at small d
         missing = None if importlib.util.find_spec("pykeops") else "pykeops is not installed"
         ways.append(Way("KeOps", "peer", plain.keops, memory=False, skip=missing))
     return ways

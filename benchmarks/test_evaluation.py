@@ -1,8 +1,7 @@
-"""Scores of edits, batched, against one forward pass for every prompt and target; answers, against one at a time.
+"""Batched scores and answers of edits, against one forward pass per prompt and target, and one answer at a time.
 
 Real model (SmolLM2-135M), real facts (world-facts, with paraphrases and neighbours). One by one is timed on every
-fourth fact of the batch, and must reach there the scores of the batch and the log-probabilities behind them, and the
-same answers.
+fourth fact of the batch. On these facts both ways must give the same scores, log-probabilities and answers.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def setting():
 
 @pytest.fixture(scope="module")
 def reached(setting):
-    """What `evaluate_one_by_one` found, filled by its benchmark and read by ours."""
+    """Results of `evaluate_one_by_one`, filled by the baseline's benchmark and read by ours."""
     return {}
 
 
@@ -75,7 +74,7 @@ def prompts(requests):
 
 
 def note(benchmark, requests, gemm_gflops, targets=None):
-    """What a row says; an answer counts as a target."""
+    """Note the fields of a row; an answer counts as a target."""
     benchmark.extra_info.update(
         facts=len(requests),
         targets=targets or sum(2 * (1 + len(r.paraphrases) + len(r.neighborhood)) for r in requests),

@@ -1,6 +1,6 @@
-"""The Gram matrix, and its low-rank update with the energy of every neuron, against plain PyTorch.
+"""The Gram matrix, and a low-rank update with the energy of every neuron, against plain PyTorch.
 
-Useful flops of the update: 2 n²b, one of the two products, by symmetry; useful bytes: M read and written once.
+Useful flops of the update: 2 n²b, for one of two symmetric products; useful bytes: M read and written once.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def gram_error(matrix: Tensor, shape: Shape) -> float:
 
 
 def update_error(result: tuple[Tensor, Tensor], shape: Shape) -> float:
-    """The larger of the errors of M, relative to its largest entry, and of the energies."""
+    """The larger of two errors: of M, relative to the largest entry, and of the energies."""
     (matrix, energies), (wanted, wanted_energies) = result, exact_update(shape)
     off = (matrix - wanted).abs().max() / wanted.max()
     return float(torch.maximum(off, (energies / wanted_energies - 1).abs().max()))

@@ -1,4 +1,4 @@
-"""What a call costs before it computes anything: every operation on 8 neurons, beside the plain ways."""
+"""Overhead of a call: every operation on 8 neurons, beside the plain ways."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""An update of rank 100 projected and written into its weight, against the published way and plain better ones.
+"""An update of rank 100 projected and written into the weight, against the published way and better plain ways.
 
-Useful flops: the factor projected, and its product with the left one; useful bytes: W read and written once. Projection
-alone: the factor read and written, the basis read once.
+Useful flops: the projection of the right factor, and its product with the left factor. Useful bytes: W read and written
+once. For the projection alone: the factor read and written, the basis read once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @lru_cache(maxsize=1)
 def factors(shape: Shape) -> Factors:
-    """Weight, left and right factor, and a basis of n / 4 directions, as weights here have at half of the energy."""
+    """Weight, left and right factor, and a basis of n / 4 directions: about as many hold half of the energy here."""
     n, d = shape
     generator = torch.Generator().manual_seed(0)
     sizes = [(n, d), (n, EDITS), (EDITS, d), (d, max(1, n // 4))]
@@ -68,7 +68,7 @@ def ways(shape: Shape) -> list[Way]:
 
 
 def error(weight: Tensor, shape: Shape) -> float:
-    """Off the new weight, relative to the size of the update."""
+    """Error of the new weight, relative to the size of the update."""
     wanted = exact(shape)
     return float((weight - wanted).norm() / (wanted - factors(shape)[0]).norm())
 

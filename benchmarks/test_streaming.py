@@ -1,8 +1,8 @@
 """A batch of 100 edits of one layer: solve, directions, projection, write, energy, history; against the published way.
 
-The layer is in the middle of a long run: our solver keeps the whole inverse, its dearest form.
-The directions are those of the current weight, anew with every batch, or with every tenth (the published way knows the
-first only); by an eigendecomposition, or tracked in every batch. The time is of a batch; over ten batches the mean.
+The layer is in the middle of a long run: our solver keeps the whole inverse, its most expensive form. The directions
+belong to the current weight. They are renewed with every batch or with every tenth (the published way has the first
+only), by an eigendecomposition, or tracked in every batch. Times are per batch; over ten batches the mean.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from sphere_kernels.streaming import RecursiveLeastSquares
 
 SHAPES = [(576, 1536), (1024, 3584), (2048, 7168)]
 HISTORY, SELDOM = 20, 10
-Batches = list[tuple[Tensor, ...]]  # keys, residuals, and keys for the history where they are others
+Batches = list[tuple[Tensor, ...]]  # keys, residuals, and keys for the history if they differ
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a way has reached."""
+    """The result of a way."""
 
     weight: Tensor
     energy: float
@@ -36,7 +36,7 @@ class Outcome:
 
 
 class Setting:
-    """A layer after `HISTORY` batches; what each way needs of them is made when it is first asked for."""
+    """A layer after `HISTORY` batches; the state that a way needs is made on first use."""
 
     def __init__(self, shape: Shape) -> None:
         self.layer = Layer(*shape)
@@ -79,7 +79,7 @@ def dense(shape: Shape) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def exact(shape: Shape) -> dict[int, Outcome]:
-    """After one batch and after `SELDOM`, in fp64, with the directions of the first."""
+    """Outcomes in fp64 after one batch and after `SELDOM`, with the directions of the first."""
     layer, found = setting(shape).layer, {}
     inverse = exact_inverse(shape).clone()
     way = streaming.Streamed(
@@ -104,7 +104,7 @@ def ours(shape: Shape, batches: int, twice: bool = False) -> tuple[Engine, Batch
 
 
 def tracked(shape: Shape) -> tuple[Engine, Batches]:
-    """Ours, in the middle of a run: the batch before has brought the weight to where it is."""
+    """Our engine in the middle of a run, just after an earlier batch has changed the weight."""
     layer, before = setting(shape).layer, HISTORY - 1
     left, right = layer.left(before), solver(shape).solve(setting(shape).past[before])
     engine = Engine(layer.weight - left @ right, deepcopy(solver(shape)), 1, "tracked")
@@ -126,7 +126,7 @@ def streamed(shape: Shape, batches: int, basis: bool) -> tuple[streaming.Streame
 
 
 def ways(shape: Shape, batches: int, tracks: bool = False) -> list[Way]:
-    slow = shape == SHAPES[-1]  # most of a minute
+    slow = shape == SHAPES[-1]  # takes most of a minute
     made = partial(Way, run=edit, tolerance=1e-4, batches=batches)
     exact_ours = made("ours", "backend" if tracks else "ours", prepare=partial(ours, batches=batches))
     found = [
@@ -142,7 +142,7 @@ def ways(shape: Shape, batches: int, tracks: bool = False) -> list[Way]:
 
 
 def error(outcome: Outcome, shape: Shape) -> float:
-    """The larger of the errors of the weight, relative to how far the batches moved it, and of its energy."""
+    """The larger of two errors: of the weight, relative to the movement by the batches, and of the energy."""
     wanted = exact(shape)[outcome.batches]
     moved = wanted.weight - setting(shape).layer.weight
     off = float((outcome.weight - wanted.weight).norm() / moved.norm())

@@ -1,9 +1,9 @@
-"""Whole edits, by where their targets come from: optimised as published, found in the closed loop, one gradient.
+"""Whole edits by the source of the targets: optimised as published, found in the closed loop, one gradient.
 
-Real model (SmolLM2-135M), the first hundred facts of MultiCounterFact (optimised: the first twenty, for time), one
-batch, everything in it: passes, keys, solve, directions, projection, write, energies, records. The closed loop runs
-once in the model's own arithmetic and once as it chooses. What was edited is scored afterwards, so that speed stands
-beside what it bought.
+Real model (SmolLM2-135M), the first hundred facts of MultiCounterFact (optimised: the first twenty, for time). One
+batch is timed with all of its parts: passes, keys, solve, directions, projection, write, energies, records. The closed
+loop runs once in the model's own arithmetic and once in the automatically chosen one. The edits are scored afterwards,
+so that quality stands beside speed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Value optimisation of a batch of facts against one fact at a time through the whole model, per fact.
 
 Real model (SmolLM2-135M), real facts (world-facts), the preset's settings. Both ways run 25 Adam steps per fact (the
-stop rule is off). One by one is timed on every eighth fact of the batch, and must reach there the losses of the batch.
+stop rule is off). One by one is timed on every eighth fact of the batch. On these facts both ways must reach the same
+losses.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def setting():
 
 @pytest.fixture(scope="module")
 def reached(setting):
-    """Losses of the shared facts, one by one: filled by the baseline's benchmark, read by ours."""
+    """Losses of the shared facts, filled by the baseline's benchmark and read by ours."""
     return {}
 
 

@@ -1,4 +1,4 @@
-"""Principal directions ``[d, r]`` of the unit rows of ``[n, d]`` fp32, the published way and plain better ones."""
+"""Principal directions ``[d, r]`` of the unit rows of ``[n, d]`` fp32: the published way and better plain ways."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Hyperspherical energy (s = 1) as a skilled PyTorch user would write it: of ``[n, d]`` fp32 rows, summed in fp64.
+"""Hyperspherical energy (s = 1) by a skilled PyTorch user: of ``[n, d]`` fp32 rows, summed in fp64.
 
-Each line says what a way holds besides the unit rows.
+Each docstring names the memory that a way holds besides the unit rows.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ def unit_rows(weight: Tensor) -> Tensor:
 
 
 def total(inverse: Tensor) -> Tensor:
-    """The sum of a matrix: of its rows in fp32, then in fp64 (``sum(dtype=float64)`` would copy the matrix)."""
+    """The sum of a matrix: each row in fp32, then over rows in fp64 (``sum(dtype=float64)`` would copy the matrix)."""
     return inverse.sum(1).sum(dtype=torch.float64)
 
 
 def gram_in_place(weight: Tensor) -> Tensor:
-    """``X @ X.T``, everything after it in place: n x n."""
+    """``X @ X.T``, all later steps in place: n x n."""
     unit = unit_rows(weight)
     inverse = (unit @ unit.T).mul_(-2).add_(2).clamp_(min=SMALL).rsqrt_().fill_diagonal_(0)
     return total(inverse)
 
 
 def cdist(weight: Tensor) -> Tensor:
-    """``torch.cdist``, the rest in place: n x n."""
+    """``torch.cdist``, all later steps in place: n x n."""
     unit = unit_rows(weight)
     return total(torch.cdist(unit, unit).fill_diagonal_(torch.inf).reciprocal_())
 
 
 def pdist(weight: Tensor) -> Tensor:
-    """``torch.pdist``, the rest in place: n (n - 1) / 2."""
+    """``torch.pdist``, all later steps in place: n (n - 1) / 2."""
     return 2 * torch.pdist(unit_rows(weight)).reciprocal_().sum().double()
 
 
 def chunked(weight: Tensor) -> Tensor:
-    """The same for `CHUNK` rows at a time, ``2 - 2 X X^T`` in one ``addmm``: `CHUNK` x n."""
+    """`CHUNK` rows at a time, ``2 - 2 X X^T`` in one ``addmm``: `CHUNK` x n."""
     unit, energy = unit_rows(weight), weight.new_zeros((), dtype=torch.float64)
     for start in range(0, len(unit), CHUNK):
         inverse = _squares(unit[start : start + CHUNK], unit).clamp_(min=SMALL).rsqrt_()
@@ -59,7 +59,7 @@ def chunked(weight: Tensor) -> Tensor:
 
 
 def chunked_triangle(weight: Tensor) -> Tensor:
-    """`chunked`, but only from the diagonal on, the rest by symmetry: `CHUNK` x n."""
+    """`chunked` from the diagonal on; symmetry gives the other half: `CHUNK` x n."""
     unit, energy = unit_rows(weight), weight.new_zeros((), dtype=torch.float64)
     for start in range(0, len(unit), CHUNK):
         inverse = _squares(unit[start : start + CHUNK], unit[start:]).clamp_(min=SMALL).rsqrt_()
@@ -80,7 +80,7 @@ def compiled(weight: Tensor) -> Tensor:
 
 
 def keops(weight: Tensor) -> Tensor:
-    """The formula as a KeOps reduction: nothing; no matrix product, so best for small d."""
+    """The formula as a KeOps reduction: nothing. No matrix product, so best for small d."""
     from pykeops.torch import LazyTensor
 
     unit = unit_rows(weight)
@@ -92,7 +92,7 @@ def keops(weight: Tensor) -> Tensor:
 
 
 def exact(weight: Tensor) -> Tensor:
-    """The yardstick: in fp64, and without taking the unit rows ``w / (|w| + 1e-8)`` to be of length 1."""
+    """The yardstick: in fp64, with the true lengths of the unit rows ``w / (|w| + 1e-8)``, not 1."""
     unit, energy = unit_rows(weight.double()), weight.new_zeros((), dtype=torch.float64)
     square = unit.square().sum(1)
     for start in range(0, len(unit), CHUNK):
@@ -130,7 +130,8 @@ def gradient_function(weight: Tensor) -> Tensor:
 
 
 def gradient_triangle(weight: Tensor) -> Tensor:
-    """The same, its gradient formed in the forward pass, in chunks from the diagonal on: `CHUNK` x n."""
+    """A ``torch.autograd.Function`` that forms the gradient in the forward pass, in chunks from the diagonal on:
+    `CHUNK` x n."""
     return _backward(lambda leaf: _Triangle.apply(unit_rows(leaf)), weight)
 
 

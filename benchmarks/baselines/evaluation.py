@@ -1,8 +1,8 @@
-"""Edits scored the published way: one forward pass for every prompt and target; and answers, one prompt at a time.
+"""Scores of edits the published way: one forward pass per prompt and target; and answers, one prompt at a time.
 
-Written from the description of CounterFact's and zsRE's scores in ROME and MEMIT (mean log-probability of a target's
-tokens, and which of them are the argmax): the same scores as `sphere_edit.evaluation.metrics.evaluate`, so that only
-the way of computing differs.
+Written from the description of CounterFact's and zsRE's scores in ROME and MEMIT: mean log-probability of a target's
+tokens, and the argmax at each token. The scores are those of `sphere_edit.evaluation.metrics.evaluate`; only the way of
+computing differs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Pairs = dict[tuple[str, str], tuple[float, float]]
 def evaluate_one_by_one(
     model: Any, tokenizer: Any, requests: Sequence[EditRequest]
 ) -> tuple[list[dict[str, float]], Pairs]:
-    """Scores of each request, all of which have a true target; and what `score` found of each pair."""
+    """Scores of each request, and the result of `score` for each pair; every request must have a true target."""
     pairs: Pairs = {}
     per_request = []
     for r in requests:
@@ -45,7 +45,7 @@ def evaluate_one_by_one(
 
 @torch.no_grad()
 def score(model: Any, tokenizer: Any, prompt: str, target: str) -> tuple[float, float]:
-    """(mean log-probability, share that is the argmax) of the target's tokens after prompt and blank, in one pass."""
+    """(mean log-probability, share of argmax tokens) of the target after prompt and blank, in one pass."""
     ids = tokenizer(f"{prompt} {target}", return_tensors="pt")["input_ids"]
     first = len(tokenizer(prompt)["input_ids"])
     logits = model(input_ids=ids).logits[0, first - 1 : -1]
@@ -55,7 +55,7 @@ def score(model: Any, tokenizer: Any, prompt: str, target: str) -> tuple[float, 
 
 @torch.no_grad()
 def answer_one_by_one(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
-    """Greedy answers to the end of line or text, as transformers writes them one prompt at a time, with its cache."""
+    """Greedy answers to the end of line or text, by transformers, one prompt at a time, with cache."""
     answers = []
     for prompt in prompts:
         given = tokenizer(prompt, return_tensors="pt")

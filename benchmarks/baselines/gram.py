@@ -1,8 +1,8 @@
 """``M += Z R^T + R Z^T + R (X X^T) R^T`` in place, then the energy of every neuron from M, as a skilled user would.
 
-``gram [n, n]``, ``left = R [n, b]``, ``cross = Z = W X^T [n, b]``, ``inner = X X^T [b, b]``; s = 1. All fold the inner
-term into ``Z' = Z + R inner / 2``, so that the update is one product of ``[n, 2 b]`` factors. The work buffer of a size
-is kept between calls.
+``gram [n, n]``, ``left = R [n, b]``, ``cross = Z = W X^T [n, b]``, ``inner = X X^T [b, b]``; s = 1. All ways fold the
+inner term into ``Z' = Z + R inner / 2``, so that the update is one product of ``[n, 2 b]`` factors. Calls of one size
+share a work buffer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def chunked(gram: Tensor, left: Tensor, cross: Tensor, inner: Tensor) -> Result:
 
 
 def chunked_both(gram: Tensor, left: Tensor, cross: Tensor, inner: Tensor) -> Result:
-    """``addmm_`` and energy together, chunk of rows by chunk: `CHUNK` x n."""
+    """``addmm_`` and energy together, one chunk of rows at a time: `CHUNK` x n."""
     first, second = _factors(left, cross, inner)
     diagonal = gram.diagonal() + (first * second).sum(1)
     inverse, buffer = 1 / (diagonal.sqrt() + 1e-8), _buffer(CHUNK, len(gram), gram.device)
@@ -62,7 +62,7 @@ def compiled(gram: Tensor, left: Tensor, cross: Tensor, inner: Tensor) -> Result
 
 
 def exact(gram: Tensor, left: Tensor, cross: Tensor, inner: Tensor) -> Result:
-    """The yardstick: the new M and its energies in fp64."""
+    """The yardstick: the new M and the energies in fp64."""
     gram, left, cross, inner = (t.double() for t in (gram, left, cross, inner))
     gram = gram + cross @ left.T + left @ cross.T + left @ inner @ left.T
     return gram, _formula(gram)

@@ -7,21 +7,21 @@ from torch import Tensor
 
 
 def published(weight: Tensor, left: Tensor, right: Tensor, basis: Tensor, alpha: float) -> Tensor:
-    """The update and ``P = I - alpha U U^T`` formed, then multiplied: two or three d x d and two n x d."""
+    """Form the update and ``P = I - alpha U U^T``, then multiply: two or three d x d and two n x d."""
     projector = torch.eye(len(basis)) - alpha * (basis @ basis.T)
     weight += (left @ right) @ projector
     return weight
 
 
 def dense_update(weight: Tensor, left: Tensor, right: Tensor, basis: Tensor, alpha: float) -> Tensor:
-    """The update formed, projected by thin products: n x d and n x r."""
+    """Form the update, then project by thin products: n x d and n x r."""
     update = left @ right
     weight += update.addmm_(update @ basis, basis.T, alpha=-alpha)
     return weight
 
 
 def thin(weight: Tensor, left: Tensor, right: Tensor, basis: Tensor, alpha: float) -> Tensor:
-    """Only the right factor projected, then one ``addmm_``: b x d and b x r."""
+    """Project only the right factor, then one ``addmm_``: b x d and b x r."""
     return weight.addmm_(left, factor(right, basis, alpha))
 
 

@@ -1,7 +1,7 @@
-"""One layer edited batch after batch, as published and by a plain first try at carrying everything along.
+"""One layer edited batch after batch: as published, and by a plain streaming version.
 
-Both hold a weight ``[n, d]``, changed in place, and take ``keys [b, d]`` and residuals ``left [n, b]``; every tensor
-has the dtype of the weight.
+Both ways hold a weight ``[n, d]``, changed in place, and take ``keys [b, d]`` and residuals ``left [n, b]``. Every
+tensor has the dtype of the weight.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class AlphaEdit:
 
 
 class Memit:
-    """The published solve: ``(covariance + K K^T) X = K`` by LU, with the covariance times its weight: two d x d."""
+    """The published solve: ``(covariance + K K^T) X = K`` by LU, for the weighted covariance: two d x d."""
 
     def __init__(self, covariance: Tensor) -> None:
         self.covariance = covariance
@@ -43,12 +43,12 @@ class Memit:
         return left @ torch.linalg.solve(self.covariance + k @ k.T, k).T
 
     def commit(self, keys: Tensor) -> None:
-        """Nothing to remember."""
+        """Does nothing: MEMIT has no history."""
 
 
 class Published:
-    """A solve with SPHERE on top as published: directions from the d x d second moment, a d x d projector, the update
-    n x d, and the energy of the whole weight (by the fastest plain way)."""
+    """A solve with SPHERE on top, as published: directions from the d x d second moment, a d x d projector, the n x d
+    update, and the energy of the whole weight (by the fastest plain way)."""
 
     def __init__(self, weight: Tensor, solver: AlphaEdit | Memit, energy_ratio: float, alpha: float) -> None:
         self.weight, self.solver = weight, solver
@@ -59,21 +59,21 @@ class Published:
         self.weight += update @ (torch.eye(len(basis), dtype=basis.dtype) - self.alpha * (basis @ basis.T))
 
     def batch(self, keys: Tensor, left: Tensor, again: Tensor | None = None) -> float:
-        """The energy after the batch; ``again`` are the keys for the history, where they are others."""
+        """Edit a batch and return the new energy; ``again`` holds the keys for the history if different."""
         self.write(self.solver.solve(keys, left))
         self.solver.commit(keys if again is None else again)
         return float(energy.chunked_triangle(self.weight))
 
 
 class Streamed:
-    """Recursive least squares on ``H = (lambda I + P C P)^-1`` ``[d, d]``, ``M = W W^T`` carried along, directions from
-    M, factors to the end.
+    """Recursive least squares on ``H = (lambda I + P C P)^-1`` ``[d, d]``, with ``M = W W^T`` updated in each batch,
+    directions from M, and updates kept as factors.
 
     Args:
         removed: ``Q [d, d - m]``, ``P = I - Q Q^T``.
         inverse: H, changed in place.
-        basis: form U, rather than go by ``U = X^T A`` where X are the unit rows.
-        update: how M and the energies of the neurons follow.
+        basis: form U; else use ``U = X^T A``, with X the unit rows.
+        update: updates M and computes the energies of the neurons.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Streamed:
         self.gram, self.batches = weight @ weight.T, 0
 
     def batch(self, keys: Tensor, left: Tensor, again: Tensor | None = None) -> float:
-        """The energy after the batch; ``again`` are the keys for the history, where they are others."""
+        """Edit a batch and return the new energy; ``again`` holds the keys for the history if different."""
         right, step = self._solve(keys)
         if self.batches % self.refresh_every == 0:
             self._refresh()
@@ -107,7 +107,7 @@ class Streamed:
         return float(energies.sum())
 
     def _solve(self, keys: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The right factor, and the two factors that H loses once the keys are history."""
+        """The right factor, and the two factors to subtract from H when the keys join the history."""
         k = keys - (keys @ self.removed) @ self.removed.T
         hk = k @ self.inverse
         right = torch.linalg.solve(torch.eye(len(k), dtype=k.dtype) + hk @ k.T, hk)

@@ -1,7 +1,7 @@
 """Values optimised the published way: one fact at a time, every step through the whole model.
 
-Written from the description in MEMIT (``compute_z``): the same prompts, loss, clamp and stop rule as
-`sphere_edit.targets.optimised.optimise_values`, so that only the way of computing differs.
+Written from the description in MEMIT (``compute_z``). Prompts, loss, clamp and stop rule are those of
+`sphere_edit.targets.optimised.optimise_values`; only the way of computing differs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def optimise_one_by_one(
     config: EditConfig,
     layer: int,
 ) -> Values:
-    """As `optimise_values`; the model must be in evaluation mode without parameter gradients."""
+    """`optimise_values`, one fact at a time; the model must be in evaluation mode without parameter gradients."""
     found = [_optimise(model, tokenizer, structure, r, contexts, config, layer) for r in requests]
     target, loss, nll = (torch.stack(part) for part in list(zip(*found, strict=True))[:3])
     return Values(target, loss, nll, torch.tensor([f[3] for f in found]))

@@ -1,5 +1,5 @@
-"""The check of the GPU kernels on a machine that has a GPU: ``make gpu-check``, or ``python -m benchmarks.gpu_check``.
+"""The check of the GPU kernels on a machine with a GPU: ``make gpu-check``, or ``python -m benchmarks.gpu_check``.
 
-It needs torch and triton only; without matplotlib the plot is left out. ``--rehearse`` runs all of it on the CPU, with
-Triton's interpreter, at tiny sizes: that measures nothing, and what it writes says so.
+The check needs only torch and triton; without matplotlib the plot is left out. ``--rehearse`` runs the whole check on
+the CPU, with Triton's interpreter, at tiny sizes. A rehearsal measures nothing, and its files say so.
 """

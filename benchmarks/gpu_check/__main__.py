@@ -19,13 +19,13 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=stages.STAGES, default=list(stages.STAGES))
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose description contains it")
     parser.add_argument("--patience", type=float, default=600, help="seconds until a case counts as hung (600)")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # the journal that a stage's process writes
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # the journal of a stage's process
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 if everything passed, 1 if something failed, 2 if there is no device."""
+    """Run the check; returns 0 if everything passed, 1 if something failed, 2 if there is no device."""
     options = parsed(arguments)
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"

@@ -1,4 +1,4 @@
-"""A case of either stage, and the worker that runs them one after the other, keeping a journal."""
+"""A case of either stage, and the worker that runs cases in turn and keeps a journal."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-LOST = 3  # exit status of a worker whose device answers no more
+LOST = 3  # exit status of a worker whose device no longer answers
 
 
 class Wrong(Exception):
-    """A result that is not what it should be; its arguments are a message and the figures."""
+    """A wrong result; the arguments are a message and the figures."""
 
 
 class Skipped(Exception):
@@ -24,7 +24,7 @@ class Skipped(Exception):
 @dataclass(frozen=True)
 class Case:
     """Attributes:
-    info: what identifies it, the beginning of its row.
+    info: identifies the case; the beginning of its row.
     run: computes the rest of the row.
     """
 
@@ -37,9 +37,9 @@ class Case:
 
 
 def run_cases(cases: Iterable[Case], journal: Path, skip: int, only: str, synchronize: Callable[[], None]) -> int:
-    """Run the cases from number ``skip`` on; the status to exit with.
+    """Run the cases from number ``skip`` on; returns the exit status.
 
-    Each line of the journal is ``{"begun": number, ...}`` or, after it, the row of the case.
+    The journal has two lines per case: ``{"begun": number, ...}``, then the case's row.
     """
     with journal.open("a") as file:
 

@@ -34,12 +34,12 @@ from benchmarks.gpu_check.yardstick import (
 )
 from sphere_kernels import hyperspherical_energy
 
-import cases as inputs  # isort: skip  (of the kernel tests, see yardstick)
+import cases as inputs  # isort: skip  (from the kernel tests, see yardstick)
 import oracle  # isort: skip
 
 
 def checks(device: Target) -> Iterator[Case]:
-    """Every check of every implementation that the device may have."""
+    """Every check, for every implementation that the device may have."""
     for impl in IMPLS:
         for make in (energies, matrices.checks, composed.checks, far.probes):
             yield from make(device, impl)
@@ -99,7 +99,7 @@ def _gradient_within(device: Target, kind: Kind, weight: Tensor, variant: Varian
 
 
 def _depth(device: Target, kind: Kind, d: int) -> Row:
-    """The error as inner products grow longer, beside that of fp32 throughout: tensor cores truncate their sums."""
+    """Error over the length of inner products, beside the error of plain fp32: tensor cores truncate sums."""
     weight = randn(device, device.sizes.usual[0], d, dtype=kind.dtype)
     (actual,) = twice(device, lambda: energy(weight, kind.impl))
     expected = oracle.per_neuron_of_gram(weight.double() @ weight.double().mT)  # differences would take gigabytes
@@ -122,7 +122,7 @@ def _nan(device: Target, kind: Kind) -> Row:
 
 
 def _near(device: Target, kind: Kind, variant: Variant, backward: bool) -> Row:
-    """Duplicates, antipodes, zero rows, near pairs across tiles."""
+    """Check duplicates, antipodes, zero rows, and near pairs across tiles."""
     n, d = 0 if device.rehearsed else 120, 9
     order = torch.randperm(24 + n, generator=torch.Generator().manual_seed(1))
     weight = torch.cat([inputs.crowded(), inputs.randn(n, d, seed=3)])[order].to(device.torch, kind.dtype)
@@ -132,7 +132,7 @@ def _near(device: Target, kind: Kind, variant: Variant, backward: bool) -> Row:
     if backward:
         upstream = randn(device, len(weight), seed=2)
         actual = twice(device, lambda: gradient(weight, upstream, kind.impl, variant))[0]
-        # The angle between duplicates has no direction but rounding.
+        # Rounding alone decides the direction of the angle between duplicates.
         loose = {"tf32": 5e-2, "": 1e-5 if variant[1] == "angular" else 1e-10}.get(kind.dot, 2e-5)
         found |= {"gradient_" + k: v for k, v in _rows_of_gradient(actual, weight, upstream, variant, loose).items()}
     return found

@@ -1,4 +1,4 @@
-"""The clock, and with it the machine's own rates."""
+"""The clock, and the machine's own rates by this clock."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from benchmarks.gpu_check.yardstick import precisions
 
 
 def clocked(device: Target, way: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]]) -> Row:
-    """Seconds between events around a call, its arguments at hand and L2 without them; the median of many calls.
+    """Median seconds over many calls, between events around each; the arguments are ready, but not in L2.
 
-    ``host`` is the time until the call returns, which a short call cannot be faster than.
+    ``host`` is the time until the call returns, a lower bound for short calls.
     """
     for _ in range(device.sizes.warm_up):
         way(*arguments())
@@ -49,7 +49,7 @@ def clocked(device: Target, way: Callable[..., Any], arguments: Callable[[], tup
 
 
 def rates(device: Target) -> Iterator[Case]:
-    """Its rate of products in each precision and its bandwidth of a copy, by the same clock."""
+    """The device's rate of products in each precision and bandwidth of a copy, by the same clock."""
     kinds = [(torch.float64, ""), *((torch.float32, dot) for dot in precisions(device) if dot != "tf32x3")]
     for dtype, dot in [*kinds, (torch.bfloat16, ""), (torch.float16, "")]:
         info = {"case": "rate", "dtype": str(dtype)[6:], "way": "torch.mm", "kind": "limit", "dot": dot}

@@ -1,4 +1,4 @@
-"""Checks of what is built on the kernels: directions, the streaming engine, ``torch.compile``."""
+"""Checks of code built on the kernels: directions, the streaming engine, ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def directions(device: Target, impl: str) -> Iterator[Case]:
 
 
 def _directions(device: Target, kind: Kind, shape: tuple[int, ...]) -> Row:
-    """Ranks, eigenvalues, orthonormality, and the energy that the basis holds."""
+    """Check ranks, eigenvalues, orthonormality, and the energy that the basis holds."""
     weight = randn(device, *shape, dtype=kind.dtype)
-    few = 3 if shape[-2] < shape[-1] else 4  # are the norms sound, the rank, the spread of the eigenvalues
+    few = 3 if shape[-2] < shape[-1] else 4  # numbers read: soundness of norms, rank, spread of eigenvalues
 
     def run() -> tuple[Tensor, ...]:
         found = principal_directions(weight, 0.5, impl=kind.impl)
@@ -69,7 +69,7 @@ def _directions(device: Target, kind: Kind, shape: tuple[int, ...]) -> Row:
     own = torch.arange(basis.shape[-1], device=rank.device) < rank.unsqueeze(-1)
     judged = [_soundness(u.double() * own.unsqueeze(-2), unit, expected, rank) for u in (basis, vectors)]
     ideal = torch.ones_like(judged[0])
-    eps = 20 * kind.eps  # of eigenvalues and of what a basis of them holds: what LAPACK promises
+    eps = 20 * kind.eps  # LAPACK's bound for eigenvalues and for the energy of a basis
     return within((values, judged[0]), (expected, ideal), (plain, judged[1]), eps) | {"rank": rank.tolist()}
 
 
@@ -78,7 +78,8 @@ def _shares(values: Tensor) -> Tensor:
 
 
 def _soundness(basis: Tensor, unit: Tensor, values: Tensor, rank: Tensor) -> Tensor:
-    """One, but for the distance from orthonormal columns; and the share held of what as many directions can hold."""
+    """Two figures that are ideally 1: 1 plus the distance from orthonormal columns; and the energy held, over the most
+    that as many directions can hold."""
     inner = basis.mT @ basis
     skew = (inner - torch.diag_embed((inner.diagonal(dim1=-2, dim2=-1) > 0.5).double())).abs().amax((-2, -1))
     can = _shares(values).gather(-1, (rank - 1).unsqueeze(-1)).squeeze(-1) * values.sum(-1) * unit.shape[-2]
@@ -117,7 +118,7 @@ def compiled(device: Target, impl: str) -> Iterator[Case]:
 
 
 def _compiled(device: Target, kind: Kind) -> Row:
-    """The same bits with and without `torch.compile`, and that it takes the operations whole."""
+    """Check for equal bits with and without `torch.compile`, and for graphs without breaks in the operations."""
     weight = randn(device, *device.sizes.usual, dtype=kind.dtype)
 
     def both(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The device under test, and the CPU that stands in for one in a rehearsal: same interface, same code around it."""
+"""The device under test, and the CPU with the same interface for a rehearsal."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ NONE = "gpu-check needs a CUDA or ROCm device; torch sees none"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is.
+    """Sizes and numbers of a check.
 
     Attributes:
         edges: ``(n, d)`` off every block edge.
-        copies: matrices of one of these sizes where it is small.
+        copies: number of matrices per batch at a small one of these sizes.
         usual: ``(n, d)`` of the checks of values.
-        depths: d at which the error of products is looked at.
-        shapes: ``(n, d)`` that are timed.
+        depths: values of d for the error of products.
+        shapes: ``(n, d)`` of the timings.
         small: ``(batch, n, d)``, many small matrices.
         edits: b of the updates.
-        far: ``(n, d)`` with more than 2^31 elements; `wide` n with n * n more than that.
-        product: side of the product that gives the machine's rate.
-        copy: bytes of the copy that gives its bandwidth.
-        warm_up, fewest, most: calls before the timed ones; at least and at most so many of these.
-        seconds: about how long they may take together.
+        far: ``(n, d)`` with more than 2^31 elements; `wide` is an n whose n * n exceeds 2^31.
+        product: side of the product that measures the machine's rate.
+        copy: bytes of the copy that measures the bandwidth.
+        warm_up, fewest, most: calls before the timed ones; least and greatest number of timed calls.
+        seconds: approximate time for all timed calls.
     """
 
     edges: tuple[tuple[int, int], ...]
@@ -99,7 +99,7 @@ TINY = Sizes(
 
 
 class HostNumbers(TorchDispatchMode):
-    """Counts the numbers that come from a tensor to Python."""
+    """Counts the numbers read from tensors into Python."""
 
     count = 0
 
@@ -128,16 +128,16 @@ class Device:
         torch.cuda.synchronize(self.torch)
 
     def flush(self) -> None:
-        """Nothing of what a call reads is left in L2."""
+        """Evict the arguments of a call from L2."""
         self._flushed.zero_()
 
     def free(self) -> int:
-        """Bytes that can be allocated."""
+        """Bytes free for allocation."""
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.torch)[0]
 
     def peak(self, run: Callable[[], Any]) -> float | None:
-        """MB that a call takes besides what is there; None where they are not counted."""
+        """MB that a call allocates beyond the present memory; None if not counted."""
         torch.cuda.reset_peak_memory_stats(self.torch)
         before = torch.cuda.memory_allocated(self.torch)
         run()
@@ -146,7 +146,7 @@ class Device:
 
     @contextlib.contextmanager
     def without_copies_to_the_host(self) -> Iterator[None]:
-        """Whatever waits for the device raises."""
+        """Make every wait for the device raise within the block."""
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield
@@ -168,7 +168,7 @@ class Device:
 
 
 class Rehearsal:
-    """The CPU in a GPU's part. Its times are the interpreter's and mean nothing."""
+    """The CPU in the part of a GPU. The times are the interpreter's and mean nothing."""
 
     rehearsed = True
     sizes = TINY
@@ -207,7 +207,7 @@ Target = Device | Rehearsal
 
 
 def facts(device: Target) -> dict[str, Any]:
-    """The machine, its software, and which implementations can run what."""
+    """The machine, the software, and the operations that each implementation can run."""
     offered = {
         op: {impl: reason or "yes" for impl in IMPLS for reason in [_refusal(op, impl, device)]}
         for op in dispatch.operations()
@@ -225,7 +225,7 @@ def facts(device: Target) -> dict[str, Any]:
 
 
 def cuda_module() -> str:
-    """Whether the compiled CUDA kernels are there, or why not."""
+    """State of the compiled CUDA kernels: present, or the reason why not."""
     try:
         module = importlib.import_module("sphere_kernels._cuda")
     except ImportError as error:
@@ -269,7 +269,7 @@ def _installed(*names: str) -> str | None:
 
 @contextlib.contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
-    """An environment variable for a while."""
+    """Set an environment variable within the block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

@@ -14,9 +14,9 @@ from benchmarks.gpu_check.plain import product
 from benchmarks.gpu_check.yardstick import Kind, eps_of, kinds, twice, under, within
 from sphere_kernels import LowRankUpdate, apply_projected_update_, gram, hyperspherical_energy
 
-import oracle  # isort: skip  (of the kernel tests, see yardstick)
+import oracle  # isort: skip  (from the kernel tests, see yardstick)
 
-COLUMNS = 1 << 18  # at a time
+COLUMNS = 1 << 18  # columns multiplied at a time
 
 
 def probes(device: Target, impl: str) -> Iterator[Case]:
@@ -35,7 +35,7 @@ def probes(device: Target, impl: str) -> Iterator[Case]:
 
 
 def _weight(device: Target, kind: Kind, copies: float) -> Tensor:
-    """A random weight of the far size, if so many times its memory is there."""
+    """A random weight of the far size, if ``copies`` times the memory is free."""
     n, d = device.sizes.far
     _room(device, n * d * kind.dtype.itemsize * copies)
     generator = torch.Generator(device.torch).manual_seed(0)
@@ -49,7 +49,7 @@ def _room(device: Target, needed: float) -> None:
 
 
 def _grams(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
-    """``W W^T`` in fp64, and in the arithmetic of the kind, some columns at a time."""
+    """``W W^T`` in fp64 and in the kind's arithmetic, `COLUMNS` columns at a time."""
     exact = weight.new_zeros(len(weight), len(weight), dtype=torch.float64)
     plain = exact.to(kind.computed)
     for columns in weight.split(COLUMNS, 1):
@@ -66,7 +66,7 @@ def _energy(device: Target, kind: Kind) -> Row:
 
 
 def _gradient(device: Target, kind: Kind) -> Row:
-    """The last rows, whose offsets are the largest, against fp64 in the first and the last columns."""
+    """Check the last rows, with the largest offsets, against fp64 in the first and the last columns."""
     weight = _weight(device, kind, 6)
     leaf = weight.requires_grad_()
     (found,) = torch.autograd.grad(hyperspherical_energy(leaf, impl=kind.impl), leaf)
@@ -106,7 +106,7 @@ def _application(device: Target, kind: Kind) -> Row:
 
 
 def _gram(device: Target, kind: Kind) -> Row:
-    """Some rows of a matrix whose last element lies past 2^31, and their mirror images."""
+    """Check some rows and the mirrored columns of a matrix whose last element lies past 2^31."""
     n, d = device.sizes.wide, 16
     _room(device, 4.5 * n * n)
     generator = torch.Generator(device.torch).manual_seed(0)

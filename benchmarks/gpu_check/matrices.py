@@ -1,4 +1,4 @@
-"""Checks of Gram matrices, their updates, projections and products."""
+"""Checks of Gram matrices, updates of Gram matrices, projections and products."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from sphere_kernels import (
 )
 from sphere_kernels._products import products_for
 
-import cases as inputs  # isort: skip  (of the kernel tests, see yardstick)
+import cases as inputs  # isort: skip  (from the kernel tests, see yardstick)
 import oracle  # isort: skip
 
 ALPHA = 0.7
@@ -74,7 +74,7 @@ def _gram_within(device: Target, kind: Kind, weight: Tensor, normalize: bool) ->
 
 
 def _depth(device: Target, kind: Kind, d: int) -> Row:
-    """The error as sums grow longer, beside that of fp32 throughout: tensor cores truncate their sums."""
+    """Error over the length of sums, beside the error of plain fp32: tensor cores truncate sums."""
     weight = randn(device, device.sizes.usual[0], d, dtype=kind.dtype)
     found = _gram_within(device, kind, weight, False)
     exact = weight.double() @ weight.double().mT
@@ -107,7 +107,7 @@ def _update_of(device: Target, kind: Kind, variant: Variant, b: int) -> Row:
     n, d = device.sizes.usual
     given, _ = inputs.update_inputs(inputs.randn(2, n, d), b, kind.dtype)
     matrix, left, cross, inner = (tensor.to(device.torch) for tensor in given)
-    matrix = matrix.triu()  # nothing is read below the diagonal
+    matrix = matrix.triu()  # below the diagonal nothing is read
     s, distance, half_space = variant
 
     def run() -> tuple[Tensor, ...]:
@@ -124,7 +124,7 @@ def _update_of(device: Target, kind: Kind, variant: Variant, b: int) -> Row:
     expected = _updated(*(tensor.double() for tensor in (whole, left, cross, inner)), torch.matmul)
     plain = _updated(whole, left, cross, inner, lambda a, b: product(a, b, kind.plain))
     energies = [oracle.per_neuron_of_gram(m, s, distance, half_space) for m in (expected, plain)]
-    # The oracle's own error in fp64: arccos of a rounded number.
+    # In fp64 the oracle has an error of its own: arccos of a rounded number.
     own = 5e3 * kind.eps if kind.dtype == torch.float64 else kind.eps
     return within(actual, (expected, energies[0]), (plain, energies[1]), kind.product_eps, own)
 

@@ -1,4 +1,4 @@
-"""Plain PyTorch beside the kernels: products in every precision for the budgets, and what is timed against them."""
+"""Plain PyTorch beside the kernels: products in every precision for the error budgets, and the timed plain ways."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from benchmarks.baselines.energy import SMALL
 
 
 def rounded(x: Tensor) -> Tensor:
-    """fp32 to the 11 bits of tf32, ties away from zero."""
+    """Round fp32 to the 11 bits of tf32, ties away from zero."""
     return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
 
 
 def seen(x: Tensor) -> Tensor:
-    """What a tensor core sees of fp32: it drops the bits past tf32's."""
+    """Truncate fp32 as a tensor core does: drop the bits past tf32's."""
     return (x.contiguous().view(torch.int32) & -0x2000).view(torch.float32)
 
 
 @contextlib.contextmanager
 def tensor_cores(allowed: bool) -> Iterator[None]:
-    """fp32 products may be tf32 ones, or must not be."""
+    """Allow or forbid tf32 for fp32 products within the block."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     try:
@@ -34,7 +34,7 @@ def tensor_cores(allowed: bool) -> Iterator[None]:
 
 
 def product(a: Tensor, b: Tensor, dot: str) -> Tensor:
-    """``a b`` with fp32 operands multiplied as ``dot`` says, on the units that the kernels use for it."""
+    """``a b``, with fp32 operands multiplied in the way ``dot``, on the units that the kernels use for that way."""
     if a.dtype != torch.float32 or dot == "ieee":
         with tensor_cores(False):
             return a @ b
@@ -59,12 +59,12 @@ class _Product(torch.autograd.Function):
 
 
 def multiply(dot: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """`product` for autograd."""
+    """`product` with a gradient, for autograd."""
     return lambda a, b: _Product.apply(a, b, dot)
 
 
 def in_tf32(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The same way with tf32 products."""
+    """The way ``run`` with tf32 products."""
 
     def way(*arguments: Any) -> Any:
         with tensor_cores(True):
@@ -82,7 +82,7 @@ def half_gram(weight: Tensor) -> Tensor:
 
 
 def batched(weight: Tensor) -> Tensor:
-    """Energies of ``[batch, n, d]`` by one ``bmm``, the rest in place: batch x n x n."""
+    """Energies of ``[batch, n, d]`` by one ``bmm``, all later steps in place: batch x n x n."""
     unit = weight / (weight.norm(dim=-1, keepdim=True) + 1e-8)
     inverse = (unit @ unit.mT).mul_(-2).add_(2).clamp_(min=SMALL).rsqrt_()
     inverse.diagonal(dim1=-2, dim2=-1).zero_()
@@ -90,7 +90,7 @@ def batched(weight: Tensor) -> Tensor:
 
 
 def batched_formula(weight: Tensor) -> Tensor:
-    """The same without mutation, for ``torch.compile``."""
+    """`batched` without mutation, for ``torch.compile``."""
     unit = weight / (weight.norm(dim=-1, keepdim=True) + 1e-8)
     index = torch.arange(weight.shape[-2], device=weight.device)
     square = (2 - 2 * (unit @ unit.mT)).clamp(min=SMALL)

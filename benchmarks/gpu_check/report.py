@@ -17,7 +17,7 @@ REHEARSED = "A rehearsal on the CPU: nothing here was measured on a GPU."
 
 
 def write(found: dict[str, Any], name: str | None, out: Path) -> list[Path]:
-    """``gpu-NAME.json``, ``.md`` and, with matplotlib, ``.svg``.
+    """Write ``gpu-NAME.json``, ``.md`` and, with matplotlib, ``.svg``; returns the paths.
 
     Raises:
         ValueError: a rehearsal would be written among measurements.
@@ -35,10 +35,10 @@ def write(found: dict[str, Any], name: str | None, out: Path) -> list[Path]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A stored file of measurements.
+    """Load a stored file of measurements.
 
     Raises:
-        ValueError: it is a rehearsal's.
+        ValueError: the file belongs to a rehearsal.
     """
     found: dict[str, Any] = json.loads(path.read_text())
     if found["rehearsed"] or any(row["rehearsed"] for row in found["rows"]):
@@ -47,12 +47,12 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def failures(rows: list[Row]) -> list[Row]:
-    """The rows that make a check fail: all but plain PyTorch's own."""
+    """The failed rows, without rows of plain PyTorch, which do not make a check fail."""
     return [row for row in rows if row["ok"] is False and row.get("kind") not in ("plain", "compile")]
 
 
 def line(row: Row) -> str:
-    """A row in a line of the log."""
+    """A row as a line of the log."""
     state = {True: "ok  ", False: "FAIL", None: "skip"}[row["ok"]]
     figures = row.get("failed") or row.get("skipped") or ""
     if row["ok"] and "seconds" in row:
@@ -89,7 +89,7 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def described(machine: Row) -> str:
-    """The machine in a line."""
+    """The machine as one line."""
     return "; ".join([f"{machine.get('device')}", *(f"{key} {machine[key]}" for key in SHOWN if machine.get(key))])
 
 
@@ -108,7 +108,7 @@ def _rates(rows: list[Row]) -> str:
 
 
 def _depths(rows: list[Row]) -> str:
-    """Errors beside those of plain fp32: of Gram matrices relative to the largest element, of energies to their own.
+    """Errors beside the errors of plain fp32: relative to the largest element of a Gram matrix, or to each energy.
 
     The bias is that of the diagonal, or of the energies.
     """
@@ -130,7 +130,7 @@ def _depths(rows: list[Row]) -> str:
 def compared(rows: list[Row]) -> list[Row]:
     """Ours in each precision beside the fastest eager and compiled plain way, and the share of the machine's rates.
 
-    fp32 in ``ieee`` and ``tf32x3`` is compared with plain fp32 products, ``tf32`` with the fastest of any.
+    ``ieee`` and ``tf32x3`` are compared with plain fp32 products, ``tf32`` with the fastest plain way of any kind.
     """
     measured = [row for row in rows if row.get("ok") and "seconds" in row]
     rates = {(row["dtype"], row["dot"]): row["tflops"] * 1e12 for row in measured if "tflops" in row}
@@ -173,7 +173,7 @@ def _ms(row: Row) -> str:
 
 
 def _drawn(found: dict[str, Any], path: Path) -> bool:
-    """How many times faster than the fastest plain way, eager or compiled; False without matplotlib or rows."""
+    """Plot the speed-ups over the fastest plain way, eager or compiled; False without matplotlib or rows."""
     try:
         import matplotlib
         from matplotlib.figure import Figure

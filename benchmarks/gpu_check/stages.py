@@ -1,4 +1,4 @@
-"""The two stages, each in a process that may die: what it had done is kept, and the rest goes on in another one."""
+"""The two stages, each in a process that may die: finished rows are kept, and another process runs the rest."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["NONE", "STAGES", "run", "work"]
 
 
 def work(options: argparse.Namespace) -> int:
-    """One stage, in a process of its own."""
+    """Run one stage, in a separate process; returns the exit status."""
     device = Rehearsal() if options.rehearse else Device()
     (stage,) = options.stages
     if options.rehearse and stage == "benchmark":
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes half a minute and shows nothing of ours
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes half a minute and tests no code of ours
     if stage == "verify":
         from benchmarks.gpu_check.checks import checks as cases
     else:
@@ -36,7 +36,7 @@ def work(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace, out: Path) -> int:
-    """All stages; writes what is known after each, also if it is interrupted."""
+    """Run all stages and write the results so far after each one, also after an interrupt."""
     found: dict[str, Any] = {"rehearsed": options.rehearse, "machine": {}, "rows": []}
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         for stage in options.stages:
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, out: Path) -> int:
 
 
 def _stage(options: argparse.Namespace, stage: str, journal: Path, machine: Row, rows: list[Row]) -> None:
-    """Run a stage to its end, in as many processes as it takes; fills ``machine`` and ``rows`` as it goes."""
+    """Run a stage to the end, in as many processes as necessary; fills ``machine`` and ``rows`` on the way."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_check", "--worker", str(journal)]
     command += ["--stages", stage, "--only", options.only, *(["--rehearse"] if options.rehearse else [])]
     journal.touch()
@@ -79,7 +79,7 @@ def _stage(options: argparse.Namespace, stage: str, journal: Path, machine: Row,
 def _watch(
     child: subprocess.Popen[bytes], lines: TextIO, patience: float, machine: Row, rows: list[Row]
 ) -> tuple[Row | None, bool]:
-    """Follow the journal until the process ends; the case that it did not finish, if any, and whether that hung."""
+    """Follow the journal until the process ends; returns the unfinished case, if any, and whether the case hung."""
     begun: Row | None = None
     text = ""
     heard = time.monotonic()
@@ -103,7 +103,7 @@ def _watch(
                     _add(rows, line)
             if over:
                 return begun, False
-            # Before its first case a process imports, and makes the device ready.
+            # Before the first case, a process imports modules and initialises the device.
             if time.monotonic() - heard > (patience if begun else max(patience, 300)):
                 child.kill()
                 child.wait()

@@ -1,4 +1,4 @@
-"""What is timed: the operations at the shapes of real layers, beside plain PyTorch, eager and compiled."""
+"""The timings: operations at the shapes of real layers, beside plain PyTorch, eager and compiled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sphere_kernels import (
 
 ALPHA, RATIO = 0.5, 0.5
 Shape = tuple[int, ...]
-Ways = list[tuple[str, str, Callable[..., Any]]]  # name, how fp32 is multiplied, the way
+Ways = list[tuple[str, str, Callable[..., Any]]]  # name, arithmetic of fp32 products, the way
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Timed:
     """One operation.
 
     Attributes:
-        op: whose implementations are timed, by name in the dispatch.
-        arguments: for a shape and a dtype; made anew for each call where ``fresh``.
-        ours: takes them and ``impl``.
+        op: name in the dispatch of the operation to time.
+        arguments: arguments for a shape and a dtype; made anew for each call if ``fresh``.
+        ours: takes the arguments and ``impl``.
         plain: the ways of plain PyTorch, for a shape and a dtype.
-        error: of a result, relative.
+        error: relative error of a result.
         tolerance: largest error of ours, by precision (``""``: 16-bit operands).
-        flops, bytes: what the operation must do and must move.
+        flops, bytes: least work and least traffic of the operation.
     """
 
     name: str
@@ -92,17 +92,17 @@ def _measure_ours(device: Target, timed: Timed, shape: Shape, dtype: torch.dtype
 def _measure_plain(device: Target, timed: Timed, shape: Shape, dtype: torch.dtype, way: Callable[..., Any]) -> Row:
     try:
         return _measure(device, timed, shape, dtype, way, None)
-    except Exception as error:  # what plain PyTorch cannot do here is no fault of ours
+    except Exception as error:  # a failure of plain PyTorch is no fault of ours
         raise Skipped(f"{type(error).__name__}: {error}"[:200]) from None
     finally:
         if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()  # each shape is compiled for itself, without a limit on their number
+            torch._dynamo.reset()  # compile each shape separately, without a limit
 
 
 def _measure(
     device: Target, timed: Timed, shape: Shape, dtype: torch.dtype, way: Callable[..., Any], tolerance: float | None
 ) -> Row:
-    """The result checked against fp64, then the time."""
+    """Check the result against fp64, then time the way."""
     kept = timed.arguments(device, shape, dtype)
 
     def arguments() -> tuple[Any, ...]:
@@ -163,7 +163,8 @@ def _gram_error(found: Tensor, device: Target, shape: Shape, dtype: torch.dtype)
 
 
 def _half_or(ways: Ways, dtype: torch.dtype, half: Ways) -> Ways:
-    """fp32 ways in both precisions; for 16-bit weights, widened first and multiplied in tf32, which they fit in."""
+    """Ways of fp32 in both precisions; or, for 16-bit weights, ``half`` and fp32 ways on widened weights in tf32, which
+    holds them exactly."""
     if dtype == torch.float32:
         return [(name, dot, way) for name, _, way in ways for dot in ("ieee", "tf32")]
     widened = [(f"{name} of fp32", "tf32", lambda w, way=way: way(w.float())) for name, _, way in ways]
@@ -308,7 +309,7 @@ UPDATE = Timed(
 
 @lru_cache(maxsize=1)
 def _projection_given(device: Target, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Weight, left and right factor, and a basis of n / 4 directions, as weights have at half of the energy."""
+    """Weight, left and right factor, and a basis of n / 4 directions: about as many hold half of the energy."""
     n, d = shape
     generator = torch.Generator(device.torch).manual_seed(2)
     left, right, span = (
@@ -334,7 +335,7 @@ def _exact_projection(device: Target, shape: Shape, dtype: torch.dtype) -> Tenso
 
 
 def _projection_error(found: Tensor, device: Target, shape: Shape, dtype: torch.dtype) -> float:
-    """Off the new weight, relative to its size."""
+    """Error of the new weight, relative to the weight's norm."""
     return _norm_error(found, _exact_projection(device, shape, dtype))
 
 
@@ -367,7 +368,7 @@ def _spectrum(device: torch.device, shape: Shape, dtype: torch.dtype) -> Tensor:
 
 
 def _directions_error(basis: Tensor, device: Target, shape: Shape, dtype: torch.dtype) -> float:
-    """What the basis misses of the energy that as many directions can hold; or how far it is from orthonormal."""
+    """Error of a basis: share of energy missed against the best basis of this size, or distance from orthonormal."""
     values, r = _spectrum(device.torch, shape, dtype), basis.shape[1]
     if abs(r - plain_directions.rank(values, RATIO)) > 1:
         raise Wrong(f"rank {r}, expected {plain_directions.rank(values, RATIO)}", {})

@@ -1,4 +1,4 @@
-"""What a result is held against: fp64, and the budget that plain PyTorch of the same arithmetic sets."""
+"""The yardstick of a result: fp64, with an error budget from plain PyTorch in the same arithmetic."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ ALL: tuple[Variant, ...] = tuple((s, *variant) for s in (0.0, 1.0, 2.0) for vari
 
 @dataclass(frozen=True)
 class Kind:
-    """An implementation with operands of one dtype, fp32 ones multiplied as ``dot`` says.
+    """An implementation with operands of one dtype; ``dot`` is the way to multiply fp32 operands.
 
     Attributes:
-        plain: how plain PyTorch multiplies for it: as the kernels do. 16-bit operands are exact in fp32, where tensor
-            cores leave of their sums what they leave of tf32x3's.
+        plain: the kernels' way to multiply, for plain PyTorch beside them. 16-bit operands are exact in fp32; tensor
+            cores truncate their sums as those of tf32x3.
     """
 
     impl: str
@@ -44,17 +44,17 @@ class Kind:
 
     @property
     def computed(self) -> torch.dtype:
-        """The dtype of products and sums of products."""
+        """Dtype of products and of sums of products."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def eps(self) -> float:
-        """Of products; tf32 has 11 bits."""
+        """Rounding unit of products; tf32 has 11 bits."""
         return 2.0**-10 if self.dot == "tf32" else eps_of(self.computed)
 
     @property
     def product_eps(self) -> float:
-        """For what is plain torch's own in fp64, so that its error says nothing."""
+        """Rounding unit of products, wider in fp64, where plain torch is the reference without an error."""
         return self.eps * (5 if self.dtype == torch.float64 else 1)
 
     def info(self, op: str, case: str) -> Row:
@@ -62,7 +62,7 @@ class Kind:
 
 
 def precisions(device: Target) -> tuple[str, ...]:
-    """What ``SPHERE_KERNELS_DOT`` may be on the device."""
+    """Values of ``SPHERE_KERNELS_DOT`` that the device supports."""
 
     def has(dot: str) -> bool:
         with environment("SPHERE_KERNELS_DOT", dot):
@@ -75,12 +75,12 @@ def precisions(device: Target) -> tuple[str, ...]:
 
 
 def kinds(device: Target, op: str, impl: str, wide: bool = False) -> Iterator[Kind]:
-    """Those that an implementation offers for an operation; with ``wide`` no 16-bit ones."""
+    """The kinds that an implementation offers for an operation; with ``wide``, without 16-bit kinds."""
     dots = precisions(device)
     cores = "tf32x3" if "tf32x3" in dots else "ieee"
     found = [Kind(impl, torch.float64, "", "ieee"), *(Kind(impl, torch.float32, dot, dot) for dot in dots)]
     found += [] if wide else [Kind(impl, dtype, "", cores) for dtype in HALF]
-    if device.rehearsed:  # what differs from these in nothing that the program does
+    if device.rehearsed:  # the other kinds take the same code
         found = [kind for kind in found if kind.dot != "ieee" and kind.dtype != torch.float16]
     for kind in found:
         if dispatch.refusal(op, impl, device.torch.type, kind.dtype, (1024, 1024)) is None:
@@ -88,13 +88,13 @@ def kinds(device: Target, op: str, impl: str, wide: bool = False) -> Iterator[Ki
 
 
 def first_kind(device: Target, op: str, impl: str) -> Kind | None:
-    """fp32 as it is multiplied by default, where it is offered."""
+    """The default kind of fp32, if the implementation offers one."""
     default = gpu.precision(gpu.architecture(device.torch))
     return next((kind for kind in kinds(device, op, impl) if kind.dot == default), None)
 
 
 def under(kind: Kind, run: Callable[[], Row]) -> Callable[[], Row]:
-    """A case that runs with the kind's way to multiply, and with what is not written left as NaN."""
+    """Wrap a case to run in the kind's arithmetic, with new memory filled with NaN."""
 
     def case() -> Row:
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -112,9 +112,9 @@ def randn(device: Target, *shape: int, dtype: torch.dtype = torch.float64, seed:
 
 
 def twice(device: Target, run: Callable[[], Result], host: int | None = 0) -> tuple[Tensor, ...]:
-    """The result of a call; a second one must give the same bits and bring no more than ``host`` numbers to the host.
+    """The result of a call; a second call must give the same bits and copy at most ``host`` numbers to the host.
 
-    With ``host=None`` torch's own solvers are among what runs, which wait for the device themselves.
+    Give ``host=None`` if the call uses torch's own solvers, which wait for the device themselves.
     """
     first = _tuple(run())
     with HostNumbers() as seen, device.without_copies_to_the_host() if host == 0 else nullcontext():
@@ -127,9 +127,9 @@ def twice(device: Target, run: Callable[[], Result], host: int | None = 0) -> tu
 
 
 def within(actual: Result, expected: Result, plain: Result, *eps: float) -> Row:
-    """The error and its budget ``2 (error of plain torch + eps max|expected|)``; of several tensors, the worst one.
+    """The error and the budget ``2 (error of plain torch + eps max|expected|)``, for the worst of several tensors.
 
-    With as many ``eps`` as tensors, each has its own.
+    Give one ``eps`` for all tensors, or one for each.
     """
     worst: Row = {"error": 0.0, "budget": float("inf"), "plain_error": 0.0}
     tensors = _tuple(actual), _tuple(expected), _tuple(plain)
@@ -150,7 +150,7 @@ def within(actual: Result, expected: Result, plain: Result, *eps: float) -> Row:
 
 
 def row_by_row(actual: Tensor, expected: Tensor, tolerance: float) -> Row:
-    """The largest error of a row relative to its size: near pairs make some rows many orders larger than others."""
+    """The largest relative error of a row: near pairs make some rows many orders of magnitude larger than others."""
     error, size = (actual.double() - expected).abs(), expected.abs()
     if actual.ndim > 1 and actual.shape[-1] > 1:
         error, size = error.norm(dim=-1), size.norm(dim=-1)
@@ -161,7 +161,7 @@ def row_by_row(actual: Tensor, expected: Tensor, tolerance: float) -> Row:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """What `torch.equal` compares so that NaN equals itself."""
+    """The bits of a tensor as integers, so that NaN equals itself under `torch.equal`."""
     views = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.contiguous().view(views[tensor.element_size()])
 
@@ -187,10 +187,10 @@ Judge = Callable[[Target, Kind, Tensor, Variant], Row]
 
 
 def at_edges(device: Target, kind: Kind, judge: Judge) -> Row:
-    """A judgement at sizes off every block edge, small ones several times, lest chance set the budget; the worst."""
+    """The worst judgement over sizes off every block edge; several small matrices, lest chance set the budget."""
     worst: Row = {"error": 0.0, "budget": 1.0}
     for n, d in device.sizes.edges:
-        # One feature: unit rows of different lengths, not all coincident.
+        # With one feature, unit rows have different lengths and do not all coincide.
         shape = (device.sizes.copies, n, d) if n * d < 2000 else (n, d)
         weight = randn(device, *shape).mul_(1e-8 if d == 1 and kind.dtype not in HALF else 1).to(kind.dtype)
         try:
@@ -203,7 +203,7 @@ def at_edges(device: Target, kind: Kind, judge: Judge) -> Row:
 
 
 def layouts(device: Target, kind: Kind, compute: Callable[[Tensor, str], Tensor]) -> Row:
-    """Each matrix of a batch as if alone, and every layout of memory, bit for bit."""
+    """Check bit for bit: each matrix of a batch against the matrix alone, and every memory layout."""
     n, d = device.sizes.usual
     weight = randn(device, 3, 2, n, d, dtype=kind.dtype)
     together = twice(device, lambda: compute(weight, kind.impl))[0]

@@ -1,9 +1,9 @@
 """Which model types can be edited: ``python -m benchmarks.models`` → ``results/models.json``, ``results/twins.json``,
 ``docs/models.md``.
 
-``census`` builds every model type tiny and edits it, ``twins`` edits SmolLM2-135M in other families' forms (an hour on
-one core; it needs ``SPHERE_EDIT_DATA``), ``page`` writes the page from what is stored. What is stored under the
-installed version of transformers is not run again.
+``census`` builds every model type tiny and edits the model. ``twins`` edits SmolLM2-135M in other families' forms (an
+hour on one core; needs ``SPHERE_EDIT_DATA``). ``page`` writes the page from stored rows. Rows stored under the
+installed version of transformers are not computed again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(*steps: str) -> None:
         if step == "census":
             from benchmarks.models import census
 
-            census.build("llama")  # what each family's process then need not load
+            census.build("llama")  # loads shared modules before the processes fork
             _gather("models", census.FAMILIES, census.apart)
         elif step == "twins":
             from benchmarks.models import smollm2
@@ -39,7 +39,7 @@ def main(*steps: str) -> None:
 
 
 def _gather(name: str, families: Iterable[str], look: Callable[[str], dict[str, Any]]) -> None:
-    """A row for each family, kept as soon as it is there."""
+    """Compute a row for each family, and store each row at once."""
     path, rows = RESULTS / f"{name}.json", {}
     if path.exists():
         rows = {row["family"]: row for row in json.loads(path.read_text())["rows"]}

@@ -1,7 +1,7 @@
-"""Every model type that transformers loads as a causal LM: built tiny, asked whether it can be edited, and edited.
+"""Every model type that transformers loads as a causal LM: built tiny, checked for editing, and edited.
 
-Weights are random. Two facts are edited in the closed loop with SPHERE; then whole forward passes, which share no code
-with the loop, must say what the editor said, only the edited maps may have changed, and the revert must be exact.
+Weights are random. The census edits two facts in the closed loop with SPHERE. Then whole forward passes, which share no
+code with the loop, must agree with the editor, only the edited maps may have changed, and the revert must be exact.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from sphere_edit.editing.editor import SphereEditor
 from sphere_edit.model.structure import StructureError, find_structure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/edit"))
-import plain  # noqa: E402  (of the tests: whole forward passes)
+import plain  # noqa: E402  (from the tests: whole forward passes)
 import tiny  # noqa: E402
 
 SECONDS, PARAMETERS = 240, 5_000_000
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-# The edited token itself predicts the target, of one token: what random weights can learn.
+# The edited token itself predicts a target of one token: random weights can learn this.
 _FACTS = [
     EditRequest("The mother tongue of {}", "Zoë Åkers", "the", id="tongue"),
     EditRequest("All that is known of {}", "Vanuatu", "in", id="known"),
@@ -66,9 +66,9 @@ _SIZES = {
 }
 _SMALL: dict[str, Any] = {name: size for size, names in _SIZES.items() for name in names.split()}
 _SMALL |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-_DERIVED = ("head_dim", "num_key_value_heads")  # None stands for what follows from the others
+_DERIVED = ("head_dim", "num_key_value_heads")  # None: derived from the other settings
 _MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 16}
-# What besides small sizes a family's settings need to agree with one another.
+# Further settings of some families, which must agree with the small sizes and with one another.
 _OWN: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
@@ -84,13 +84,13 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def small(family: str, kind: type | None = None) -> Any:
-    """The settings of a family with small sizes, of its text model too where it has one."""
+    """A family's settings with small sizes, also for the text model, if any."""
     kind = kind or CONFIG_MAPPING[family]
     default = kind()
     known = set(default.to_dict()) | set(getattr(kind, "attribute_map", {}))
     given = {name for name in known & _SMALL.keys() if _is_set(default, name) or name in _DERIVED}
     settings = {name: _SMALL[name] for name in given | {"bos_token_id", "eos_token_id", "pad_token_id"}}
-    if "kv_lora_rank" in known:  # every head has keys of its own
+    if "kv_lora_rank" in known:  # each head has its own keys
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     if getattr(default, "text_config", None) is not None:
         settings["text_config"] = small(family, type(default.text_config))
@@ -101,7 +101,7 @@ def small(family: str, kind: type | None = None) -> Any:
 def _is_set(config: Any, name: str) -> bool:
     try:
         return getattr(config, name) is not None
-    except RuntimeError:  # may differ from layer to layer
+    except RuntimeError:  # settings that differ from layer to layer
         return True
 
 
@@ -109,8 +109,8 @@ def build(family: str) -> Any:
     """A tiny random model of a family, with every norm and bias set.
 
     Raises:
-        ValueError: more than `PARAMETERS` with small sizes.
-        Exception: whatever the family's own code raises, when it is built or when it reads five tokens.
+        ValueError: the model has more than `PARAMETERS` parameters in spite of small sizes.
+        Exception: any error of the family's own code, while it is built or reads five tokens.
     """
     config = small(family)
     with torch.device("meta"):
@@ -128,7 +128,7 @@ def build(family: str) -> Any:
 
 
 def look(family: str) -> dict[str, Any]:
-    """What becomes of one family: ``edited``, ``refused``, ``not built`` or ``failed``, and why."""
+    """The outcome for one family: ``edited``, ``refused``, ``not built`` or ``failed``, and the reason."""
     try:
         model = build(family)
     except Exception as error:
@@ -146,7 +146,7 @@ def look(family: str) -> dict[str, Any]:
 
 
 def edit(model: Any) -> dict[str, Any]:
-    """Edit two facts; what the editor said, and what whole forward passes say."""
+    """Edit two facts; returns the figures of the editor and of whole forward passes."""
     tokenizer, before = tiny.make_tokenizer(), tiny.state(model)
     with torch.no_grad():
         first = plain.target_nll(model, tokenizer, _FACTS)
@@ -175,7 +175,7 @@ def _line(error: Exception) -> str:
 
 
 def apart(family: str) -> dict[str, Any]:
-    """`look` in a process of its own, so that a crash or an endless loop ends nothing else."""
+    """`look` in a separate process, so that a crash or an endless loop ends nothing else."""
     context = get_context("fork")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(family, there))

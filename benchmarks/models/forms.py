@@ -1,4 +1,4 @@
-"""How each family writes a Llama's function: names, settings, multipliers, and which devices it takes (see `twins`)."""
+"""Form of each family for a Llama's function: names, settings, multipliers, and necessary devices (see `twins`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Parts of a weight, one below the other; a number that fills it; None where it stays as the model has it.
+# Parts of a weight, stacked; a number that fills the weight; None for a weight that stays as the model has it.
 Rule = str | float | None
 
 LINEAR = 2.0**30
@@ -31,27 +31,27 @@ def _nothing(_: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Form:
-    """How a family writes a Llama's function.
+    """The form in which a family writes a Llama's function.
 
     Attributes:
-        config: name of its class in transformers.
-        pattern: what in its blocks is not a Llama's.
-        settings: its own ones, from the Llama's.
-        names: what its weights hold, where the name says otherwise than a Llama's; a name that ends in a dot stands for
-            all that begin so. ``identity`` is the weight of a norm that gives what it gets, ``lifted`` of one that
-            multiplies what it gets by the stream's factor.
-        multipliers: what the family multiplies the parts' outputs by, from the Llama's settings.
-        stream: what the stream is multiplied by, from the Llama's settings.
-        epsilon: name of the setting; None where it is 1e-5.
-        less_one: norms hold their weight less one.
-        neighbours: the rotary embedding turns neighbours.
+        config: name of the family's config class in transformers.
+        pattern: differences of its blocks from a Llama's.
+        settings: the family's own settings, computed from the Llama's.
+        names: rules for weights whose names differ from a Llama's; a name that ends in a dot stands for all names that
+            begin with it. ``identity`` is the weight of a norm that returns its input, ``lifted`` the weight of a norm
+            that multiplies its input by the stream's factor.
+        multipliers: the family's multipliers of the parts' outputs, computed from the Llama's settings.
+        stream: the factor of the stream, computed from the Llama's settings.
+        epsilon: name of the setting ε; None for a constant 1e-5.
+        less_one: norms store their weight less one.
+        neighbours: the rotary embedding turns neighbouring dimensions.
         mirrored: norms subtract the mean.
         bare: norms have no weight.
-        parallel: attention and MLP of a block read the same.
-        wide: the size of heads follows from the stream's.
-        gated: queries come with a gate that a sigmoid is applied to.
+        parallel: attention and MLP of a block read the same input.
+        wide: the size of heads follows from the stream's size.
+        gated: queries come with a gate that passes through a sigmoid.
         by_head: queries, keys and values are one map, head by head.
-        original: whose function it can be: a Llama's or an Arcee's.
+        original: the source of the function, a Llama or an Arcee.
     """
 
     config: str
@@ -85,7 +85,7 @@ def _all_of(kind: str) -> Callable[[Any], list[str]]:
 
 
 def _turning(own: Any) -> dict[str, Any]:
-    """The whole head is turned."""
+    """Rotary settings that turn the whole head."""
     return {"rope_parameters": {**own.rope_parameters, "partial_rotary_factor": 1.0}}
 
 

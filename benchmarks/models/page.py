@@ -12,9 +12,9 @@ from benchmarks.kernel_tables import filled, table
 from benchmarks.models.forms import FORMS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/models.md"
-# Models with their own weights that the studies edit.
+# Models with trained weights that the studies edit.
 _REAL = {"llama": "SmolLM2-135M", "gemma3_text": "Gemma-3-270M"}
-# By what the reason of a refusal or of a family that was not built says.
+# Kinds of reasons for a refusal or a family that was not built, by words of the reason.
 _KINDS = {
     r"stacked experts": "experts, or other weights of three dimensions",
     r"padding on the left": "positions counted by columns: what a row says changes with the padding before it",
@@ -31,12 +31,12 @@ def stored(name: str) -> list[dict[str, Any]]:
 
 
 def agrees(row: dict[str, Any]) -> bool:
-    """Whether whole forward passes said what the editor said, of an edit that could be taken back."""
+    """Whether whole forward passes agree with the editor, only the edited maps changed, and the revert was exact."""
     return abs(row["nll_told"] - row["nll_found"]) < 2e-3 and row["only_its_maps"] and row["reverted"]
 
 
 def edited() -> str:
-    """Families that were edited, with what shows it."""
+    """Families that were edited, with the evidence."""
     twins = {row["family"] for row in stored("twins")}
     body = []
     for row in stored("models"):
@@ -54,7 +54,7 @@ def edited() -> str:
 
 
 def twins() -> str:
-    """The same edits on SmolLM2 and on its twins."""
+    """The same edits on SmolLM2 and on the twins."""
     body = []
     for row in stored("twins"):
         cells = [f"`{row['family']}`", row["pattern"], f"{row['difference_before']:.1e}"]
@@ -84,7 +84,7 @@ def not_built() -> str:
 
 
 def _others(outcome: str) -> str:
-    """Families by the kind of the reason, with one reason as it was said."""
+    """Families by the kind of the reason, with one reason as an example."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in stored("models"):
         if row["outcome"] == outcome:
@@ -107,7 +107,7 @@ def _yes(agreed: bool) -> str:
 
 
 def counts() -> str:
-    """How many families there are of each outcome."""
+    """Number of families of each outcome."""
     rows = stored("models")
     outcomes = ("edited", "refused", "failed", "not built")
     versions = sorted({row["transformers"] for row in rows})
@@ -119,7 +119,7 @@ TABLES = {f"models-{f.__name__.replace('_', '-')}": f for f in (counts, edited, 
 
 
 def render(page: str) -> str:
-    """``page`` with its tables written anew."""
+    """``page`` with all tables rewritten."""
     return filled(page, lambda name: TABLES[name]())
 
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M in the forms of other families: the same real edits on each, against those on SmolLM2 itself."""
+"""SmolLM2-135M in the forms of other families: the same real edits on each twin, against edits of the original."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from sphere_edit.model.loading import load_model
 from sphere_edit.targets.presets import preset
 
 MODEL, DATA, EDITS = "smollm2-135m", "counterfact_all.jsonl.gz", 10
-# In bfloat16 a multiplier is another rounding. Few tokens, for each twin collects its keys anew.
+# A multiplier adds a rounding in bfloat16, so the loop keeps the model's arithmetic. Each twin collects its keys anew,
+# so there are few tokens.
 CHANGES = {"loop_arithmetic": "model", "covariance_tokens": 4000, "batch_size": EDITS}
 _TOLD = ("learned", "nll", "rounds")
 FAMILIES = tuple(name for name, form in FORMS.items() if form.original == "llama")
@@ -33,9 +34,9 @@ def _original() -> tuple[Any, Any, list[Any]]:
 
 
 def edit(family: str) -> dict[str, Any]:
-    """The row of one family: SmolLM2's twin before the edits and after them, and what its batch says.
+    """The row of one family: differences of the twin from SmolLM2 before and after the edits, and the batch's figures.
 
-    Differences are the largest of any logit; ``moved`` is how far the edits moved one of SmolLM2 itself.
+    A difference is the largest of any logit; ``moved`` is the largest change of a logit of SmolLM2 under the edits.
     """
     original, *_ = _original()
     model = twin(original, family)
@@ -55,7 +56,7 @@ def edit(family: str) -> dict[str, Any]:
 
 @cache
 def _reference() -> dict[str, Any]:
-    """SmolLM2 itself: its logits before and after the edits, and its batch; it is as it was afterwards."""
+    """Logits of the original SmolLM2 before and after the edits, and the batch; the edits are reverted."""
     original, *_ = _original()
     before = _logits(original)
     told, after = _edit(original, "llama")
@@ -63,7 +64,7 @@ def _reference() -> dict[str, Any]:
 
 
 def _edit(model: Any, family: str) -> tuple[dict[str, Any], Tensor]:
-    """(batch event, logits after the edits); the edits are taken back."""
+    """(batch event, logits after the edits); the edits are reverted."""
     _, tokenizer, requests = _original()
     config = preset(MODEL).replace(**CHANGES)
     config = config.replace(layers=blocks_of(family, config.layers))
@@ -77,7 +78,7 @@ def _edit(model: Any, family: str) -> tuple[dict[str, Any], Tensor]:
 
 @torch.no_grad()
 def _logits(model: Any) -> Tensor:
-    """At the end of each edited fact's prompt and of a paraphrase, ``[prompts, vocabulary]``."""
+    """Logits at the end of each edited fact's prompt and of a paraphrase, ``[prompts, vocabulary]``."""
     _, tokenizer, requests = _original()
     prompts = [prompt for r in requests for prompt in (r.text, *r.paraphrases[:1])]
     return torch.stack([model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1] for prompt in prompts])

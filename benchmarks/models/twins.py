@@ -1,13 +1,13 @@
 """Write a Llama, or an Arcee (a Llama whose MLP has no gate), as the same function in another family's form.
 
-Four devices make forms exact, up to rounding, that seem to be other functions:
+Some forms seem to be other functions. Four devices make them exact, up to rounding:
 
-- A norm of a small vector is linear. With the stream multiplied by 2³⁰, and the norms' ε with its square, every norm
-  of the stream gives what it gave, while a norm of an MLP's, an attention's or a head's output (sandwich norms, query
-  and key norms) sees a vector far below √ε and multiplies it by weight / √ε.
-- LayerNorm of a stream that is mirrored, ``[h, −h]``, is RMSNorm: its mean is 0. Maps read both halves, at half weight.
-- A block whose attention and MLP are parallel is written twice: once without its MLP, once without its attention.
-- A rotary embedding of neighbours is one of halves with the rows of queries and keys in another order.
+- A norm of a small vector is linear. Multiply the stream by 2³⁰, and ε of the norms by the square of that. Then every
+  norm of the stream gives the same output as before. A norm of an MLP's, an attention's or a head's output (sandwich
+  norms, query and key norms) gets a vector far below √ε and multiplies it by weight / √ε.
+- LayerNorm of a mirrored stream ``[h, −h]`` is RMSNorm: the mean is 0. Maps read both halves, at half weight.
+- A block with parallel attention and MLP is written twice: once without its MLP, once without its attention.
+- A rotary embedding of neighbours equals one of halves with the rows of queries and keys in another order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Parts = dict[str, Tensor]
 
 
 def blocks_of(family: str, layers: tuple[int, ...]) -> tuple[int, ...]:
-    """The twin's blocks with the MLPs of these blocks of the Llama."""
+    """Blocks of the twin that hold the MLPs of the Llama's blocks ``layers``."""
     return tuple(2 * i + 1 for i in layers) if FORMS[family].parallel else layers
 
 
@@ -35,14 +35,14 @@ def twin(llama: Any, family: str) -> Any:
     """The function of ``llama`` in the form of a family.
 
     Args:
-        llama: a ``LlamaForCausalLM`` or ``ArceeForCausalLM``, as the form says, without biases, in fp32.
+        llama: a ``LlamaForCausalLM`` or ``ArceeForCausalLM``, as the form requires, without biases, in fp32.
         family: one of `FORMS`.
 
     Returns:
         A causal LM of the family in evaluation mode, with weights of its own.
 
     Raises:
-        ValueError: the family has a weight of which the form says nothing.
+        ValueError: the family has a weight without a rule in the form.
     """
     form, own = FORMS[family], llama.config
     outer, blocks = _read(llama)
@@ -73,7 +73,7 @@ def twin(llama: Any, family: str) -> Any:
 
 
 def _read(llama: Any) -> tuple[Parts, list[Parts]]:
-    """The Llama's weights by the names of their parts: those outside the blocks, and of each block."""
+    """The Llama's weights by the names of the parts: outside the blocks, and for each block."""
     blocks: list[Parts] = [{} for _ in range(llama.config.num_hidden_layers)]
     outer: Parts = {}
     for name, value in llama.state_dict().items():
@@ -85,20 +85,20 @@ def _read(llama: Any) -> tuple[Parts, list[Parts]]:
 
 
 def _place(name: str) -> tuple[int | None, str]:
-    """(block, name inside it) of a weight; (None, name) of one outside the blocks."""
+    """(block, name inside the block) of a weight; (None, name) for a weight outside the blocks."""
     found = re.fullmatch(r"[^0-9]*?\.(\d+)\.(.+)", name)
     return (int(found[1]), found[2]) if found else (None, name)
 
 
 def _rewritten(parts: Parts, form: Form, own: Any) -> Parts:
-    """A block's parts in the form's arrangement, scales apart."""
+    """A block's parts in the form's arrangement, without scales."""
     if form.neighbours:
         parts |= {name: _neighbours(parts[name], own.head_dim) for name in "qk"}
     if form.bare:
         for norm, reads in (("attention_norm", "qkv"), ("mlp_norm", ("gate", "up"))):
             weight = parts.pop(norm)
             parts |= {name: parts[name] * weight for name in reads}
-    if form.gated:  # by sigmoid(0)
+    if form.gated:  # sigmoid(0) is one half
         heads = parts["q"].unflatten(0, (-1, own.head_dim))
         parts |= {"q": torch.cat([heads, torch.zeros_like(heads)], 1).flatten(0, 1), "o": 2 * parts["o"]}
     if form.wide:
@@ -111,12 +111,12 @@ def _rewritten(parts: Parts, form: Form, own: Any) -> Parts:
 
 
 def _neighbours(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows i and i + head_dim / 2 of each head become rows 2 i and 2 i + 1."""
+    """Move rows i and i + head_dim / 2 of each head to rows 2 i and 2 i + 1."""
     return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def _mirrored(parts: Parts) -> Parts:
-    """The same parts for the stream ``[h, −h]``."""
+    """The parts for the mirrored stream ``[h, −h]``."""
     out = {}
     for name, value in parts.items():
         if name.endswith("norm"):
@@ -129,7 +129,7 @@ def _mirrored(parts: Parts) -> Parts:
 
 
 def _halves(parts: Parts) -> tuple[Parts, Parts]:
-    """Two blocks for one: with the attention alone, and with the MLP alone."""
+    """Two blocks for one: attention alone, then MLP alone."""
 
     def without(names: tuple[str, ...]) -> Parts:
         return {name: torch.zeros_like(value) if name in names else value for name, value in parts.items()}
@@ -140,7 +140,7 @@ def _halves(parts: Parts) -> tuple[Parts, Parts]:
 
 
 def _empty(form: Form, own: Any, blocks: int, tied: bool, stream: float) -> Any:
-    """The family's model with weights that are not set yet."""
+    """The family's model with weights still to be set."""
     same = ("vocab_size", "intermediate_size", "num_key_value_heads", "max_position_embeddings", "hidden_act")
     same += ("num_attention_heads", "head_dim", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id")
     settings = {name: getattr(own, name) for name in same}

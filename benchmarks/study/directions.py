@@ -1,4 +1,4 @@
-"""Whose directions are the principal ones of an edited weight: the pretrained weight's, or the edits' own?
+"""Origin of an edited weight's principal directions: the pretrained weight, or the edits?
 
     python -m benchmarks.study.directions --config benchmarks/study/scale.yaml
 
@@ -48,13 +48,13 @@ def main() -> None:
 
 
 def whose(before: Tensor, after: Tensor, ratio: float) -> dict[str, Any]:
-    """Of the principal directions of ``after [n, d]``.
+    """Compare the principal directions of ``after [n, d]``, of ``before`` and of the edits.
 
     Returns:
-        ``rank``, and ``rank_before`` of those of ``before``; ``of_before`` and ``of_edits``, how much of the smaller of
-        two subspaces lies in the other: them and those of ``before``, or as many leading directions of ``after -
-        before``; ``grown``, the norm of what was added over that of ``before``; ``inside``, the share of what was added
-        (squared) that lies in the directions of ``before``.
+        ``rank`` of ``after``, and ``rank_before``; ``of_before`` and ``of_edits``, overlaps of the directions of
+        ``after`` with the directions of ``before``, and with as many leading directions of ``after - before`` (the
+        share of the smaller subspace that lies in the other); ``grown``, the norm of ``after - before`` over the norm
+        of ``before``; ``inside``, the share of ``after - before`` (squared) in the directions of ``before``.
     """
     added = after - before
     old, new = (principal_directions(weight, ratio).basis for weight in (before, after))

@@ -1,11 +1,11 @@
-"""Train a small Llama from nothing on facts of the world, for studies of many thousands of edits on a CPU.
+"""Train a small Llama from scratch on facts of the world, for studies of many thousands of edits on a CPU.
 
     python -m benchmarks.study.train --out runs/world-llama
 
-It learns the truth about the first ``EDITED`` requests of world-facts, about their neighbours and about ``KEPT``
-subjects that come after the ``REQUESTS`` that a study edits. The folder gets model and tokenizer, ``general.txt``
-(sentences about what is never edited, and prose that the model has not seen; for the key covariance), ``kept.txt``
-(sentences about kept subjects; for the perplexity) and ``training.json``.
+The model learns the truth about the first ``EDITED`` requests of world-facts, about their neighbours, and about
+``KEPT`` subjects after the ``REQUESTS`` that a study edits. The folder gets model and tokenizer, ``general.txt``
+(sentences about subjects that are never edited, and prose that the model has not seen; for the key covariance),
+``kept.txt`` (sentences about kept subjects; for the perplexity) and ``training.json``.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ SHAPE = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
-_REST = 0.2  # weight, in the loss, of tokens that are no answer
+_REST = 0.2  # weight of other tokens than the answer in the loss
 
-Sentence = tuple[str, str]  # what asks, and the answer
+Sentence = tuple[str, str]  # question and answer
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def make(folder: Path, steps: int, rate: float, seed: int) -> None:
 
 
 def corpus() -> tuple[list[Sentence], list[Sentence], list[Sentence]]:
-    """True sentences about subjects to be edited, about their neighbours, and about subjects that are kept."""
+    """True sentences about subjects to edit, about neighbours, and about subjects to keep."""
     requests = load_requests("world-facts")
     neighbours = {(prompt, str(r.target_true)) for r in requests[:REQUESTS] for prompt in r.neighborhood}
     asked = {prompt for prompt, _ in neighbours}
@@ -101,7 +101,7 @@ def corpus() -> tuple[list[Sentence], list[Sentence], list[Sentence]]:
 
 
 def without_edited(sentences: list[Sentence]) -> list[Sentence]:
-    """Those that are not about a subject that a study edits, be it in another relation."""
+    """Sentences about subjects that no study edits in any relation."""
     subjects = {r.subject for r in load_requests("world-facts", limit=REQUESTS)}
     templates = [t for relation in RELATIONS.values() for t in (relation.prompt, *relation.paraphrases)]
     edited = {template.replace("{}", subject) for template in templates for subject in subjects}
@@ -113,7 +113,7 @@ def _sentences(requests: list[EditRequest]) -> list[Sentence]:
 
 
 def make_tokenizer(sentences: list[Sentence], prose: list[str]) -> Any:
-    """Byte-level BPE that begins each text with BOS, as Llama's."""
+    """Byte-level BPE that begins each text with BOS, like Llama's tokenizer."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -130,7 +130,7 @@ def make_tokenizer(sentences: list[Sentence], prose: list[str]) -> Any:
 
 
 def batches(tokenizer: Any, sentences: list[Sentence], rng: Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and weights ``[ROWS, WIDTH]`` without end: BOS, then sentences in random order, the last one cut."""
+    """Endless token ids and weights ``[ROWS, WIDTH]``: BOS, then sentences in random order, the last one cut."""
     asks = tokenizer([prompt for prompt, _ in sentences], add_special_tokens=False)["input_ids"]
     answers = tokenizer([f" {answer}" for _, answer in sentences], add_special_tokens=False)["input_ids"]
     stop = tokenizer(".", add_special_tokens=False)["input_ids"]
@@ -155,7 +155,7 @@ def batches(tokenizer: Any, sentences: list[Sentence], rng: Random) -> Iterator[
 def train(
     model: Any, tokenizer: Any, rows: Iterator[Any], steps: int, rate: float, start: float
 ) -> list[dict[str, float]]:
-    """AdamW in bf16 autocast with a linear warm-up and a cosine to zero; a record each 500 steps."""
+    """Train by AdamW in bf16 autocast, with linear warm-up and cosine decay to zero; a record every 500 steps."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
@@ -184,7 +184,7 @@ def train(
 
 
 def known(model: Any, tokenizer: Any, limit: int | None = None) -> dict[str, float]:
-    """Share of facts, of their paraphrases and of neighbours that the model answers as is true."""
+    """Share of facts, of paraphrases and of neighbours that the model answers with the truth."""
     requests = load_requests("world-facts", limit=EDITED)
     asked = requests if limit is None else requests[:: len(requests) // limit]
     truths = [EditRequest(r.prompt, r.subject, str(r.target_true), r.target_new, r.paraphrases, id=r.id) for r in asked]

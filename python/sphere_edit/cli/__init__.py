@@ -1,1 +1,1 @@
-"""The command ``sphere-edit``."""
+"""The command line: commands of ``sphere-edit``, options, and terminal output."""

@@ -1,4 +1,4 @@
-"""The command ``sphere-edit``."""
+"""The commands of ``sphere-edit``."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ def run_command(
 ) -> None:
     """Edit a model with the facts of a data set, and write a run folder with a report; the model given never changes.
 
-    Every batch is safe on the disk before the next begins. A run that was stopped, however, goes on with --resume and
-    ends with the same bits.
+    Every batch is safe on the disk before the next one begins. --resume continues a stopped run, and the run then ends
+    with the same bits.
 
     Example: sphere-edit run --model smollm2-135m --data world-facts --limit 40 --out runs/demo
     """
@@ -196,7 +196,7 @@ def _rehearse(
     read: Callable[[], list[EditRequest]],
     load_model: Callable[[], tuple[Any, Any]],
 ) -> None:
-    """Check what a run would, and say what it would do; all problems at once, then status 1."""
+    """Check a run and print the plan; or print all problems together and exit with status 1."""
     from sphere_edit.editing.editor import SphereEditor
     from sphere_edit.experiments.plan import check_folder, make_plan
     from sphere_edit.experiments.run import check_options, check_run
@@ -281,9 +281,9 @@ def rollback_command(
     ] = None,
     trust_remote_code: RemoteOption = False,
 ) -> None:
-    """Take the newest batches of a run away, exactly: apply then gives the model as it was, run --resume goes on there.
+    """Undo the newest batches of a run exactly; apply then gives the earlier model, run --resume continues from there.
 
-    What is taken away is kept in the run folder's set-aside.
+    The run folder's set-aside keeps the undone batches.
     """
     with plain_errors():
         from sphere_edit.experiments.run import check_batch, rollback
@@ -334,9 +334,9 @@ def evaluate_command(
     threads: ThreadsOption = None,
     trust_remote_code: RemoteOption = False,
 ) -> None:
-    """Success, accuracy (each with its standard error) and perplexity of any model on a data set.
+    """Score any model on a data set: success and accuracy, each with a standard error, and perplexity.
 
-    With --answers also whether it writes the target by itself; with --generate fluency and consistency of its texts.
+    With --answers also the model's own answers; with --generate fluency and consistency of generated texts.
     """
     with plain_errors():
         from sphere_edit.data import load_requests
@@ -384,7 +384,7 @@ def evaluate_command(
                     texts = generate_texts(loaded, tokenizer, chosen, progress=tell)
                     scores |= score_texts(chosen, texts, about, tfidf).to_dict()
                     written["texts"] = {r.id: own for r, own in zip(chosen, texts, strict=True)}
-            finally:  # a judge that fails on the way takes nothing with it
+            finally:  # figures survive a judge that fails midway
                 if judged is not None:
                     written["judged"] = judged.verdicts
                 event = {"event": "evaluation", "when": "now", "scores": scores, "perplexity": finite(value)}
@@ -400,7 +400,7 @@ def settings_command(
     ] = None,
     targets: Annotated[str | None, typer.Option(help=f"One of {', '.join(TARGETS)}.")] = None,
 ) -> None:
-    """List the settings of a method and its targets: their values in a preset, what each may be, and what it does."""
+    """List the settings of a method and of targets: value in a preset, allowed values, and description."""
     with plain_errors():
         chosen = settings(preset_name, None, [], {"method": method, "targets": targets})
         title = f"{chosen.method}, {chosen.targets} targets, preset {preset_name}"
@@ -413,7 +413,7 @@ def data_command(
     limit: LimitOption = None,
     order: OrderOption = None,
 ) -> None:
-    """Show how a file of facts is read: schema, what is left out and why, contradictions, and the first three facts."""
+    """Show how a file of facts is read: schema, records left out and why, contradictions, and the first three facts."""
     with plain_errors():
         from sphere_edit.data import load
 
@@ -457,7 +457,7 @@ def harness_command(
 
 @app.command("report")
 def report_command(run: RunArgument) -> None:
-    """Make report.html of a run folder anew from its files."""
+    """Rewrite report.html of a run folder from the folder's files."""
     with plain_errors():
         from sphere_edit.report.page import write_report
 
@@ -479,7 +479,7 @@ def study_command(
         typer.Option("--trust-remote-code", help="Run code that comes with the model or that the file names."),
     ] = False,
 ) -> None:
-    """Make several runs of one model and data, compare them in tables and plots; given again, go on where it stopped.
+    """Make several runs of one model and data, and compare the runs in tables and plots; repeat the command to resume.
 
     Two such commands at once share the runs.
     """
@@ -511,8 +511,8 @@ def energy_command(
 ) -> None:
     """Hyperspherical energy and spectrum of every MLP down-projection of any model.
 
-    HE sums, over ordered pairs of neurons, the inverse distance of their directions; excess is what it has over
-    orthogonal neurons; r principal directions hold the share η of the spectrum, of n neurons in d dimensions.
+    HE is the sum, over ordered pairs of neurons, of the inverse distance between the directions. Excess is HE less that
+    of orthogonal neurons. r principal directions hold the share η of the spectrum of n neurons in d dimensions.
     """
     with plain_errors():
         from sphere_edit.evaluation.energies import layer_energies
@@ -534,7 +534,7 @@ def apply_command(
     ] = None,
     trust_remote_code: RemoteOption = False,
 ) -> None:
-    """Put the edits of a run into the model they were made for; the result is the edited model bit for bit."""
+    """Apply the edits of a run to the unedited model; the result is the edited model bit for bit."""
     _switch(run, model, out, "after", trust_remote_code)
 
 
@@ -545,7 +545,7 @@ def revert_command(
     model: Annotated[str, typer.Option("--model", "-m", help="Folder of the edited model.")],
     trust_remote_code: RemoteOption = False,
 ) -> None:
-    """Take the edits of a run out of an edited model; the result is the model from before, bit for bit."""
+    """Remove the edits of a run from an edited model; the result is the unedited model bit for bit."""
     _switch(run, model, out, "before", trust_remote_code)
 
 

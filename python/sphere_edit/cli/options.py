@@ -1,4 +1,4 @@
-"""Make the options of ``sphere-edit run`` from what declares them; combine them, and check them on resume."""
+"""Build the options of ``sphere-edit run`` from declared settings; combine preset, file and options; check a resume."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from sphere_edit.targets.presets import on_preset
 
 
 def with_declared_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that takes ``**given``, with an option for every setting that has flags and every option of a run.
+    """Give a command that takes ``**given`` an option for every setting with flags and every option of a run.
 
-    Settings that are not given are None: their preset decides.
+    A setting that the user does not give is None: the preset decides.
     """
     known = {"method": METHODS, "targets": TARGETS}
     settings = {
@@ -58,7 +58,7 @@ def with_declared_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def split_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `with_declared_options` adds: settings by name, None where not given; and arguments of `RunOptions`."""
+    """Split the options of `with_declared_options`: settings by name, None if not given; arguments of `RunOptions`."""
     of_run = {one.name: given[one.name] for one in declared()}
     tasks = of_run["harness"]
     of_run["harness"] = () if tasks is None else tuple(name.strip() for name in tasks.split(","))
@@ -88,13 +88,13 @@ def _parameter(
 def settings(
     preset_name: str, file: Path | None, pairs: list[str], named: dict[str, Any], trust_remote_code: bool = False
 ) -> EditConfig:
-    """Preset (of the method that is named), then file, then ``--set``, then the named options: the later wins."""
+    """Combine preset (of the named method), file, ``--set`` and named options into one config; the last one wins."""
     given = given_settings(file, pairs, named)
     if "method" in given:
         typed = given_settings(None, pairs, named).get("method") == given["method"]
         import_method(str(given["method"]), trust_remote_code or typed)
     chosen = on_preset(preset_name, given)
-    method_class(chosen)  # the method's name is known
+    method_class(chosen)  # raises for an unknown name
     return chosen
 
 
@@ -106,21 +106,21 @@ def numbers(text: str) -> list[int]:
 
 
 def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run with options other than its own; ``guard`` may change.
+    """Refuse to resume a run with options that differ from the record; ``guard`` may change.
 
     Args:
-        given: the options that were given, by parameter.
-        chosen: the settings that they name.
+        given: the user's options, by parameter.
+        chosen: the settings among them.
         recorded: the run's ``config.yaml``.
 
     Raises:
-        ConfigError: naming the option, what the run has, and what was given.
+        ConfigError: an option differs; the message names the option, the recorded value and the given one.
     """
     own = recorded_options(recorded)
     named = {name.removesuffix("_name"): value for name, value in given.items()}
     compared = {name: value for name, value in named.items() if name in own}
     for name, value in {**compared, **chosen}.items():
-        if name == "guard":  # what is in the weights does not depend on it
+        if name == "guard":  # the weights do not depend on the guard
             continue
         expected = {**own, **EditConfig().to_dict(), **as_recorded(recorded["settings"])}.get(name)
         if value != expected and value != OPEN.get(name, expected):
@@ -130,10 +130,10 @@ def check_same(given: Mapping[str, Any], chosen: Mapping[str, Any], recorded: Ma
 
 
 def check_same_requests(given: Sequence[EditRequest], recorded: Sequence[EditRequest], name: str) -> None:
-    """Refuse to go on with a run with other data than its own.
+    """Refuse to resume a run with other data.
 
     Raises:
-        ConfigError: naming the first request that is not the same.
+        ConfigError: a request differs; the message names the first such request.
     """
     for number, (one, other) in enumerate(zip_longest(given, recorded), 1):
         if one != other:
@@ -146,6 +146,6 @@ def check_same_requests(given: Sequence[EditRequest], recorded: Sequence[EditReq
 
 
 def load_as(model: str, recorded: dict[str, Any], trust_remote_code: bool) -> tuple[Any, Any]:
-    """Load the model of a run as it was loaded for it."""
+    """Load a model with the dtype and on the device that a run recorded."""
     dtype = recorded["given"].get("dtype") or recorded["dtype"].removeprefix("torch.")
     return load_by_name(model, dtype, recorded["device"], None, trust_remote_code)

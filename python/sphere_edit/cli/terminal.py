@@ -1,4 +1,4 @@
-"""What the command prints: tables, progress bars and errors of one line."""
+"""Terminal output of the commands: tables, progress bars and one-line errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MENDABLE = (ValueError, OSError, SafetensorError, ArithmeticError, ImportError, 
 
 @contextmanager
 def plain_errors(status: int = 2) -> Iterator[None]:
-    """What a user can mend ends in one line and a status; what only we can mend keeps its traceback."""
+    """Turn a user's error into one line and an exit status; a bug still gives a traceback."""
     try:
         yield
     except MENDABLE as error:
@@ -53,7 +53,7 @@ def complain(text: str) -> None:
 
 @contextmanager
 def noting(problems: list[str]) -> Iterator[None]:
-    """What a user can mend joins the problems, and what comes after goes on."""
+    """Add a user's error within the block to the problems, and continue after the block."""
     try:
         yield
     except MENDABLE as error:
@@ -66,7 +66,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def resume_hint(journal: Journal) -> Iterator[None]:
-    """Where a run ends before its end, say what is safe and how to go on."""
+    """If a run stops early, print the number of safe batches and the resume command."""
     try:
         yield
     except BaseException as error:
@@ -79,7 +79,7 @@ def resume_hint(journal: Journal) -> Iterator[None]:
 
 @contextmanager
 def bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars by name, with the time left; lines now and then where there is no terminal."""
+    """Progress bars by name, with the time left; occasional lines if the output is no terminal."""
     if not errors.is_terminal:
         yield Lines().show
         return
@@ -97,7 +97,7 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=total)
-            elif progress.tasks[tasks[what]].finished and done < total:  # the next batch's
+            elif progress.tasks[tasks[what]].finished and done < total:  # a new batch starts its bar anew
                 progress.reset(tasks[what])
             progress.update(tasks[what], completed=done, total=total)
 
@@ -105,19 +105,19 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 class Lines:
-    """Progress for a file: at most one line in ``EVERY`` seconds, and of the ends of batches as many again.
+    """Progress in lines, for output to a file: at most one line per ``EVERY`` seconds, and as many for ends of batches.
 
     Args:
-        write: takes a line.
-        now: a clock in seconds.
+        write: called with each line.
+        now: clock, in seconds.
     """
 
     EVERY = 30.0
 
     def __init__(self, write: Callable[[str], None] | None = None, now: Callable[[], float] = time.monotonic) -> None:
         self._write, self._now = write or _plain, now
-        self._begun: dict[str, tuple[int, float]] = {}  # how much of a step was done when first heard of, and when
-        self._run: dict[str, tuple[int, int]] = {}  # batches and edits
+        self._begun: dict[str, tuple[int, float]] = {}  # by step: amount done at its first report, and time
+        self._run: dict[str, tuple[int, int]] = {}  # (done, total) of batches and of edits
         self._last = {"step": now(), "batch": now()}
 
     def show(self, what: str, done: int, total: int) -> None:
@@ -145,7 +145,7 @@ class Lines:
             yield f"{what}: {done} of {total}" + (f", {left} left" if left else "")
 
     def _pace(self, what: str, done: int, total: int, now: float) -> tuple[float, str]:
-        """How much a second, and the time left; nothing where neither is known."""
+        """Rate per second and time left; 0 and an empty text if unknown."""
         first, start = self._begun[what]
         if done == first or now <= start:
             return 0.0, ""
@@ -181,7 +181,7 @@ def energy_table(events: list[dict[str, Any]]) -> Table:
 
 
 def learned_table(events: list[dict[str, Any]]) -> Table | None:
-    """What each batch learned and reached, a row for each of the last ten; None where the events do not say."""
+    """Facts learned and share reached, a row for each of the last ten batches; None if no event has ``learned``."""
     found = [event for event in events if event["event"] == "batch" and event.get("learned") is not None]
     if not found:
         return None
@@ -197,7 +197,7 @@ def learned_table(events: list[dict[str, Any]]) -> Table | None:
 
 
 def guard_lines(events: list[dict[str, Any]]) -> list[str]:
-    """What the guard noticed in a run; nothing where no batch stood out."""
+    """The guard's findings in a run, as lines; empty if no batch stood out."""
     found = [event for event in events if event["event"] == "guard"]
     left = [fact for event in found if event["action"] == "skipped" for fact in event["facts"]]
     lines = [f"guard: {told(event)}" for event in found]
@@ -207,7 +207,7 @@ def guard_lines(events: list[dict[str, Any]]) -> list[str]:
 def data_table(
     name: str, loaded: Loaded, against: Sequence[Conflict], again: Sequence[tuple[EditRequest, EditRequest]]
 ) -> Table:
-    """What a source of requests holds, and what in it one may want to mend."""
+    """Contents of a source of requests, and faults that a user may want to mend."""
     table = Table(title=escape(name), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -226,7 +226,7 @@ def data_table(
 
 
 def settings_table(title: str, chosen: EditConfig, unused: Container[str]) -> Table:
-    """Settings with their values, what each may be, and what it does."""
+    """Settings with value, allowed values and description."""
     table = Table(title=title, show_lines=True)
     table.add_column("setting", no_wrap=True)
     for heading in ("value", "may be", "what it does"):
@@ -239,7 +239,7 @@ def settings_table(title: str, chosen: EditConfig, unused: Container[str]) -> Ta
 
 
 def plan_table(rows: Mapping[str, Sequence[str]]) -> Table:
-    """What a run will do, from `make_plan`."""
+    """The plan of a run, from `make_plan`."""
     table = Table(title="what the run will do", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -249,7 +249,7 @@ def plan_table(rows: Mapping[str, Sequence[str]]) -> Table:
 
 
 def requests_table(requests: Sequence[EditRequest]) -> Table:
-    """Requests as they are understood, a column for each."""
+    """Requests as read, a column for each."""
     table = Table(title="as understood", show_header=False)
     table.add_column(no_wrap=True)
     for _ in requests:
@@ -263,7 +263,7 @@ def requests_table(requests: Sequence[EditRequest]) -> Table:
 
 
 def scores_table(events: list[dict[str, Any]]) -> Table:
-    """Every metric with its standard error, one column per evaluation."""
+    """Every score with standard error, one column per evaluation."""
     found = [event for event in events if event["event"] == "evaluation"]
     table = Table(title="scores (mean ± standard error over the requests)")
     table.add_column("metric")
@@ -314,7 +314,7 @@ def spectrum_table(rows: list[dict[str, Any]], heading: str) -> Table:
 
 
 def sparkline(values: list[float], width: int = 24) -> str:
-    """Values as blocks, in ``width`` steps."""
+    """Values as a line of block characters, at most ``width`` wide."""
     if not values or max(values) <= 0:
         return ""
     picked = [values[i * len(values) // width] for i in range(width)] if len(values) > width else values

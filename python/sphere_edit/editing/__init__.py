@@ -1,1 +1,1 @@
-"""The editing loop: one batch after the other, each written whole or not at all."""
+"""The editing loop: batch after batch, each written whole or not at all."""

@@ -1,4 +1,4 @@
-"""One batch of edits: the engine solves for the wanted changes of its facts, projects and writes them."""
+"""Write one batch: find the wanted changes of the facts; the engine solves, projects and writes."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from sphere_edit.targets.passes import Passes
 from sphere_edit.targets.reached import share_reached, share_written
 from sphere_kernels import LowRankUpdate
 
-Done = dict[int, tuple[LayerRecord, Event]]  # by layer: what it took, and what is said about it
+Done = dict[int, tuple[LayerRecord, Event]]  # by layer: the record of its update, and its energy event
 
 
 class BatchWriter:
-    """Writes batches of facts into a model, in the way that settings name.
+    """Writes batches of facts into a model, by the method and the targets of the settings.
 
     Args:
         contexts: templates with ``{}``; the first is the bare prompt.
@@ -54,23 +54,27 @@ class BatchWriter:
         self.config, self.contexts, self._progress = config, contexts, progress
         self._weights = {layer: structure.edited[layer].weight for layer in config.layers}
         self._passes: Passes | None = None
-        self._not_additive: tuple[int, ...] = ()  # layers whose blocks do not move by what their maps do
-        self.anchors: dict[int, float] = {}  # lengths of values by layer, where they are anchored
+        self._not_additive: tuple[int, ...] = ()  # layers whose block output changes otherwise than the map's
+        self.anchors: dict[int, float] = {}  # length of values by layer; empty unless values are anchored
 
     def prepare(self, probe: Sequence[int]) -> None:
-        """Measure once what optimised values need to know of the model; ``probe`` are token ids of any prompt."""
+        """For optimised values, find the blocks that are not additive and measure the anchors, once.
+
+        Args:
+            probe: token ids of any prompt.
+        """
         if self.config.targets == "optimised" and not method_class(self.config).trains:
             self._not_additive = not_additive(self.model, self.structure, self.config.layers, probe)
             self.anchors = self._measure_anchors()
 
     def write(self, engine: Engine, facts: Sequence[EditRequest], clock: Clock) -> tuple[Done, Event]:
-        """Find and write the updates of all layers; within `Engine.batch`.
+        """Find and write the updates of all layers; call within `Engine.batch`.
 
         Returns:
-            What each layer took, and what is said of the batch.
+            Each layer's record and event, and the fields of the batch's event.
 
         Raises:
-            FloatingPointError: something is not finite.
+            FloatingPointError: a loss, gradient, key or update is not finite.
         """
         if engine.method.trains:
             return self._train(engine, facts, clock)
@@ -78,7 +82,7 @@ class BatchWriter:
         return ways[self.config.targets](engine, facts, clock)
 
     def _train(self, engine: Engine, facts: Sequence[EditRequest], clock: Clock) -> tuple[Done, Event]:
-        """Updates of all layers by fine-tuning; as `write`."""
+        """Fine-tune all layers; result and errors as for `write`."""
         tuned = tune(
             self.model,
             self.tokenizer,
@@ -98,7 +102,7 @@ class BatchWriter:
         return done, {"loss": nll, "nll": nll, "steps": float(tuned.steps)}
 
     def _close_loop(self, engine: Engine, facts: Sequence[EditRequest], clock: Clock) -> tuple[Done, Event]:
-        """Updates of all layers at once, in rounds; as `write`."""
+        """Update all layers at once, in rounds of the closed loop; result and errors as for `write`."""
         layers = self.config.layers
         if self._passes is None:
             self._passes = Passes(self.model, self.structure, layers, self.config.loop_arithmetic)
@@ -135,7 +139,7 @@ class BatchWriter:
         return done, told(loop, facts) | {"reached": reached}
 
     def _gradient(self, engine: Engine, facts: Sequence[EditRequest], clock: Clock) -> tuple[Done, Event]:
-        """Updates of all layers from one backward pass; as `write`."""
+        """Update all layers from one backward pass; result and errors as for `write`."""
         seen = self.see_gradients(engine, facts)
         clock.lap("pass")
         asked = {layer: (keys, engine.lifelong.residuals(layer, keys)) for layer, keys in seen.keys.items()}
@@ -148,7 +152,7 @@ class BatchWriter:
         return done, {"nll": float(seen.nll.mean()), "positions": positions}
 
     def see_gradients(self, engine: Engine, facts: Sequence[EditRequest]) -> Seen:
-        """One pass over the facts' prompts and targets, taken into the statistics."""
+        """Run one forward and backward pass over prompts and targets, and update the running statistics."""
         rows = [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in facts]
         seen = look_back(
             self.model,
@@ -163,7 +167,7 @@ class BatchWriter:
         return seen
 
     def _optimise(self, engine: Engine, facts: Sequence[EditRequest], clock: Clock) -> tuple[Done, Event]:
-        """Values, then updates layer by layer; as `write`."""
+        """Optimise the values, then update layer by layer; result and errors as for `write`."""
         config, layers = self.config, self.config.layers
         values, given_up = self._values(facts, self.contexts, "values"), {}
         if self.anchors:
@@ -216,12 +220,12 @@ class BatchWriter:
         )
 
     def _own_outputs(self, facts: Sequence[EditRequest]) -> dict[int, Tensor]:
-        """``{layer: [facts, n]}``, what the edited maps say at the subjects of the bare prompts."""
+        """Outputs of the edited maps at the subjects of the bare prompts, ``{layer: [facts, n]}``."""
         rows = [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in facts]
         return plain.look(self.model, self.structure, rows, self.config.layers).outputs
 
     def _measure_anchors(self) -> dict[int, float]:
-        """By layer the length that values of other facts have in the model before all edits, if they are anchored."""
+        """Mean length by layer of the values of other facts, before all edits; empty unless values are anchored."""
         found: dict[int, list[Tensor]] = {}
         others = other_facts("value_anchor", self.config.value_anchor, self.config.seed)
         for part in batches(others, self.config.batch_size):

@@ -1,4 +1,4 @@
-"""The editing loop: batch after batch, each written whole, kept, or undone; and the state between them."""
+"""The editor: write, judge, and keep or undo batch after batch, and carry the state from batch to batch."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ from sphere_kernels import hyperspherical_energy, orthogonal_energy
 
 
 class SphereEditor:
-    """Edit facts of a Hugging Face causal LM in sequence while its hyperspherical energy is held.
+    """Edits facts of a Hugging Face causal LM in sequence and holds the hyperspherical energy of the edited weights.
 
-    The editor owns the history of its edits; use one editor for one model. Everything is checked before a weight is
-    touched, and a batch is written whole or not at all: an error or interrupt restores the weights it found.
+    The editor owns the history of its edits; use one editor for one model. It checks everything before it touches a
+    weight. It writes a batch whole or not at all: after an error or interrupt the weights are as before the batch.
 
     Args:
         model: a causal LM (``AutoModelForCausalLM``); weights in fp16, bf16, fp32 or fp64, all in memory.
@@ -54,16 +54,16 @@ class SphereEditor:
         cache: folder for the key covariances; by default inside ``SPHERE_EDIT_CACHE``.
         on_event: called with every event as it happens.
         on_progress: called with (what, done, total) during the long steps.
-        on_batch: called with the record of every batch once it is in the weights and before it is final, to put it in a
-            safe place: if it raises, the batch is undone, and the error goes on. Events of the batch come afterwards.
-        on_note: called with what a user should hear of batches that stand out (see ``guard``), or whose wanted
+        on_batch: called with the record of every batch, when the batch is in the weights but not yet final, to store
+            it. If the call raises, the batch is undone and the error propagates. The batch's events come afterwards.
+        on_note: called with a message for the user about a batch that stands out (see ``guard``), or whose wanted
             changes are not in the weights (see `sphere_edit.targets.reached`); by default a warning.
 
     Raises:
         StructureError, ConfigError, ValueError: the model, the layers or a setting does not fit.
 
-    Determinism: on the CPU the same model, requests, settings, seed, thread count and machine give the same weights
-    bit for bit.
+    Determinism: on the CPU, the same model, requests, settings, seed, thread count and machine give bitwise equal
+    weights.
     """
 
     def __init__(
@@ -102,24 +102,24 @@ class SphereEditor:
         self._events: list[Event] = []
         self._fingerprints: dict[str, str] = {}
         self._edits, self._keeping = 0, 0.0
-        self._aside: dict[int, Tensor] | None = None  # the loop's weights where others are handed over
+        self._aside: dict[int, Tensor] | None = None  # the loop's weights while the model holds others
 
     @property
     def batches(self) -> int:
-        """How many batches are in the weights."""
+        """Number of batches done, skipped batches included."""
         return self._engine.batches if self._engine else 0
 
     @property
     def edits(self) -> int:
-        """How many facts they held, with those of batches left out."""
+        """Number of facts in the batches done, skipped batches included."""
         return self._edits
 
     def edit(self, requests: Iterable[EditRequest | Mapping[str, Any]]) -> EditResult:
-        """Edit the facts in batches of ``batch_size``, after all earlier ones.
+        """Edit the facts in batches of ``batch_size``, after all earlier edits.
 
         Raises:
-            RequestError, ValueError: a request that cannot be edited; nothing has been touched then.
-            GuardError: with ``guard: stop`` a batch stands out; it has been undone, the batches before it stay.
+            RequestError, ValueError: a request cannot be edited; no weight has been touched.
+            GuardError: a batch stands out, with ``guard: stop``; that batch is undone, the batches before it stay.
         """
         todo = self.check(requests)
         result = EditResult(todo, events=self._events)
@@ -136,14 +136,14 @@ class SphereEditor:
         return result
 
     def prepare(self) -> None:
-        """What is needed once before the first edit: a check of the model's parts, context prefixes, key covariances,
-        the engine, and the energies as they are. `edit` calls it; call it to meet its errors early."""
+        """Prepare the first edit: check the model's parts, generate context prefixes, measure key covariances, make the
+        engine, and report the energies. `edit` calls this; call it yourself to see its errors early."""
         if self._engine is None:
             with frozen(self.model):
                 self._prepare()
 
     def check_parts(self) -> None:
-        """Raise StructureError unless the parts found make the model's own logits; `prepare` calls it."""
+        """Raise StructureError unless the parts found reproduce the model's logits; `prepare` calls this."""
         with frozen(self.model):
             check_replay(self.model, self.structure, self._probe())
 
@@ -151,7 +151,7 @@ class SphereEditor:
         return encode(self.tokenizer, "The capital of France is").ids
 
     def check(self, requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[EditRequest]:
-        """Everything about the requests that can be known before editing; raises as `edit` does, changes nothing."""
+        """Check the requests as far as possible before editing; raises as `edit` does, changes nothing."""
         if torch.is_inference_mode_enabled():
             raise ValueError("editing needs gradients; expected to be called outside torch.inference_mode()")
         self._check_ours()
@@ -168,7 +168,7 @@ class SphereEditor:
 
     @torch.no_grad()
     def revert(self) -> None:
-        """Put the weights back exactly as the editor found them, and forget all edits."""
+        """Restore the weights exactly as the editor found them, and forget all edits."""
         self._check_unmoved()
         for layer, weight in self.weights().items():
             weight.copy_(self._original[layer])
@@ -176,9 +176,10 @@ class SphereEditor:
 
     @torch.no_grad()
     def hand_over(self) -> None:
-        """Put into the model what the method hands over, to be evaluated and saved: with ``prune_in: copies`` the
-        restrained weights, else the weights as they are. The editor then edits no more, until it goes back to a
-        state or the beginning, or until the end of `finished`."""
+        """Put the method's final weights into the model, for evaluation and saving.
+
+        With ``prune_in: copies`` these are the restrained weights, else the weights as they are. Editing is refused
+        until `load_state_dict`, `revert`, or the end of `finished`."""
         if self._aside is not None:
             return
         self._check_ours()
@@ -192,7 +193,7 @@ class SphereEditor:
 
     @contextmanager
     def finished(self) -> Iterator[None]:
-        """Within, the model is as `hand_over` leaves it; afterwards it is as before, and editing goes on."""
+        """Hold the final weights of `hand_over` in the model within the block, then restore the loop's weights."""
         if self._aside is not None:
             yield
             return
@@ -206,11 +207,11 @@ class SphereEditor:
             self._aside = None
 
     def replay(self, record: BatchRecord) -> None:
-        """Put a batch of an earlier run into the model, without optimising: the state is then as it was there.
+        """Write a recorded batch into the model without optimising; the state becomes that of the earlier run.
 
         Raises:
-            ReplayError: it is not the next batch, edits other layers, or does not give the recorded weights, as on
-                another machine; nothing has been changed then.
+            ReplayError: the batch is not the next one, edits other layers, or does not give the recorded weights, as
+                on another machine; nothing is changed.
         """
         self.prepare()
         assert self._engine is not None
@@ -230,13 +231,13 @@ class SphereEditor:
         torch.set_rng_state(record.random_state)
 
     def rewind(self, records: Iterable[BatchRecord]) -> None:
-        """Back to the weights as found, and through the batches given: exactly as if no other had ever been edited."""
+        """Revert all edits, then replay the given batches: exactly as if no other batch had been edited."""
         self.revert()
         for record in records:
             self.replay(record)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that the next batch depends on besides model, settings and requests, by reference."""
+        """All state that the next batch depends on besides model, settings and requests, by reference."""
         self._check_not_handed_over()
         self.prepare()
         assert self._engine is not None
@@ -244,7 +245,7 @@ class SphereEditor:
         return counts | add_prefix("engine", self._engine.state_dict()) | add_prefix("guard", self._guard.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state_dict` of an editor of the same model and settings; the weights are written too."""
+        """Restore a `state_dict` of an editor of the same model and settings, weights included."""
         self.prepare()
         assert self._engine is not None
         self._check_unmoved()
@@ -255,14 +256,14 @@ class SphereEditor:
         torch.set_rng_state(state["random_state"])
 
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of what edits rest on: model as found, tokenizer, context prefixes, each layer's key covariance, and
-        the file of a method of one's own."""
+        """SHA-256 of every input of the edits: model as found, tokenizer, context prefixes, each layer's key
+        covariance, and, where used, preheating facts, anchors and the file of a user's own method."""
         self.prepare()
         return dict(self._fingerprints)
 
     def energy(self, layer: int) -> dict[str, float]:
-        """Hyperspherical energy of an edited weight now (of its fp32 master where the model has 16 bits), and its
-        excess over orthogonal rows."""
+        """Current hyperspherical energy of an edited weight, and the excess over orthogonal rows; for a 16-bit model,
+        both of the fp32 master."""
         if self._engine is not None:
             return self._engine.energy(layer)
         weight, s = self.structure.edited[layer].weight, self.config.energy_s
@@ -270,11 +271,11 @@ class SphereEditor:
         return {"energy": energy, "excess": energy - orthogonal_energy(weight.shape[0], s)}
 
     def original_weights(self) -> dict[int, Tensor]:
-        """The edited weights ``[n, d]`` as they were before the first edit."""
+        """The edited weights ``[n, d]`` before the first edit."""
         return dict(self._original)
 
     def weights(self) -> dict[int, Tensor]:
-        """The edited weights ``[n, d]`` as they are; the model's own storage."""
+        """The current edited weights ``[n, d]``, in the model's own storage."""
         return {layer: self.structure.edited[layer].weight for layer in self.config.layers}
 
     def _check_unmoved(self) -> None:
@@ -291,7 +292,7 @@ class SphereEditor:
             raise ValueError("the weights have been handed over; expected a call after finished(), or after revert()")
 
     def _check_ours(self) -> None:
-        """The weights are those that the engine writes to, with the bits that it left there."""
+        """Raise ValueError unless the model's weights are the engine's tensors and hold the engine's bits."""
         self._check_not_handed_over()
         self._check_unmoved()
         states = self._engine.states if self._engine else {}
@@ -393,19 +394,19 @@ class SphereEditor:
         self._keeping = time.perf_counter() - start
 
     def _figures(self) -> dict[int, Event]:
-        """Per layer what the guard compares a batch with."""
+        """Energy and weight norm of each layer, for the guard to compare a batch with."""
         engine = self._engine
         assert engine is not None
         return {i: {**engine.energy(i), "weight_norm": engine.weight_norm(i)} for i in self.config.layers}
 
     def _guarded(self, batch: Sequence[EditRequest], before: Mapping[int, Event]) -> BatchRecord:
-        """The batch, written; raises GuardError where it stands out and may not stay."""
+        """Write and judge a batch; raise GuardError for a batch that stands out and may not stay."""
         assert self._engine is not None
         number, ids, guard = self._engine.batches + 1, [request.id for request in batch], self.config.guard
         try:
             record = self._write_batch(batch)
         except BROKEN as error:
-            if guard in ("warn", "off"):  # nothing that could be kept
+            if guard in ("warn", "off"):  # the batch holds nothing that 'warn' could keep
                 raise
             raise GuardError(number, ids, [], str(error)) from error
         found = self._guard.judge(record.events, before) if guard != "off" else []
@@ -417,7 +418,7 @@ class SphereEditor:
         return record
 
     def _left_out(self, batch: Sequence[EditRequest], error: GuardError, seconds: float) -> BatchRecord:
-        """A record of the batch that changes nothing."""
+        """The record of a batch that is left out; no weight changes."""
         engine, layers, facts = self._engine, self.config.layers, len(batch)
         assert engine is not None
         place = {"batch": error.batch, "edits": self._edits + facts}
@@ -445,7 +446,7 @@ class SphereEditor:
         done, told = self._writer.write(engine, batch, clock)
         layers = {layer: record for layer, (record, _) in done.items()}
         events = [{"event": "energy", **place, "layer": layer, **event} for layer, (_, event) in done.items()]
-        seconds = {**clock, "keep": self._keeping}  # that of the batch before
+        seconds = {**clock, "keep": self._keeping}  # "keep" is the time of the batch before
         events.append({"event": "batch", **place, "size": len(batch), **told, "seconds": seconds})
         if said := missed(events[-1]):
             self._on_note(said)

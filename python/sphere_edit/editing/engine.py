@@ -1,4 +1,4 @@
-"""The edited weights and what follows them from batch to batch: energies, directions, the method's history."""
+"""The engine: edited weights, energies, directions and the method's history, updated batch by batch."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Clock(dict[str, float]):
         self._at = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        """The time since the last lap went to ``stage``."""
+        """Add the time since the last lap to ``stage``."""
         now = time.perf_counter()
         self[stage] = self.get(stage, 0.0) + now - self._at
         self._at = now
 
 
 class Engine:
-    """Solve, project (SPHERE, then REVIVE where it is asked for), write; a batch is kept whole or undone.
+    """Solves, projects (SPHERE, then REVIVE if set) and writes; keeps a batch whole or undoes the batch.
 
     Args:
-        weights: ``{layer: [n, d]}``, the model's own; written in place.
+        weights: ``{layer: [n, d]}``, the model's own storage; written in place.
         covariances: ``{layer: [d, d]}`` fp64, of the keys.
         config: the method's settings and SPHERE's.
         originals: the weights before all edits.
@@ -76,11 +76,11 @@ class Engine:
         self.batches = 0
         self._whole = True
         self._undo: dict[int, dict[str, Tensor]] = {}
-        self._before: dict[int, Tensor] = {}  # the weights of the batch before, where updates are being tried
+        self._before: dict[int, Tensor] = {}  # weights before the batch, while an attempt is in the model
         self._tried: dict[int, tuple[Update, Event]] = {}
 
     def check_whole(self) -> None:
-        """Refuse to go on from half a batch."""
+        """Raise RuntimeError if a batch has been added to the history in part only."""
         if not self._whole:
             raise RuntimeError(
                 "an error or interrupt came while a batch was being added to the history: "
@@ -89,12 +89,12 @@ class Engine:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """What is written within becomes the next batch; on an error or interrupt it is undone bit for bit."""
+        """Make the writes within the block the next batch; on an error or interrupt undo all writes bit for bit."""
         self.check_whole()
         try:
             yield
             self._whole = False
-            if self._undo:  # else nothing was solved for, in a batch left out
+            if self._undo:  # empty in a batch that is left out: nothing was solved
                 self.method.commit()
                 self.lifelong.commit()
             self.batches += 1
@@ -110,7 +110,7 @@ class Engine:
             self._undo, self._before, self._tried = {}, {}, {}
 
     def solve(self, layer: int, keys: Tensor, residuals: Tensor, clock: Clock) -> LowRankUpdate:
-        """The method's update of one layer for keys ``[b, d]`` and residuals ``[b, n]``; within `batch`.
+        """Solve one layer's update for keys ``[b, d]`` and residuals ``[b, n]``; call within `batch`.
 
         Raises:
             FloatingPointError: keys, residuals or update are not finite.
@@ -124,7 +124,7 @@ class Engine:
 
     @contextmanager
     def tried(self, layer: int, update: LowRankUpdate) -> Iterator[None]:
-        """Within, the model's weight has the whole update; afterwards it is the one from before, bit for bit."""
+        """Add the whole update to the model's weight within the block, then restore the weight bit for bit."""
         state = self.states[layer]
         before = state.weight.clone()
         try:
@@ -136,25 +136,26 @@ class Engine:
     def write(
         self, layer: int, keys: Tensor, residuals: Tensor, solved: LowRankUpdate, clock: Clock
     ) -> tuple[LayerRecord, Event]:
-        """Reshape what `solve` gave for ``keys`` and ``residuals``, project and add; within `batch`.
+        """Reshape, project and add the update that `solve` found for ``keys`` and ``residuals``; call within `batch`.
 
         Returns:
-            What was done, and what is said about it.
+            The layer's record and the fields of its energy event.
         """
         update, event = self._shaped(layer, residuals, solved, clock)
         return self._put(layer, keys, update, event, clock)
 
     def add(self, layer: int, keys: Tensor, solved: Update, clock: Clock) -> tuple[LayerRecord, Event]:
-        """Project an update of one layer and add it; within `batch`. ``keys`` as for `solve`."""
+        """Project and add an update of one layer; call within `batch`. ``keys`` as for `solve`."""
         return self._put(layer, keys, *self._projected(layer, solved, clock), clock)
 
     @torch.no_grad()
     def attempt(self, asked: Mapping[int, tuple[Tensor, Tensor]], clock: Clock) -> None:
-        """Let the model have the weights that it would have if this were the batch: states, directions and history stay
-        those of the batch before. `settle` makes the last attempt final, the end of `batch` without it undoes it.
+        """Write trial updates into the model; states, directions and history do not change.
+
+        `settle` makes the last attempt final. The next attempt undoes this one, and so does an error in `batch`.
 
         Args:
-            asked: ``{layer: (keys [b, d], residuals [b, n])}``, of all layers at once.
+            asked: ``{layer: (keys [b, d], residuals [b, n])}``, all layers at once.
         """
         self._untry()
         found = {}
@@ -170,10 +171,10 @@ class Engine:
 
     @torch.no_grad()
     def settle(self, keys: Mapping[int, Tensor], clock: Clock) -> dict[int, tuple[LayerRecord, Event]]:
-        """Write the last attempt for good: the model keeps the bits that it has.
+        """Make the last attempt final; the bits of the model's weights stay.
 
         Args:
-            keys: ``{layer: [b, d]}``, what the history is to remember of the batch.
+            keys: ``{layer: [b, d]}``, the batch's keys for the history.
         """
         self._untry()
         done = {}
@@ -188,7 +189,7 @@ class Engine:
         self._before = {}
 
     def _shaped(self, layer: int, residuals: Tensor, solved: LowRankUpdate, clock: Clock) -> tuple[Update, Event]:
-        """What `solve` gave, as it is to be added, and what is said about it."""
+        """Reshape and project a solved update; returns the update to add and fields of the layer's event."""
         shaped = self.method.reshape(layer, solved, self.states[layer].master)
         clock.lap("solve")
         update, event = self._projected(layer, shaped, clock)
@@ -230,10 +231,10 @@ class Engine:
         return record, event
 
     def replay(self, layer: int, record: LayerRecord) -> None:
-        """Add what an earlier run added, if anything, and remember its keys; within `batch`.
+        """Add an earlier run's recorded update and remember the keys, unless the record is empty; call within `batch`.
 
         Raises:
-            ReplayError: the weight is then not what it was there.
+            ReplayError: the record lacks gradients, or the weight's bits then differ from the earlier run's.
         """
         state = self.states[layer]
         device = state.master.device
@@ -252,13 +253,13 @@ class Engine:
             )
 
     def nothing(self, layer: int) -> LayerRecord:
-        """The record of a layer in a batch that is left out: states and history stay as they are."""
+        """The record of a layer in a batch that is left out; states and history stay."""
         n, d = (master := self.states[layer].master).shape
         keys, left, right = (torch.empty(shape, dtype=torch.float32) for shape in ((0, d), (n, 0), (0, d)))
         return LayerRecord(keys, LowRankUpdate(left, right), tensor_sha256(master))
 
     def finished(self, layer: int) -> Tensor:
-        """The weight as the method hands it over, ``[n, d]``."""
+        """The method's final weight of a layer, ``[n, d]``."""
         return self.method.finish(layer, self.states[layer].master, self._originals[layer])
 
     def energy(self, layer: int) -> dict[str, float]:
@@ -270,7 +271,7 @@ class Engine:
         return float(self.states[layer].gram.diagonal().double().sum().sqrt())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that decides what comes next, by reference."""
+        """All state that later batches depend on, by reference."""
         found = add_prefix("method", self.method.state_dict())
         for layer, state in self.states.items():
             found |= add_prefix(f"weight.{layer}", state.state_dict())
@@ -278,10 +279,11 @@ class Engine:
         return found | {"batches": torch.tensor(self.batches)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state_dict`, possibly of another process.
+        """Restore a `state_dict`, possibly of another process.
 
         Raises:
-            TypeError, ValueError: it does not fit; where already its names do not, nothing has been changed.
+            ValueError: the names do not fit; nothing is changed.
+            TypeError, ValueError: a tensor does not fit; `check_whole` refuses until a state has been restored.
         """
         expected, found = sorted(_kinds(self.state_dict())), sorted(_kinds(state))
         if expected != found:
@@ -295,7 +297,7 @@ class Engine:
         self._whole = True
 
     def _entering(self, layer: int, keys: Tensor) -> Tensor:
-        """The keys ``[b, d]`` as the method is to solve for them."""
+        """The keys ``[b, d]`` that the method solves for, projected with ``project: solve``."""
         return self.states[layer].project(keys).to(keys.dtype) if self._projects_keys else keys
 
     def _add(self, layer: int, update: Update) -> None:
@@ -305,16 +307,16 @@ class Engine:
 
 
 def _alpha(config: EditConfig) -> float:
-    """Of one projection: within the solve there are two, of the keys and of the update."""
+    """α of one projection. ``project: solve`` projects twice, the keys and the update, each with a smaller α."""
     return 1 - (1 - config.alpha) ** 0.5 if config.project == "solve" else config.alpha
 
 
 def _kinds(state: Mapping[str, Tensor]) -> set[str]:
-    """Names of a state, without those that come and go: the form of a history, and a basis."""
+    """Prefixes of a state's names; the last parts vary, with the form of a history and the presence of a basis."""
     return {name.rpartition(".")[0] for name in state}
 
 
 def check_finite(what: str, *tensors: Tensor) -> None:
-    """Raise FloatingPointError where there is NaN or infinity."""
+    """Raise FloatingPointError if a tensor holds NaN or infinity."""
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise FloatingPointError(f"{what} holds NaN or infinity; the weights are left as they were")

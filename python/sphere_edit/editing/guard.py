@@ -1,26 +1,28 @@
-"""Notice a batch that breaks a weight, while it can still be undone.
+"""The guard: notice a batch that breaks a weight, while the batch can still be undone.
 
-A broken edit shows at once: the hyperspherical energy of a layer jumps, its update is as long as the weight itself, or
-the facts are not learned. The guard compares these figures of a batch with those of the run's earlier batches, by
-median and MAD, which a broken batch or two cannot move. While there are fewer than `FIRST` of them, fixed bounds hold.
+A broken edit shows at once: the hyperspherical energy of a layer jumps, the update is as long as the weight itself, or
+the facts are not learned. The guard compares these figures of a batch with those of the run's earlier batches. It uses
+median and MAD, which one or two broken batches cannot move. Fixed bounds hold until `FIRST` batches are in the weights.
 
 | figure | of | stands out |
 | --- | --- | --- |
-| energy | each layer: ``|E_after − E_before|`` over the energy of orthogonal rows | above the usual |
-| step | each layer: Frobenius norm of the update over that of the weight before the batch | above the usual |
-| learned | the batch: share of its facts that the model has then, where the targets tell | below the usual |
+| energy | each layer: ``|E_after − E_before|`` over the energy of orthogonal rows | above its bound |
+| step | each layer: Frobenius norm of the update over that of the weight before the batch | above its bound |
+| learned | the batch: share of facts that the model knows afterwards, if the targets report it | below its bound |
 
-The usual reaches to ``median + 8 max(1.48 MAD, median / 2)``, five medians at least, and is never less than `LEAST`; of
-the share learned to ``median − 4 max(1.48 MAD, median / 20, its error for so many facts)``, where a run's first batches
-are taken to learn half. What is not finite stands out always.
+The bound of energy and step is ``median + 8 max(1.48 MAD, median / 2)``, at least five medians and never below
+`LEAST`. The bound of the share learned is ``median − 4 max(1.48 MAD, median / 20, e)``; ``e`` is the standard error of
+the share for this number of facts, and the median of the first batches is taken as one half. A figure that is not
+finite always stands out.
 
 Why these numbers (``benchmarks/results/guard.json``): in healthy batches of 20 facts of SmolLM2-135M a layer's energy
-changed by 1e-5 at most and its step was 0.085 at most; the studies (``benchmarks/study/results``) have steps up to
-0.22 (100 facts) and, on a model with 128 neurons a layer, 2.2 % of energy in ten batches. Steps made 100 times too long
-changed the energy by 2 to 3 % only, but were 7 times the weight's norm and more. Hence five medians, and fixed bounds
-well above the healthy. Missed in the first batches: steps 10 times too long in the closed loop, which makes up for
-them, and contradictory facts, since the share learned is hardly bounded there. So few runs cannot prove that no healthy
-run is ever stopped: the default is ``warn``, which loses nothing.
+changed by 1e-5 at most, and its step was 0.085 at most. The studies (``benchmarks/study/results``) have steps up to
+0.22 (100 facts) and, on a model with 128 neurons a layer, an energy change of 2.2 % in ten batches. Steps that were
+made 100 times too long changed the energy by only 2 to 3 %, but reached 7 times the weight's norm and more. Hence five
+medians, and fixed bounds well above the healthy figures. In the first batches the guard misses two kinds: steps 10
+times too long in the closed loop, whose rounds make up for them, and contradictory facts, since the share learned is
+hardly bounded there. So few runs cannot prove that no healthy run is ever stopped. Hence the default ``warn``, which
+loses nothing.
 """
 
 from __future__ import annotations
@@ -36,12 +38,12 @@ from torch import Tensor
 from sphere_edit.events import Event
 from sphere_kernels.streaming import IllConditioned
 
-FIRST = 5  # batches until medians are taken
-BOUND = {"energy": 0.05, "step": 1.0}  # in the batches before
-LEAST = {"energy": 0.002, "step": 0.02}  # what is below harms nothing, however still the run was
+FIRST = 5  # batches with fixed bounds; medians afterwards
+BOUND = {"energy": 0.05, "step": 1.0}  # the fixed bounds
+LEAST = {"energy": 0.002, "step": 0.02}  # figures below these are harmless, even after a run of tiny ones
 _SPREADS, _SHARE_SPREADS = 8.0, 4.0
-_NORMAL = 1.4826  # standard deviations in a MAD
-# What the loop raises where it meets NaN, infinity, or keys too long to be solved for.
+_NORMAL = 1.4826  # standard deviation of a normal distribution, in MADs
+# The loop raises these for NaN, infinity, and keys too long to solve for.
 BROKEN = (FloatingPointError, torch.linalg.LinAlgError, IllConditioned)
 
 Figure = tuple[str, int | None, float]  # name, layer, value
@@ -52,8 +54,9 @@ class GuardError(ValueError):
 
     Attributes:
         batch: its number.
-        facts: the ids of its facts.
-        found: what stands out, as `Guard.judge` gives it; empty where the loop itself has met NaN or infinity.
+        facts: ids of its facts.
+        found: figures that stand out, from `Guard.judge`; empty if the loop itself met NaN or infinity.
+        why: the reason, for people.
     """
 
     def __init__(self, batch: int, facts: Sequence[str], found: Sequence[Event], why: str = "") -> None:
@@ -67,10 +70,10 @@ class GuardError(ValueError):
 
 
 class Guard:
-    """What the batches in the weights looked like, and whether the next one looks like them.
+    """Keeps the figures of the batches in the weights, and compares the next batch with these figures.
 
     Args:
-        orthogonal: per edited layer the energy of as many orthogonal rows.
+        orthogonal: for each edited layer, the energy of as many orthogonal rows.
     """
 
     def __init__(self, orthogonal: Mapping[int, float]) -> None:
@@ -79,15 +82,15 @@ class Guard:
         self._seen[_key("learned", None)] = []
 
     def judge(self, events: Sequence[Event], before: Mapping[int, Event]) -> list[Event]:
-        """What stands out in a batch.
+        """Find the figures of a batch that stand out.
 
         Args:
-            events: what is said of the batch, as in its record.
-            before: per layer its ``energy`` and ``weight_norm`` before the batch.
+            events: the batch's events, as in its record.
+            before: ``energy`` and ``weight_norm`` of each layer before the batch.
 
         Returns:
-            ``figure``, ``layer`` (None where it is the batch's), ``value`` (None where it is not finite) and ``usual``,
-            the bound that it is beyond.
+            For each: ``figure``, ``layer`` (None for a figure of the batch), ``value`` (None if not finite) and
+            ``usual``, the bound that the value exceeds or falls short of.
         """
         size = next((event["size"] for event in events if event["event"] == "batch"), 1)
         found = []
@@ -100,17 +103,17 @@ class Guard:
         return found
 
     def accept(self, events: Sequence[Event], before: Mapping[int, Event]) -> None:
-        """The batch is in the weights: what comes is compared with it too. Arguments as for `judge`."""
+        """Take a batch's figures into the comparison, once the batch is in the weights; arguments as for `judge`."""
         for name, layer, value in self._figures(events, before):
             if math.isfinite(value):
                 self._seen[_key(name, layer)].append(value)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The figures so far, fp64 ``[batches]`` each."""
+        """All figures so far, fp64 ``[batches]`` each."""
         return {name: torch.tensor(values, dtype=torch.float64) for name, values in self._seen.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state_dict`; from one of an earlier version, which has no figures, as a run that begins."""
+        """Restore a `state_dict`; one of an earlier version has no figures, and the guard starts anew."""
         self._seen = {name: state[name].tolist() if name in state else [] for name in self._seen}
 
     def _figures(self, events: Sequence[Event], before: Mapping[int, Event]) -> list[Figure]:
@@ -134,13 +137,13 @@ class Guard:
         spread = _NORMAL * median(abs(value - middle) for value in seen) if enough else 0.0
         if name != "learned":
             return max(LEAST[name], middle + _SPREADS * max(spread, middle / 2))
-        chance = (middle * size + 0.5) / (size + 1)  # never 0 or 1, of which a few facts tell little
+        chance = (middle * size + 0.5) / (size + 1)  # never 0 or 1: few facts cannot show either
         error = math.sqrt(chance * (1 - chance) / size)
         return middle - _SHARE_SPREADS * max(spread, middle / 20, error)
 
 
 def describe(found: Sequence[Mapping[str, Any]]) -> str:
-    """What stands out, as one says it; of each figure the layer that is furthest beyond its bound."""
+    """Say in words which figures stand out; for each figure, name the layer furthest beyond the bound."""
     worst: dict[str, Mapping[str, Any]] = {}
     layers: dict[str, list[int]] = {}
     for one in found:

@@ -1,1 +1,1 @@
-"""What a model knows, says and can do, and how its weights lie: figures of any model, edited or not."""
+"""Figures of any model, edited or not: knowledge, answers, texts, general ability, and geometry of weights."""

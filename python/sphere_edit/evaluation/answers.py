@@ -1,12 +1,13 @@
-"""What the model itself writes after a prompt, and whether that is the wanted answer.
+"""Free answers: let the model write after a prompt, and compare the answer with the wanted one.
 
-*Accuracy* (`metrics`) shows a model each right token before it asks for the next, and stops where the target does. Who
-uses a model shows it nothing: it writes one token after another until it ends its text or line. Editing methods that
-look alike by accuracy differ here (Yang et al., "The Mirage of Model Editing", arXiv 2502.11177).
+*Accuracy* (`metrics`) shows the model each right token before the next, and stops at the target's end (teacher
+forcing). A user shows the model nothing: the model writes token after token until it ends its text or line. Editing
+methods with the same accuracy differ here (Yang et al., "The Mirage of Model Editing", arXiv 2502.11177).
 
-Answers are compared as those of SQuAD (Rajpurkar et al. 2016): lower case, without punctuation and articles. *Exact* is
-the whole answer; *contains* asks for the target's words anywhere in it, in a row. Any alias of an answer will do. A
-base model seldom stops after an answer, so *contains* is its figure, and *exact* that of a chat model.
+Answers are normalised as in SQuAD (Rajpurkar et al. 2016): lower case, without punctuation and articles. *Exact*
+compares the whole answer; *contains* looks for the target's words anywhere in the answer, in a row. Any alias of an
+answer counts. A base model seldom stops after an answer, so read *contains* for a base model and *exact* for a chat
+model.
 """
 
 from __future__ import annotations
@@ -44,22 +45,24 @@ def evaluate_answers(
     progress: Callable[[int, int], None] | None = None,
     judge: Judge | None = None,
 ) -> tuple[Evaluation, dict[str, str]]:
-    """`ANSWER_SCORES`: efficacy (the prompt) and generalization (paraphrases) want ``target_new``; specificity
-    (neighbourhood) ``target_true``, or ``neighborhood_answers`` where a request has them. `FOLLOWING_ANSWER_SCORES`
-    where requests ask for portability and multi-hop questions. A multi-hop question has several wordings: one right
-    answer to any of them will do, as in MQuAKE.
+    """Score free answers to every prompt of the requests: `ANSWER_SCORES`.
+
+    Efficacy (the prompt) and generalization (paraphrases) want ``target_new``. Specificity (neighbourhood) wants
+    ``target_true``, or ``neighborhood_answers`` if a request has them. Requests with portability and multi-hop
+    questions also get `FOLLOWING_ANSWER_SCORES`. A multi-hop question has several wordings; one right answer to any
+    wording counts, as in MQuAKE.
 
     Args:
-        model: causal LM; evaluated in evaluation mode, left as it was.
-        tokens: of an answer at most.
-        chat: prompts are a user's messages in the tokenizer's chat template.
-        judge: also asked of every answer whether it is right: `JUDGED_SCORES`.
+        model: causal LM; run in evaluation mode, left unchanged.
+        tokens: most tokens of an answer.
+        chat: write each prompt as a user's message in the tokenizer's chat template.
+        judge: also decides whether each answer is right: `JUDGED_SCORES`.
 
     Returns:
-        The scores, and each prompt's answer.
+        The scores, and the answer to each prompt.
 
     Raises:
-        ValueError: as `write_answers`, and what the judge raises.
+        ValueError: as `write_answers` and the judge raise it.
     """
     wanted = [questions(request) for request in requests]
     prompts = list(dict.fromkeys(p for groups in wanted for group in groups.values() for p, _, _ in group))
@@ -89,10 +92,11 @@ def write_answers(
     chat: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Greedy continuations up to an end of text or line, or ``tokens``; prompts of like length run together.
+    """Greedy continuations to the end of text or line, ``tokens`` at most; prompts of similar length share a batch.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or a prompt leaves the model too few positions.
+        ValueError: ``tokens`` is below 1, the tokenizer has no chat template, or a prompt leaves the model too few
+            positions.
     """
     check_usable(model)
     check_tokenizer(tokenizer)
@@ -120,7 +124,7 @@ def write_answers(
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and more than one blank; where nothing is left, without the latter."""
+    """Lower case without punctuation and articles, single blanks; punctuation and articles stay if all else is gone."""
     bare = re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION))
     return " ".join(bare.split()) or " ".join(text.lower().split())
 
@@ -132,7 +136,7 @@ def _chat_row(tokenizer: Any, prompt: str) -> Row:
 
 
 def _line_ends(tokenizer: Any, model: Any) -> Tensor:
-    """``[ids]`` bool: which tokens have a line's end in them."""
+    """Mask of the tokens that contain a line end, bool ``[ids]``."""
     size = max(len(tokenizer), model.get_input_embeddings().weight.shape[0])
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     return torch.tensor(["\n" in text for text in texts] + [False] * (size - len(texts)))

@@ -12,12 +12,11 @@ from sphere_kernels import hyperspherical_energy, orthogonal_energy, principal_d
 def layer_energies(
     model: Any, s: float = 1.0, energy_ratio: float = 0.5, progress: Callable[[int, int], None] | None = None
 ) -> list[dict[str, Any]]:
-    """One record per block: ``layer``, ``name``, ``n``, ``d``, ``energy``, ``orthogonal`` (what orthogonal rows would
-    give), ``excess``, ``rank`` at ``energy_ratio``, and the ``eigenvalues`` of ``ŴᵀŴ/n``, descending.
+    """One record per block: ``layer``, ``name``, ``n``, ``d``, ``energy``, ``orthogonal`` (the energy of n orthogonal
+    rows), ``excess``, ``rank`` at ``energy_ratio``, and the ``eigenvalues`` of ``ŴᵀŴ/n``, descending.
 
     Raises:
-        StructureError: the model has no recognisable MLP down-projections.
-        StructureError: a parameter holds NaN or Inf.
+        StructureError: the model has no recognisable MLP down-projections, or a parameter holds NaN or Inf.
     """
     structure = find_structure(model)
     check_weights_finite(model)

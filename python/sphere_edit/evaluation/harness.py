@@ -1,8 +1,8 @@
 """General ability of a model, by lm-evaluation-harness, on local files of BoolQ, RTE, Natural Questions and GSM8K.
 
-Prompts, metrics and numbers of shots are those of the definitions that come with the installed lm-eval; only the
-records are ours, so nothing is fetched. GSM8K's five worked examples are drawn from the same file, as there is no
-training part: never the record that is asked, and always the same ones.
+The installed lm-eval defines prompts, metrics and numbers of shots. The records come from local files, so nothing is
+fetched. The file of GSM8K has no training part; its five worked examples are drawn from the same file, never the
+record asked, and the draw is seeded.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from sphere_edit.model.structure import check_usable
 from sphere_kernels import env
 
 Records = list[dict[str, Any]]
-_SEED = 1234  # lm-eval's own, of the drawing of examples
+_SEED = 1234  # lm-eval's default seed for drawing examples
 
 
 def _boolq(fields: Fields) -> dict[str, Any]:
-    """As in SuperGLUE, where a passage begins with the title of its page."""
+    """A BoolQ record as in SuperGLUE: the passage begins with the page's title."""
     passage = f"{fields.text('title')} -- {fields.text('passage')}"
     return {"passage": passage, "question": fields.text("question"), "label": int(fields.truth("answer"))}
 
@@ -44,7 +44,7 @@ def _rte(fields: Fields) -> dict[str, Any]:
 
 
 def _nq(fields: Fields) -> dict[str, Any]:
-    """The prompt adds the question mark."""
+    """A question without question mark; the prompt template adds one."""
     answers = list(fields.texts("answer", required=True))
     if not answers:
         raise DataError(f"{fields.where}: field 'answer' is empty; expected at least one text")
@@ -60,7 +60,7 @@ def _gsm8k(fields: Fields) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a task's records are, how one becomes what the definition's templates read, and that definition."""
+    """A task: file of records, parser from a record to the template's fields, and lm-eval's definition."""
 
     file: str
     parse: Callable[[Fields], dict[str, Any]]
@@ -85,28 +85,29 @@ def general_ability(
     shots: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Score a model on tasks of lm-evaluation-harness; model, tokenizer and all random states are left as they were.
+    """Score a model on tasks of lm-evaluation-harness; model, tokenizer and all random states stay unchanged.
 
     BoolQ and RTE take the likelier of two answers (``acc``, 0 shots). Natural Questions compares the greedy answer
-    with the known ones, but for case, articles and punctuation (``exact_match``, 0 shots). GSM8K compares the number
-    after ``####`` (``exact_match_strict``) and the last number said (``exact_match_flexible``; 5 shots). Prompts are
-    text, without a chat template; one too long for the model loses its beginning, and lm-eval's log says so.
+    with the known ones and ignores case, articles and punctuation (``exact_match``, 0 shots). GSM8K compares the number
+    after ``####`` (``exact_match_strict``) and the last number of the answer (``exact_match_flexible``; 5 shots).
+    Prompts are plain text, without a chat template. A prompt too long for the model loses its beginning, and lm-eval
+    logs this.
 
     Args:
-        model: causal LM; evaluated in evaluation mode.
-        tokenizer: its own; adds BOS or not, as for any text.
-        tasks: of ``boolq``, ``rte``, ``nq``, ``gsm8k``.
+        model: causal LM; run in evaluation mode.
+        tokenizer: the model's; adds BOS or not, as for any text.
+        tasks: some of ``boolq``, ``rte``, ``nq``, ``gsm8k``.
         data: folder with the files named in ``TASKS``; ``SPHERE_EDIT_DATA`` by default.
-        limit: the first records of each task only.
-        shots: worked examples before each question, in place of each task's own number.
-        batch_size: prompts that run together.
+        limit: score only so many records of each task, the first ones.
+        shots: worked examples before each question; by default the task's own number.
+        batch_size: prompts per batch.
 
     Returns:
         {task: {metric: {"mean", "stderr", "n"}}}; ``stderr`` of the mean is None for one record.
 
     Raises:
-        ConfigError, DataError, StructureError: what does not fit, or lm-eval is not installed; before anything is
-            computed.
+        ConfigError, DataError, StructureError: an argument, a file or the model does not fit, or lm-eval is not
+            installed; raised before anything is computed.
     """
     records = read_tasks(tasks, data, limit, shots, batch_size)
     end, kind = tokenizer.eos_token_id, type(tokenizer).__name__
@@ -129,13 +130,13 @@ def general_ability(
 def ability_scores(
     model: Any, tokenizer: Any, tasks: Sequence[str], data: str | Path | None = None, limit: int | None = None
 ) -> dict[str, dict[str, float | int | None]]:
-    """`general_ability`, each score by the names of task and metric: ``{"boolq acc": {"mean", "stderr", "n"}}``."""
+    """`general_ability` with one flat name per score: ``{"boolq acc": {"mean", "stderr", "n"}}``."""
     found = general_ability(model, tokenizer, tasks, data, limit)
     return {f"{task} {metric}": score for task, scores in found.items() for metric, score in scores.items()}
 
 
 def task_files(tasks: Sequence[str], data: str | Path | None = None) -> dict[str, Path]:
-    """Where the records of the tasks are."""
+    """Paths of the tasks' records; raises ConfigError without a data folder."""
     folder = env.edit_data() if data is None else Path(data)
     if folder is None:
         raise ConfigError(f"no data folder; name the one that has {TASKS[tasks[0]].file}, or set SPHERE_EDIT_DATA")
@@ -149,7 +150,7 @@ def read_tasks(
     shots: int | None = None,
     batch_size: int = 1,
 ) -> dict[str, Records]:
-    """All records of the tasks, and a check of everything else that `general_ability` is given but the model."""
+    """Read all records of the tasks, and check every other argument of `general_ability` but the model."""
     if unknown := [name for name in tasks if name not in TASKS]:
         raise ConfigError(f"task {unknown[0]!r} is not known; expected some of {', '.join(TASKS)}")
     if not tasks or len(set(tasks)) < len(tasks):
@@ -172,7 +173,7 @@ def _read(path: Path, source: _Source, shots: int | None) -> Records:
 
 
 def _tsv(path: Path) -> Iterator[Record]:
-    """Rows of a gzip TSV with a head line; quotation marks mean nothing."""
+    """Rows of a gzip TSV with a head line; quotation marks are plain characters."""
     try:
         with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
             for number, row in enumerate(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 2):
@@ -184,7 +185,7 @@ def _tsv(path: Path) -> Iterator[Record]:
 
 
 def _task(name: str, records: Records, shots: int | None) -> Any:
-    """lm-eval's task with our records as its test part."""
+    """lm-eval's task with the local records as the test split."""
     import lm_eval
     import yaml
     from datasets import Dataset
@@ -223,7 +224,7 @@ def _scores(found: dict[str, Any], n: int) -> dict[str, dict[str, float | int | 
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """lm-eval warns of a model that is loaded already and of a task that brings its records; both are meant here."""
+    """Silence lm-eval's warnings of a model loaded already and of a task with given records; both are intended."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A judge of answers: another model, where words alone do not tell whether an answer is right. Asked only on demand."""
+"""A judge of answers, on request only: another model decides whether an answer is right where words cannot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 Judge = Callable[[str, Sequence[str], str], bool]
-"""Whether an answer is right: of a question, its right answers (the answer, then its aliases), and what was said."""
+"""A judge takes a question, its right answers (the answer, then its aliases) and the given answer; True is right."""
 
 SECONDS = 60.0
 _ASKED = """Question or beginning of a sentence: {question}
@@ -22,25 +22,25 @@ Said: {said}
 
 Does what was said give one of the right answers? Further words do not matter, unless they contradict it.
 Reply with one word, yes or no."""
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the endpoint is near
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores proxies: the endpoint is near
 
 
 class JudgeError(ValueError):
-    """A judge that cannot be asked, or whose reply cannot be read; what was judged before is kept."""
+    """The judge cannot be reached, or a reply cannot be read; earlier verdicts are kept."""
 
 
 class Endpoint:
     """A judge behind an OpenAI-compatible endpoint, such as a server on one's own machine.
 
     Args:
-        url: its base, which ends before ``/chat/completions``, e.g. ``http://localhost:8000/v1``.
-        model: its name there.
-        kept: a JSONL file of ``model``, ``prompt``, ``reply`` and ``right``. Each verdict is added to it at once, and
-            what it has is not asked again. None keeps them in memory.
-        seconds: how long a reply may take.
+        url: the base address, without ``/chat/completions``, e.g. ``http://localhost:8000/v1``.
+        model: the model's name there.
+        kept: a JSONL file of ``model``, ``prompt``, ``reply`` and ``right``. Each verdict is appended at once, and a
+            prompt in the file is not asked again. None keeps the verdicts in memory.
+        seconds: longest time for a reply.
 
     Attributes:
-        verdicts: what has been judged, in order.
+        verdicts: all verdicts, in order.
 
     Raises:
         JudgeError: ``url`` is no http or https address, or ``kept`` is damaged.
@@ -54,7 +54,7 @@ class Endpoint:
         self._known = {(v["model"], v["prompt"]): bool(v["right"]) for v in self.verdicts}
 
     def __call__(self, question: str, answers: Sequence[str], said: str) -> bool:
-        """Raises JudgeError; an empty answer is wrong without asking."""
+        """Judge an answer, or raise JudgeError; an empty answer is wrong without asking."""
         if not said:
             return False
         prompt = _ASKED.format(question=question, answers=" / ".join(answers), said=said)
@@ -65,11 +65,11 @@ class Endpoint:
         return self._known[self.model, prompt]
 
     def check(self) -> None:
-        """Raise JudgeError unless the judge replies as it should to a question whose answer is plain."""
+        """Raise JudgeError unless the judge replies yes or no to a trivial question."""
         self._verdict(self.ask(_ASKED.format(question="Two and two are", answers="four", said="four")))
 
     def ask(self, prompt: str) -> str:
-        """The reply to a prompt, greedy."""
+        """The judge's greedy reply to a prompt."""
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
         try:
             request = urllib.request.Request(
@@ -81,7 +81,7 @@ class Endpoint:
             raise JudgeError(f"judge {self.url}: no reply within {self._seconds:g} seconds") from error
         except urllib.error.HTTPError as error:
             raise JudgeError(f"judge {self.url}: {error.code} {error.reason} for model {self.model!r}") from error
-        except (OSError, HTTPException, ValueError) as error:  # the last of an address that cannot be
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: an invalid address
             reason = getattr(error, "reason", error)
             raise JudgeError(f"judge {self.url}: cannot be reached ({reason})") from error
         try:
@@ -109,10 +109,10 @@ class Endpoint:
 
 
 def check_judge(url: str | None, model: str | None, answers: bool) -> Endpoint | None:
-    """The judge, which replies; None where none is asked for.
+    """Make the judge that the options name and check for a reply; None without a judge.
 
     Raises:
-        ValueError: it has no model, there are no answers to judge, or it does not reply as it should.
+        ValueError: address or model is missing, there are no answers to judge, or the check of the reply fails.
     """
     if url is None and model is None:
         return None
@@ -126,7 +126,7 @@ def check_judge(url: str | None, model: str | None, answers: bool) -> Endpoint |
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The verdicts of a file; a last line that a kill has torn is cut off."""
+    """Read the verdicts of a file; cut off a last line that a kill has torn."""
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)

@@ -1,8 +1,8 @@
-"""How well edits went: success and accuracy, each with its standard error, and perplexity.
+"""Scores of edits: success, accuracy and token accuracy, each with a standard error; and perplexity.
 
-*Success* compares two targets: the wanted one must be the more probable (mean log-probability of a token), as in the
-papers of ROME, MEMIT and AlphaEdit. *Accuracy* asks more: every token of the wanted target must be the argmax. *Token
-accuracy* is the share of its tokens that are: zsRE's figure in these papers, and EasyEdit's for everything.
+*Success* compares two targets: the wanted target must be the more probable one (mean log-probability per token), as in
+the papers of ROME, MEMIT and AlphaEdit. *Accuracy* asks more: every token of the wanted target must be the argmax.
+*Token accuracy* is the share of target tokens that are the argmax: these papers use it for zsRE, EasyEdit for all data.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WINDOW = 256
 
 @dataclass(frozen=True)
 class Score:
-    """Mean over ``n`` requests with its standard error (of the mean of per-request means); NaN where n is 0."""
+    """Mean over ``n`` requests with standard error (of the mean of per-request means); NaN if n is 0."""
 
     mean: float
     stderr: float
@@ -51,25 +51,28 @@ class Score:
 
 
 def finite(value: float | None) -> float | None:
-    """JSON knows neither NaN nor infinity."""
+    """The value, or None for NaN and infinity, which JSON does not have."""
     return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by name (``efficacy_success`` …) and, per request, what they were averaged from."""
+    """Scores by name (``efficacy_success`` …), and the figures of each request behind the scores."""
 
     scores: dict[str, Score]
     per_request: list[dict[str, float]]
 
     @classmethod
     def of(cls, per_request: Sequence[dict[str, float]], names: Iterable[str] | None = None) -> Evaluation:
-        """The means of ``names`` over the requests that have them; by default `SCORES`, and further ones there are."""
+        """Means of ``names``, each over the requests with that score.
+
+        By default `SCORES`, and any of `FURTHER_SCORES` that some request has.
+        """
         chosen = named(per_request, SCORES, FURTHER_SCORES) if names is None else names
         return cls({n: Score.of([r[n] for r in per_request if n in r]) for n in chosen}, list(per_request))
 
     def subset(self, indices: Iterable[int]) -> Evaluation:
-        """The evaluation of some of the requests, in this order; nothing is computed anew."""
+        """The evaluation of some of the requests, in this order; the model is not run again."""
         return Evaluation.of([self.per_request[i] for i in indices], self.scores)
 
     def __or__(self, other: Evaluation) -> Evaluation:
@@ -82,7 +85,7 @@ class Evaluation:
 
 
 METRICS = ("efficacy", "generalization", "specificity")
-FOLLOWING = ("portability", "multi_hop")  # what follows from edits, where a data set asks for it
+FOLLOWING = ("portability", "multi_hop")  # consequences of edits; only in some data sets
 SCORES = tuple(f"{metric}_{kind}" for metric in METRICS for kind in ("success", "accuracy"))
 TOKEN_SCORES = tuple(f"{metric}_token_accuracy" for metric in (*METRICS, *FOLLOWING))
 FOLLOWING_SCORES = tuple(f"{metric}_{kind}" for metric in FOLLOWING for kind in ("success", "accuracy"))
@@ -90,13 +93,13 @@ FURTHER_SCORES = (*FOLLOWING_SCORES, *TOKEN_SCORES)
 
 
 def named(per_request: Sequence[Iterable[str]], always: Iterable[str], further: Iterable[str]) -> tuple[str, ...]:
-    """Names of scores: ``always``, then those of ``further`` that some request has."""
+    """Names of scores: ``always``, then each of ``further`` that some request has."""
     found = {name for record in per_request for name in record}
     return (*always, *(name for name in further if name in found))
 
 
 class Question(NamedTuple):
-    """A prompt with its right answer, then aliases of that, and the answer to compare with, where there is one."""
+    """A prompt, the right answer followed by aliases, and the answer to compare with, or None."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -109,21 +112,21 @@ def evaluate(
     requests: Sequence[EditRequest],
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Efficacy (the prompt), generalization (paraphrases), specificity (neighbourhood), and where requests ask for it
-    portability and multi-hop questions: success, accuracy and token accuracy each.
+    """Score efficacy (the prompt), generalization (paraphrases), specificity (neighbourhood), and, if requests have
+    them, portability and multi-hop questions: success, accuracy and token accuracy of each.
 
-    Efficacy and generalization want ``target_new``, specificity wants ``target_true``, or ``neighborhood_answers``
-    where a request has them, the others the first of their own answers. Success needs two targets: requests without
-    ``target_true`` or ``multi_hop_true``, portability, and neighbourhoods with answers of their own, count in accuracy
-    only. ``n`` says how many were scored. Of a request's multi-hop questions, one in several wordings, the best counts,
-    as in MQuAKE; of all other prompts the mean.
+    Efficacy and generalization want ``target_new``. Specificity wants ``target_true``, or ``neighborhood_answers`` if a
+    request has them. Portability and multi-hop questions want the first of their own answers. Success needs two
+    targets: requests without ``target_true`` or ``multi_hop_true``, portability, and neighbourhoods with answers of
+    their own count in accuracy only. ``n`` is the number of requests scored. A request's multi-hop questions are one
+    question in several wordings, and the best counts, as in MQuAKE; for all other prompts the mean counts.
 
     Args:
-        model: causal LM; evaluated in evaluation mode, left as it was.
+        model: causal LM; run in evaluation mode, left unchanged.
 
     Source: token accuracy of zsRE, MEND and ROME (Mitchell et al., Meng et al. 2022); portability, EasyEdit (Yao et al.
-    2023), whose figure is the token accuracy; multi-hop questions, MQuAKE (Zhong et al. 2023), whose figure is that of
-    written answers (`answers`).
+    2023), which reports token accuracy; multi-hop questions, MQuAKE (Zhong et al. 2023), which scores written answers
+    (see `answers`).
     """
     check_tokenizer(tokenizer)
     asked: dict[tuple[str, str], int] = {}
@@ -154,7 +157,7 @@ def evaluate(
 
 
 def questions(request: EditRequest) -> dict[str, list[Question]]:
-    """By metric the prompts with their answers."""
+    """The prompts and answers of a request, by metric."""
     r, new, true, own = request, request.target_new, request.target_true, request.neighborhood_answers
     local = own or (true,) * len(r.neighborhood)
     return {
@@ -169,7 +172,7 @@ def questions(request: EditRequest) -> dict[str, list[Question]]:
 
 
 def together(metric: str, values: Sequence[float]) -> float:
-    """Of a request's prompts the mean; of its multi-hop questions, one in several wordings, the best."""
+    """Combine the scores of a request's prompts: the best wording of a multi-hop question, otherwise the mean."""
     return float(max(values)) if metric == "multi_hop" else sum(values) / len(values)
 
 
@@ -179,7 +182,7 @@ def score_targets(
     asked: Sequence[tuple[str, str]],
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[float], list[bool]]:
-    """For each (prompt, target): mean log-probability of a target token, and whether all of them are the argmax."""
+    """For each (prompt, target): mean log-probability per target token, and whether every token is the argmax."""
     tokens = target_tokens(model, tokenizer, asked, progress)
     return mean_log_probs(tokens), all_correct(tokens)
 
@@ -201,11 +204,11 @@ def target_tokens(
     asked: Sequence[tuple[str, str]],
     progress: Callable[[int, int], None] | None = None,
 ) -> TargetTokens:
-    """For each (prompt, target), of each target token: its log-probability, and whether it is the argmax.
+    """For each token of each (prompt, target): log-probability, and whether the token is the argmax.
 
-    A prompt is run once, whatever number of targets it has: its last position gives the first token of each, and those
-    of more tokens go on from its keys and values. A model that keeps none, or states besides, runs every row
-    whole. Rows of like length run together.
+    Each prompt runs once for all of its targets. The prompt's last position scores the first token of every target, and
+    longer targets continue from the prompt's cached keys and values. A model that caches none, or other states besides,
+    runs every row whole. Rows of similar length share a batch.
     """
     check_usable(model)
     rows = [encode(tokenizer, prompt, None, target) for prompt, target in asked]
@@ -229,7 +232,7 @@ def target_tokens(
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of rows to run together, shorter ones first: rows × longest within the budget, little of it padding."""
+    """Indices of rows by batch, shorter rows first; bounds are rows × longest and the padding within."""
     batch: list[int] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
@@ -246,11 +249,11 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 def _score(
     model: Any, prompts: Sequence[Sequence[int]], targets: Sequence[dict[int, tuple[int, ...]]]
 ) -> dict[int, list[tuple[float, bool]]]:
-    """Log-probability of each token of each target, and whether it is the argmax, by the target's number.
+    """Log-probability of each target token, and whether the token is the argmax, by the target's number.
 
     Args:
         prompts: token ids.
-        targets: of each prompt, by number.
+        targets: token ids of each prompt's targets, by the target's number.
     """
     device = next(model.parameters()).device
     inputs: dict[str, Any] = pad_left(prompts, device)
@@ -272,7 +275,7 @@ def _score(
         which = torch.tensor([at for at, _ in chosen], device=device)
         mask = torch.cat([inputs["attention_mask"][which], new], 1)
         cache = copy.copy(out.past_key_values)
-        cache.layers = [copy.copy(layer) for layer in cache.layers]  # whose keys and values are replaced, not written
+        cache.layers = [copy.copy(layer) for layer in cache.layers]  # shallow: tensors are replaced, not written
         cache.batch_select_indices(which)
         logits = model(
             input_ids=ids,
@@ -289,7 +292,7 @@ def _score(
 def _score_whole(
     model: Any, prompts: Sequence[Sequence[int]], targets: Sequence[dict[int, tuple[int, ...]]]
 ) -> dict[int, list[tuple[float, bool]]]:
-    """As `_score`, for any causal model: whole rows, padded on the right, where no token before sees it."""
+    """`_score` for any causal model: run whole rows, padded on the right, where no earlier token sees the padding."""
     device = next(model.parameters()).device
     asked = [(i, len(prompts[at]) - 1, target) for at, group in enumerate(targets) for i, target in group.items()]
     rows = [[*prompts[at], *target[:-1]] for at, group in enumerate(targets) for target in group.values()]
@@ -307,7 +310,7 @@ def _score_whole(
 
 
 def _read(logits: Tensor, target: Sequence[int]) -> list[tuple[float, bool]]:
-    """Log-probability of each token of a target, and whether it is the argmax, from logits ``[≥ tokens, ids]``."""
+    """Log-probability of each target token, and whether the token is the argmax, from logits ``[≥ tokens, ids]``."""
     wanted = torch.tensor(target, device=logits.device)
     own = logits[: len(target)].float().log_softmax(-1)
     picked, right = own.gather(1, wanted[:, None])[:, 0], own.argmax(-1) == wanted
@@ -319,13 +322,16 @@ def perplexity(model: Any, tokenizer: Any, text: str = "heldout", tokens: int = 
 
     Args:
         text: ``heldout`` (the package's own), or the path of a text file.
-        tokens: how many are read at most.
+        tokens: most tokens to read.
+
+    Raises:
+        ValueError: the text has fewer than two tokens.
     """
     check_usable(model)
     total, count = 0.0, 0
     device, width = next(model.parameters()).device, readable(model, _WINDOW)
     with frozen(model), torch.no_grad():
-        keeps_only_keys(model)  # raises where columns are added
+        keeps_only_keys(model)  # raises if the model adds columns
         for window in token_windows(tokenizer, text, width, tokens):
             ids = window.to(device)[None]
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
@@ -334,4 +340,4 @@ def perplexity(model: Any, tokenizer: Any, text: str = "heldout", tokens: int = 
     if count == 0:
         raise ValueError(f"text {text!r} has fewer than two tokens; perplexity needs at least two")
     mean = total / count
-    return math.exp(mean) if mean < 700 else math.inf  # exp overflows past 709; such a model says nothing
+    return math.exp(mean) if mean < 700 else math.inf  # exp overflows past 709; such a model is broken

@@ -1,7 +1,8 @@
-"""Free text about edited subjects: how it is generated, how varied it is, and whether it fits the new target.
+"""Free text about edited subjects: generate text, and score variety and fit with the new target.
 
-*Fluency* and *consistency* are those of ROME and MEMIT: the weighted entropy of 2- and 3-grams of words, and the cosine
-of TF-IDF vectors between what the model says of a subject and texts about things that truly have the new target.
+*Fluency* and *consistency* follow ROME and MEMIT. Fluency is the weighted entropy of 2- and 3-grams of words.
+Consistency is the cosine of two TF-IDF vectors: the model's text about a subject, and texts about things that truly
+have the new target.
 """
 
 from __future__ import annotations
@@ -39,19 +40,19 @@ def generate_texts(
     length: int = TEXT_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[str]]:
-    """For each request a text for each of its prompts of ``generation``, or for its own prompt where it has none.
+    """Generate a text for each ``generation`` prompt of each request; a request without any uses the edit's prompt.
 
-    Sampled from the five likeliest tokens, as published. No text ends before its length, for the entropy grows with it:
-    an end of text is not among the tokens, where the published code goes on after it.
+    Each token is sampled from the five likeliest ones, as published. Every text has the full length, because entropy
+    grows with length: end of text is never sampled, while the published code goes on after one.
 
     Args:
-        model: causal LM; evaluated in evaluation mode, left as it was.
-        seed: one seed and one list of requests give one list of texts; the caller's random state is left as it was.
-        length: tokens of each text, its prompt among them, as published.
+        model: causal LM; run in evaluation mode, left unchanged.
+        seed: the same seed and requests give the same texts; the caller's random state stays unchanged.
+        length: tokens of each text with its prompt, as published.
 
     Raises:
-        ValueError: a prompt leaves no room for a token, or the model has too few positions for a batch: as many as its
-            longest prompt has tokens, and what its shortest lacks of ``length``.
+        ValueError: a prompt leaves no room for a token, or the model has too few positions for a batch. A batch needs
+            the tokens of its longest prompt plus ``length`` less the tokens of its shortest prompt.
     """
     check_usable(model)
     check_tokenizer(tokenizer)
@@ -82,10 +83,10 @@ def generate_texts(
 
 
 def reference_texts(requests: Iterable[EditRequest]) -> References:
-    """What the data itself says truly: by relation and target, its prompts with their true targets behind them.
+    """True sentences from the data: prompts completed by true targets, by relation and target.
 
-    ROME's references are encyclopaedia articles on subjects that have the target; these are one-sentence stand-ins,
-    so figures compare among models and methods on the same data, not with published ones.
+    ROME's references are encyclopaedia articles on subjects that have the target. One-sentence stand-ins replace them
+    here, so compare the figures among models and methods on the same data, not with published ones.
     """
     found: dict[tuple[str | None, str], dict[str, None]] = {}
     for r in requests:
@@ -98,9 +99,9 @@ def reference_texts(requests: Iterable[EditRequest]) -> References:
 
 
 def read_references(path: str | Path) -> References:
-    """References of one's own: JSON records ``{target, text}``, perhaps with the ``relation`` that they are only for.
+    """Read a user's references: JSON records ``{target, text}``; an optional ``relation`` limits a text's use.
 
-    Targets are stored without surrounding blanks, as those of requests.
+    Blanks around a target are removed, as for requests.
 
     Raises:
         DataError: the file cannot be used; the message names the file, the line and the field.
@@ -122,11 +123,11 @@ def fit_tfidf(
     corpus: Iterable[str] | None = None,
     source: str = "the references",
 ) -> Any:
-    """scikit-learn's TF-IDF, for `score_texts`; None where no request has a reference.
+    """Fit scikit-learn's TF-IDF for `score_texts`; None if no request has a reference.
 
     Args:
-        corpus: documents that it is fitted on; None is all the references.
-        source: where these come from, for messages.
+        corpus: documents to fit on; None takes all references.
+        source: the documents' origin, for messages.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -156,12 +157,12 @@ def score_texts(
     references: References,
     tfidf: Any = None,
 ) -> Evaluation:
-    """``fluency`` of the texts of each request, and their ``consistency`` with references to its new target.
+    """``fluency`` of the texts of each request, and ``consistency`` with references for the new target.
 
     Args:
-        texts: of each request, from `generate_texts`.
-        references: requests with none for their relation and new target are not counted in ``consistency``.
-        tfidf: from `fit_tfidf`; None fits it on all the references, and raises what that raises.
+        texts: the texts of each request, from `generate_texts`.
+        references: a request without references for its relation and new target does not count in ``consistency``.
+        tfidf: from `fit_tfidf`; None calls it on all references, and raises its errors.
     """
     per_request = [{"fluency": math.fsum(map(n_gram_entropy, own)) / len(own)} for own in texts]
     if tfidf is None:
@@ -169,14 +170,14 @@ def score_texts(
     for request, record, own in zip(requests, per_request, texts, strict=True):
         if known := _about(request, references):
             said, wanted = tfidf.transform([" ".join(own), " ".join(known)])
-            record["consistency"] = 100 * float(said.multiply(wanted).sum())  # both have norm 1, or none
+            record["consistency"] = 100 * float(said.multiply(wanted).sum())  # both rows have norm 1 or 0
     return Evaluation.of(per_request, ("fluency", "consistency"))
 
 
 def n_gram_entropy(text: str) -> float:
-    """100 × the mean of 2/3 of the entropy of a text's word pairs and 4/3 of that of its triples, in bits.
+    """100 × the mean of 2/3 of the entropy of a text's word pairs and 4/3 of the entropy of word triples, in bits.
 
-    Words are runs of letters and digits, and other characters one by one, where the published code asks nltk: "don't"
+    A word is a run of letters and digits, or any other single character. The published code uses nltk instead: "don't"
     is three words here and two there. A text of one word has entropy 0.
     """
     words = re.findall(r"\w+|[^\w\s]", text)

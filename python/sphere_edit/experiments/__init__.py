@@ -1,1 +1,1 @@
-"""Whole experiments: a run from its first evaluation to its last, and studies of several."""
+"""Whole experiments: a run from the first evaluation to the last, and studies of several runs."""

@@ -1,4 +1,4 @@
-"""What a run will do and take, said before it is done: ``sphere-edit run --dry-run``. Nothing is written."""
+"""The plan of a run, ``sphere-edit run --dry-run``: work, time and room, estimated without writing anything."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from sphere_edit.targets.gradient import look_back
 from sphere_edit.units import duration, size
 
 _WINDOW = 256
-_LONG = 0.5  # seconds of a probe that is long enough
-_MOST = 64  # requests of a probe
-_DENSE = ("rect", "ft")  # methods whose updates are kept as whole matrices
+_LONG = 0.5  # seconds; a longer probe is accepted
+_MOST = 64  # most requests of a probe
+_DENSE = ("rect", "ft")  # methods with dense updates
 _STATES = 3  # checkpoints on the disk while the newest is written
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do.
+    """The plan of a run.
 
     Attributes:
-        rows: what is said of it, lines by subject.
-        problems: why it would fail for want of room.
+        rows: lines of the plan, by subject.
+        problems: lacks of room for which the run would fail.
     """
 
     rows: dict[str, list[str]]
@@ -49,7 +49,7 @@ class Plan:
 
 
 def check_folder(path: Path, overwrite: bool) -> None:
-    """Raise RunError unless a run could be made at ``path``, as `run_folder.new_run` would; nothing is made."""
+    """Raise RunError if `run_folder.new_run` would refuse ``path``; nothing is made."""
     path = path.resolve()
     run_folder.check_new_run(path, overwrite)
     folder = _there(path)
@@ -60,9 +60,9 @@ def check_folder(path: Path, overwrite: bool) -> None:
 
 
 def make_plan(editor: SphereEditor, requests: Sequence[EditRequest], options: RunOptions) -> Plan:
-    """What a run of ``requests`` by a fresh editor, which `check_run` has passed, will do.
+    """Plan a run of ``requests`` by a fresh editor that `check_run` has passed.
 
-    Room on the disk and in memory is computed from shapes. Times are measured on a few of the requests and multiplied.
+    Room on the disk and in memory follows from shapes. Times are measured on a few requests and extrapolated.
     """
     to_measure, tokens = _covariance(editor)
     scored = len(sample(requests, options.score_sample, ""))
@@ -131,7 +131,7 @@ def _targets(config: EditConfig) -> str:
 
 
 def _covariance(editor: SphereEditor) -> tuple[list[int], int]:
-    """Layers whose key covariance is not in the cache, and of how many tokens it would be."""
+    """Layers whose key covariance is not in the cache, and the number of tokens to measure with."""
     config = editor.config
     if method_class(config).trains:
         return [], 0
@@ -159,7 +159,7 @@ def _first(editor: SphereEditor, to_measure: Sequence[int], tokens: int) -> Iter
 
 
 def _evaluations(edits: int, options: RunOptions, config: EditConfig) -> int:
-    """Evaluations on the way."""
+    """Number of evaluations during the run."""
     count = -(-edits // config.batch_size)
     return -(-count // options.curve_every) if options.curve_every else 0
 
@@ -178,7 +178,7 @@ def _evaluated(requests: Sequence[EditRequest], scored: int, options: RunOptions
 def _times(
     editor: SphereEditor, requests: Sequence[EditRequest], options: RunOptions, scored: int, tokens: int
 ) -> Iterator[str]:
-    """Estimates from probes: seconds a token, a request scored, a fact's pass forward and backward."""
+    """Estimates from three probes: seconds per token, per scored request, and per pass forward and backward."""
     model, tokenizer, config = editor.model, editor.tokenizer, editor.config
     perplexity(model, tokenizer, options.perplexity_text, 2)
     start = time.perf_counter()
@@ -214,7 +214,7 @@ def _times(
 
 
 def _passes(config: EditConfig) -> tuple[int, int]:
-    """Passes forward and backward that a fact takes, at least and at most; the last of a closed loop is a look."""
+    """Least and most forward and backward passes of a fact; the last pass of a closed loop is a check, forward only."""
     if method_class(config).trains:
         return 1, config.ft_steps
     prompts = config.contexts + 1
@@ -225,9 +225,9 @@ def _passes(config: EditConfig) -> tuple[int, int]:
 def _seconds_each(
     action: Callable[[Sequence[EditRequest]], object], requests: Sequence[EditRequest]
 ) -> tuple[float, int]:
-    """Seconds a request of a sample that grows until it takes long enough, and how many that were."""
+    """Seconds per request, and the number of requests timed: the sample grows until the time reaches `_LONG`."""
     count = 1
-    action(sample(requests, count, "probe"))  # what a first call sets up is not timed
+    action(sample(requests, count, "probe"))  # untimed: the first call sets things up
     while True:
         chosen = sample(requests, count, "probe")
         start = time.perf_counter()
@@ -239,7 +239,7 @@ def _seconds_each(
 
 
 def _disk(editor: SphereEditor, requests: Sequence[EditRequest], options: RunOptions) -> dict[str, int]:
-    """Bytes of a run folder's larger files, from shapes; of checkpoints at most."""
+    """Bytes of a run folder's larger files, from shapes; an upper bound for checkpoints."""
     config, maps = editor.config, _maps(editor)
     parts, solves = len(batches(requests, config.batch_size)), not method_class(config).trains
     gradient = solves and config.targets == "gradient"
@@ -251,7 +251,7 @@ def _disk(editor: SphereEditor, requests: Sequence[EditRequest], options: RunOpt
         update = parts * n * d if config.method in _DENSE else columns * (n + d)
         kept += 4 * (columns * d + update + (columns * n if gradient else 0))
         states += max(4, editor.structure.dtype.itemsize) * (n * d + n * n)
-        if config.method == "alphaedit" or config.history:  # its rows of fp64, or one square matrix in their place
+        if config.method == "alphaedit" or config.history:  # keys in fp64, or one square matrix instead
             states += 8 * d * (columns if 4 * columns <= 3 * d else d)
         if gradient:
             states += 16 * (n + d) + (8 * n * n if config.gradient_whiten else 0)
@@ -264,10 +264,10 @@ def _disk(editor: SphereEditor, requests: Sequence[EditRequest], options: RunOpt
 
 
 def _memory(editor: SphereEditor) -> dict[str, int]:
-    """Bytes that editing needs besides the model, at least: activations are not counted."""
+    """Bytes that editing needs besides the model; a lower bound without activations."""
     config, copies, covariances = editor.config, 0, 0
     for n, d in (m.weight.shape for m in _maps(editor)):
-        copies += 4 * (3 * n * d + 2 * n * n)  # the weight before all edits, its master, both of the batch before
+        copies += 4 * (3 * n * d + 2 * n * n)  # W before all edits; master and Gram matrix, now and before the batch
         covariances += 12 * d * d  # fp64, and the null space or the factor in fp32
     rounds = 0
     if config.loop_arithmetic == "bfloat16" and config.targets == "closed_loop":

@@ -1,4 +1,4 @@
-"""One whole run: evaluate, edit, evaluate again, and leave a folder behind; stopped anywhere, it goes on."""
+"""One run: evaluate, edit, evaluate again, and write a run folder; can be resumed after any interruption."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sphere_edit.runs.deltas import switch, write_deltas
 from sphere_edit.runs.journal import Journal, RunError, resume_command
 from sphere_edit.runs.spec import RunOptions, check_counts
 
-_RESULT = (run_folder.DELTAS, run_folder.REPORT, run_folder.MODEL)  # what holds for the last batch only
+_RESULT = (run_folder.DELTAS, run_folder.REPORT, run_folder.MODEL)  # valid for the last batch only
 
 
 OnEvent = Callable[[Event], None]
@@ -51,11 +51,11 @@ def run(
     """Edit ``requests`` and write the run folder ``options.out`` (see `runs.run_folder`); the model stays edited.
 
     Args:
-        journal: of the folder, where the caller has opened it by `run_folder.new_run`.
+        journal: the folder's journal, if the caller has opened it by `run_folder.new_run`.
 
     Raises:
-        ValueError and its kinds: anything that does not fit, before a weight or ``out`` is touched; or later, what
-            could not be written. The batches done by then are safe, and `resume` goes on after them.
+        ValueError and its subclasses: an argument does not fit, before a weight or ``out`` is touched; or, later, a
+            file could not be written. The batches done by then are safe, and `resume` continues after them.
     """
     check_options(requests, options)
     opened = nullcontext(journal) if journal else run_folder.new_run(options.out, options.overwrite)
@@ -71,7 +71,7 @@ def run(
 
 
 def check_options(requests: Sequence[EditRequest], options: RunOptions) -> None:
-    """Raise ValueError unless there is something to edit, every count can be, and the harness's tasks are there."""
+    """Raise ValueError if there are no requests, a count is too small, or a task of the harness is missing."""
     if not requests:
         raise ValueError(f"{options.data_name}: no requests; expected at least one edit")
     check_counts(options)
@@ -87,7 +87,7 @@ def check_options(requests: Sequence[EditRequest], options: RunOptions) -> None:
 
 
 def check_run(editor: SphereEditor, requests: Sequence[EditRequest], perplexity_text: str) -> None:
-    """Everything about texts and requests that can be known before a run; raises as `run` does, changes nothing."""
+    """Check texts and requests as far as possible before a run; raises as `run` does, changes nothing."""
     if next(token_windows(editor.tokenizer, perplexity_text, 2, 2), None) is None:
         raise ValueError(f"perplexity_text {perplexity_text!r} has no text; expected at least two tokens")
     editor.check(requests)
@@ -102,16 +102,16 @@ def resume(
     journal: Journal | None = None,
     guard: str | None = None,
 ) -> EditResult:
-    """Go on with the run in ``folder`` where it was stopped; it ends as it would have ended, bit for bit.
+    """Resume the stopped run in ``folder``; the result is that of an uninterrupted run, bit for bit.
 
     Args:
-        model, tokenizer: as they were before the run.
-        journal: of the folder, where the caller has opened it by `run_folder.existing_run`.
-        guard: the setting of that name from here on, the only one that may change, as after a `GuardError`; it is
-            recorded. None keeps it.
+        model, tokenizer: as before the run.
+        journal: the folder's journal, if the caller has opened it by `run_folder.existing_run`.
+        guard: new value of the setting ``guard``, for instance after a `GuardError`. No other setting may change; the
+            journal records the new value. None keeps the old one.
 
     Raises:
-        RunError: another model, or another machine that does not give the same bits; nothing has been changed then.
+        RunError: the model is another one, or this machine does not give the same bits; nothing is changed.
     """
     with nullcontext(journal) if journal else run_folder.existing_run(folder) as journal:
         work = RunSession.of_run(model, tokenizer, journal, on_event, on_progress, guard)
@@ -131,19 +131,19 @@ def rollback(
     on_progress: OnProgress | None = None,
     journal: Journal | None = None,
 ) -> Path | None:
-    """Take the newest batches of a run away, so that it is as if it had been stopped after batch ``to_batch``.
+    """Undo the newest batches of a run; the run is then as if stopped after batch ``to_batch``.
 
-    ``deltas.safetensors`` then holds for that batch, `resume` goes on from it, and the model is as it was then.
+    Afterwards ``deltas.safetensors`` and the model belong to that batch, and `resume` continues from there.
 
     Args:
         model, tokenizer, journal: as for `resume`.
-        to_batch: 0 is before the first.
+        to_batch: last batch to keep; 0 keeps none.
 
     Returns:
-        Where everything later has been put; None if there was nothing.
+        The folder that now holds all later files; None if there were none.
 
     Raises:
-        RunError: there is no such batch, or the run cannot be restored (see `resume`); nothing has been changed then.
+        RunError: there is no such batch, or the run cannot be restored (see `resume`); nothing is changed.
     """
     with nullcontext(journal) if journal else run_folder.existing_run(folder) as journal:
         check_batch(journal, to_batch)
@@ -171,7 +171,7 @@ def check_batch(journal: Journal, number: int) -> None:
 
 
 class RunSession:
-    """One process at work on a run."""
+    """One process's work on a run: prepare, restore, edit, evaluate, and write the files."""
 
     def __init__(
         self,
@@ -237,7 +237,8 @@ class RunSession:
 
     @contextmanager
     def as_recorded(self) -> Iterator[None]:
-        """The threads and the random state that the run began with; the caller's own afterwards."""
+        """Use the run's recorded thread count and seed within the block; restore the caller's threads and random state
+        after it."""
         self.record = run_folder.read_config(self.folder)
         self.scored = sample(self.requests, self.record.get("score_sample"), f"{self.editor.config.seed}/scores")
         recorded, threads = self.record["environment"]["threads"], torch.get_num_threads()
@@ -253,7 +254,7 @@ class RunSession:
                 torch.set_num_threads(threads)
 
     def prepare(self) -> Snapshot:
-        """See that all is as it was when the run began; the look from before the first edit, kept or taken now."""
+        """Check that model and inputs have not changed since the run began; return the ``before`` snapshot."""
         for change in run_folder.environment_changes(self.record):
             self.journal.on_note(f"since the run began, {change}")
         self.editor.prepare()
@@ -282,7 +283,7 @@ class RunSession:
                 )
 
     def repair(self, before: Snapshot) -> None:
-        """The first change to the folder, once nothing can be amiss with model and machine."""
+        """Repair the journal and store the ``before`` snapshot: the first changes to the folder, after all checks."""
         self.journal.repair()
         record = self.journal.last("before")
         if record is not None and self.journal.fault_of(record) is None:
@@ -294,14 +295,14 @@ class RunSession:
         self.journal.add("before", run_folder.BEFORE, fingerprints=self.fingerprints())
 
     def keep_guard(self) -> None:
-        """Record the setting ``guard`` where it is not the run's so far: ``config.yaml`` stays as it was made."""
+        """Record a changed setting ``guard`` in the journal; ``config.yaml`` stays."""
         guard, begun = self.editor.config.guard, EditConfig.from_run(self.record["settings"]).guard
         if guard != run_folder.guard_of(self.journal, begun):
             event = {"event": "setting", "batch": self.journal.batches, "name": "guard", "value": guard}
             self.journal.add("setting", events=[event], guard=guard)
 
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of what the run rests on."""
+        """SHA-256 of every input: the editor's, the perplexity text, and the files of the harness's tasks."""
         text = text_path(self.record["perplexity_text"])
         tasks = self.record.get("harness") or ()
         files = task_files(tasks, self.record["harness_data"]) if tasks else {}
@@ -317,7 +318,7 @@ class RunSession:
         return found
 
     def ability(self) -> Event:
-        """General ability of the model as it would be handed over, where the run asks for it."""
+        """General ability of the model with the final weights; empty unless the run asks for a harness."""
         editor, tasks = self.editor, self.record.get("harness")
         if not tasks:
             return {}
@@ -326,7 +327,11 @@ class RunSession:
             return {"ability": ability_scores(editor.model, editor.tokenizer, tasks, folder, limit)}
 
     def restore(self, to: int) -> None:
-        """The model and the editor's state as they were after batch ``to``."""
+        """Restore model and editor after batch ``to``: load the newest checkpoint, then replay the later batches.
+
+        Raises:
+            RunError: a replayed batch does not give the recorded bits.
+        """
         editor = self.editor
         checkpoint = self.journal.checkpoint(to)
         if checkpoint is not None:
@@ -344,7 +349,7 @@ class RunSession:
     def edit(self) -> None:
         parts, every = batches(self.requests, self.editor.config.batch_size), self.record["checkpoint_every"]
         done = self.journal.batches
-        if done < len(parts):  # what a rollback made holds no longer
+        if done < len(parts):  # a rollback's files become outdated
             for name in (run_folder.DELTAS, run_folder.REPORT):
                 (self.folder / name).unlink(missing_ok=True)
         self.editor.on_event = self.emit
@@ -364,7 +369,7 @@ class RunSession:
 
     @contextmanager
     def resume_hint(self) -> Iterator[None]:
-        """What the guard stops at: what is safe, and how to go on."""
+        """Add the number of safe batches and the resume command to a GuardError."""
         try:
             yield
         except GuardError as error:
@@ -373,7 +378,7 @@ class RunSession:
             raise
 
     def watch(self) -> None:
-        """Evaluate on the way where that is due, and keep what was found."""
+        """Evaluate during the run if due, and record the curve event."""
         number, every = self.journal.batches, self.record.get("curve_every", 0)
         last = self.journal.last("curve")
         if not every or not number or (last is not None and last["number"] == number):
@@ -411,7 +416,7 @@ class RunSession:
         self.on_event(event)
 
     def write_events(self, before: Snapshot) -> list[Event]:
-        """Make ``metrics.jsonl`` of what is kept: the events up to the last batch."""
+        """Rewrite ``metrics.jsonl`` from the journal, with all events up to the last batch; return the events."""
         later = [event for record in self.journal.records for event in record.get("events", [])]
         known = before.events + later
         with self.journal.writing(run_folder.METRICS):

@@ -1,4 +1,4 @@
-"""What is seen of a model before and after a run: scores, perplexity, spectra, and what it says."""
+"""Snapshots of a model before, during and after a run: scores, perplexity, spectra, and completions."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _NEURONS = 32
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One look at a model.
+    """The figures of a model at one time.
 
     Args:
-        events: to be told.
-        per_request: what each request scored.
+        events: events for the log: evaluation, spectra and cosines.
+        per_request: scores of each request.
         said: completions of `sample_prompts`.
     """
 
@@ -61,13 +61,13 @@ def take(
     answers: bool = False,
     judge: Judge | None = None,
 ) -> Snapshot:
-    """Snapshot at the editor's model as it would be handed over.
+    """Take a snapshot of the editor's model with the final weights.
 
     Args:
         when: ``before`` or ``after``.
-        text, tokens: of the perplexity.
-        answers: also score what the model writes by itself.
-        judge: of these answers, if there is one.
+        text, tokens: text of the perplexity, and most tokens to read.
+        answers: also score free answers of the model.
+        judge: judge of these answers, or None.
     """
     model, tokenizer = editor.model, editor.tokenizer
     with editor.finished():
@@ -84,7 +84,7 @@ def take(
 
 
 def sample(requests: Sequence[EditRequest], count: int | None, seed: str) -> list[EditRequest]:
-    """``count`` of the requests, drawn, in order; all where there are no more or ``count`` is None."""
+    """Draw ``count`` requests at random and keep the order; all if there are no more or ``count`` is None."""
     places = range(len(requests))
     if count is not None and count < len(requests):
         return [requests[i] for i in sorted(random.Random(seed).sample(places, count))]
@@ -94,12 +94,14 @@ def sample(requests: Sequence[EditRequest], count: int | None, seed: str) -> lis
 def curve(
     editor: SphereEditor, requests: Sequence[EditRequest], count: int, text: str, tokens: int, answers: int = 0
 ) -> Event:
-    """The editor's model in the middle of a run: scores of a sample of the edits so far, of the first of them
-    (retention) and of the newest batch, ``count`` each at most, and perplexity; one pass for all three.
+    """Evaluate the editor's model during a run: scores of three groups of requests, and perplexity.
+
+    The groups are a sample of the edits so far, the first edits (retention) and the newest batch, each of at most
+    ``count`` requests. A request in several groups is scored once.
 
     Args:
-        answers: how many requests of each group, at most, the model also answers by itself (as many prompts as they
-            have, each up to `answers.ANSWER_TOKENS` forward steps).
+        answers: most requests of each group to score free answers for, too. Each prompt of such a request takes up to
+            `answers.ANSWER_TOKENS` forward steps.
     """
     model, tokenizer = editor.model, editor.tokenizer
     with editor.finished():
@@ -127,14 +129,14 @@ def _groups(editor: SphereEditor, requests: Sequence[EditRequest], count: int) -
 def _by_group(
     groups: Mapping[str, Sequence[EditRequest]], evaluation: Callable[[list[EditRequest]], Evaluation]
 ) -> dict[str, dict[str, Any]]:
-    """The scores of each group; a request in several is evaluated once."""
+    """Scores of each group; a request in several groups is evaluated once."""
     asked = list({id(request): request for group in groups.values() for request in group}.values())
     found, places = evaluation(asked), {id(request): i for i, request in enumerate(asked)}
     return {name: found.subset([places[id(r)] for r in group]).to_dict() for name, group in groups.items()}
 
 
 def compare(requests: Sequence[EditRequest], before: Snapshot, after: Snapshot) -> Iterator[Event]:
-    """What became of each request, and of each completion."""
+    """Events that compare each request's scores and each completion before and after the run."""
     for request, was, now in zip(requests, before.per_request, after.per_request, strict=True):
         yield {"event": "request", "id": request.id, "before": was, "after": now}
     for (kind, prompt), said, says in zip(sample_prompts(requests), before.said, after.said, strict=True):
@@ -142,7 +144,7 @@ def compare(requests: Sequence[EditRequest], before: Snapshot, after: Snapshot) 
 
 
 def _spectra(editor: SphereEditor, when: str) -> Iterator[Event]:
-    """Eigenvalues of ``ŴᵀŴ/n`` of each edited weight, and how many of them the principal directions are."""
+    """Events with the eigenvalues of ``ŴᵀŴ/n`` of each edited weight and the number of principal directions."""
     for layer, weight in editor.weights().items():
         directions = principal_directions(weight, editor.config.energy_ratio)
         yield {
@@ -156,8 +158,8 @@ def _spectra(editor: SphereEditor, when: str) -> Iterator[Event]:
 
 
 def _cosines(editor: SphereEditor, when: str) -> Iterator[Event]:
-    """Cosines of the same few neurons of each edited weight, of each with those after it; and their mean size over all
-    pairs of the weight."""
+    """Events with the cosines between a fixed sample of neurons of each edited weight, each pair once, and the mean
+    ``|cosine|`` over all pairs of the weight."""
     for layer, weight in editor.weights().items():
         seeded = torch.Generator().manual_seed(editor.config.seed)
         neurons = torch.randperm(len(weight), generator=seeded)[:_NEURONS].sort().values
@@ -173,7 +175,7 @@ def _cosines(editor: SphereEditor, when: str) -> Iterator[Event]:
 
 
 def sample_prompts(requests: Sequence[EditRequest]) -> list[tuple[str, str]]:
-    """(kind, prompt) of the completions shown: edited facts, paraphrases of them, neighbours, and neutral ones."""
+    """(kind, prompt) of the completions shown: edited facts, paraphrases, neighbours, and neutral prompts."""
     chosen = requests[:: max(1, len(requests) // 4)][:4]
     prompts = [("edited", r.text) for r in chosen]
     prompts += [("paraphrase", r.paraphrases[0]) for r in chosen[:2] if r.paraphrases]

@@ -1,18 +1,18 @@
-"""Studies: runs of one model and data that differ in their settings; `study_results` compares them.
+"""Studies: runs of one model and data with different settings; `study_results` compares the runs.
 
 A study is a YAML file:
 
-    title: what it asks
+    title: the question
     model: a name or path, as for ``sphere-edit run``
-    make_model: [python module, argument, …]   # optional: ``python -m`` of that makes the model where it is missing
+    make_model: [python module, argument, …]   # optional: ``python -m`` with these makes a missing model
     data: as for ``sphere-edit run``, and limit, order, dtype, threads, preset, perplexity_text
     curve_every, curve_sample, curve_answers, score_sample, checkpoint_every, answers: as there
-    settings: {…}           # of all runs, where their method has a use for them
-    runs:                   # name: settings of its own
+    settings: {…}           # for every run whose method has a use for them
+    runs:                   # name: the run's own settings
       AlphaEdit: {method: alphaedit, sphere: false}
       AlphaEdit + SPHERE: {method: alphaedit}
 
-Relative paths in it are from where the command is called, ``$NAME`` in them is a variable of the environment.
+Relative paths in the file start at the working directory of the command; ``$NAME`` in them is an environment variable.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from sphere_edit.targets.presets import on_preset, preset
 Say = Callable[[str], None]
 OnProgress = Callable[[str, int, int], None]
 
-# Options of a run that a study may have for all of its runs.
+# Options that a study may set for all of its runs.
 _OPTIONS = {
     one.name: one
     for one in declared()
@@ -57,7 +57,7 @@ _KINDS = {"settings": dict, "runs": dict, "make_model": list, "answers": bool}
 
 @dataclass(frozen=True)
 class Study:
-    """See the module's text, whose fields these are; ``name`` is the file's, ``options`` are those of its runs."""
+    """A study; the module's docstring explains the fields. ``name`` is the file's stem, ``options`` serve all runs."""
 
     name: str
     title: str
@@ -78,10 +78,10 @@ class Study:
         """Read and check a study's file.
 
         Args:
-            trusted: import methods of one's own that it names.
+            trusted: import the user's own methods that the file names.
 
         Raises:
-            ConfigError: a field is unknown, missing or cannot be, or a setting of a run.
+            ConfigError: a field of the study or a setting of a run is unknown, missing or invalid.
         """
         found = read_yaml(path.read_text(encoding="utf-8"), str(path))
         if not isinstance(found, dict):
@@ -115,17 +115,17 @@ class Study:
         return str(self.runs[run].get("method", self.settings.get("method", "alphaedit")))
 
     def config(self, run: str) -> EditConfig:
-        """The settings of a run: the preset of its method, the study's that this method has a use for, its own."""
+        """The settings of a run: the method's preset, then the study's of use to the method, then the run's."""
         method = self.method(run)
         targets = str((self.settings | self.runs[run]).get("targets", preset(self.preset, method).targets))
         shared = {name: value for name, value in self.settings.items() if name not in unused_settings(method, targets)}
         own = {name: expanded(value) for name, value in (shared | self.runs[run]).items()}
         config = on_preset(self.preset, own)
-        method_class(config)  # the method's name is known
+        method_class(config)  # raises for an unknown name
         return config
 
     def run_options(self, path: Path) -> RunOptions:
-        """What a run in folder ``path`` does besides editing."""
+        """`RunOptions` of a run in folder ``path``."""
         return RunOptions(
             expanded(self.model),
             expanded(self.data),
@@ -135,10 +135,10 @@ class Study:
         )
 
     def check_own(self, run: str, path: Path) -> None:
-        """Refuse a run folder that was not made for this run as the study is now.
+        """Refuse a run folder that was not made for this run of the present study.
 
         Raises:
-            RunError: naming what differs.
+            RunError: the folder's config differs; the message names the difference.
         """
         record, options, config = run_folder.read_config(path), self.run_options(path), self.config(run)
         settings = config.to_dict()
@@ -172,12 +172,12 @@ def _check(path: Path, name: str, value: Any) -> None:
 
 
 def expanded(value: Any) -> Any:
-    """A text with the variables of the environment in place; anything else as it is."""
+    """A text with environment variables replaced; any other value unchanged."""
     return os.path.expandvars(value) if isinstance(value, str) else value
 
 
 def slug(name: str) -> str:
-    """A run's folder."""
+    """The folder name of a run."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("+", "plus")).strip("-")
 
 
@@ -189,16 +189,17 @@ def go(
     say: Say = print,
     on_progress: OnProgress | None = None,
 ) -> None:
-    """Make the runs of a study in ``folder``, one after another: what is finished stays, what was stopped goes on, what
-    another process is at work on is passed over (so that the command may be given twice at once), and what cannot be
-    edited any further for its numbers is left there.
+    """Make the runs of a study in ``folder``, one after another.
+
+    A finished run stays. A stopped run is resumed. A run in use by another process is passed over, so the command may
+    run twice at once. A run that hits an arithmetic error stops and stays as it is.
 
     Args:
         only: runs to make; by default all.
         trusted: run ``make_model``, and code that comes with the model.
 
     Raises:
-        ConfigError, ValueError, RunError: as `experiments.run` raises them; a run in ``folder`` is not the study's.
+        ConfigError, ValueError, RunError: as `experiments.run` raises them, or a run in ``folder`` is not the study's.
     """
     if unknown := [name for name in only if name not in study.runs]:
         raise ConfigError(f"run {unknown[0]!r} is not in the study; expected of {', '.join(study.runs)}")
@@ -223,7 +224,7 @@ def go(
 
 
 def finished(path: Path) -> bool:
-    """Whether a run is complete, by its journal's last line."""
+    """Whether a run is complete, according to the journal's last line."""
     try:
         return json.loads((path / run_folder.JOURNAL).read_bytes().splitlines()[-1])["kind"] == "finished"
     except (OSError, ValueError, IndexError):
@@ -250,10 +251,10 @@ def _make(study: Study, name: str, path: Path, trusted: bool, say: Say, on_progr
 
 
 def make_model(study: Study, folder: Path, trusted: bool, say: Say) -> None:
-    """Run ``make_model`` where the model is missing, one process at a time by the lock of ``folder``.
+    """Run ``make_model`` if the model is missing; the lock of ``folder`` admits one process at a time.
 
     Raises:
-        ConfigError: it is not ``trusted``, or failed.
+        ConfigError: the study is not ``trusted``, or ``make_model`` failed.
     """
     model = Path(expanded(study.model))
     if not study.make_model or (model / "config.json").exists():

@@ -1,4 +1,4 @@
-"""What the runs of a study found: one JSON file, tables and plots."""
+"""The results of a study's runs: one JSON file, tables and plots."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sphere_edit.runs.journal import RunError
 _GROUPS = ("scores", "first", "last")
 _ANSWERS = (*ANSWER_SCORES, *FOLLOWING_ANSWER_SCORES)
 _SPHERE = ("sphere", "energy_ratio", "alpha", "subspace", "refresh_every", "directions")
-_PANELS = {  # title: where in a curve's event
+_PANELS = {  # title: place in a curve's event
     "Efficacy, accuracy, %": ("scores", "efficacy_accuracy"),
     "Generalization, accuracy, %": ("scores", "generalization_accuracy"),
     "Specificity, accuracy, %": ("scores", "specificity_accuracy"),
@@ -35,21 +35,21 @@ _PANELS = {  # title: where in a curve's event
     "Perplexity": ("perplexity", ""),
     "HE, change in %": ("energy", ""),
 }
-_FURTHER_PANELS = {  # where runs have it
+_FURTHER_PANELS = {  # only if some run has the figure
     "Of the batch's wanted change in the weights, %": ("reached", ""),
     "Portability, accuracy, %": ("scores", "portability_accuracy"),
     "Multi-hop, accuracy, %": ("scores", "multi_hop_accuracy"),
     "Answers to edits, contains, %": ("scores", "efficacy_contains"),
     "Answers to the first edits, contains, %": ("first", "efficacy_contains"),
 }
-_WEIGHTS = {  # column: in a layer's energy event
+_WEIGHTS = {  # column: field of a layer's energy event
     "mean distance moved": "moved_mean",
     "spectral norm": "spectral_norm",
     "condition": "condition",
     "principal directions": "rank",
 }
 _SCALES: dict[str, dict[str, Any]] = {"perplexity": {"value": "log"}, "energy": {"value": "symlog", "linthresh": 1.0}}
-_WIDE = 20.0  # what goes further and over a decade is drawn on that scale
+_WIDE = 20.0  # values beyond this that span over a decade get the scale of `_SCALES`
 _STYLE: dict[str, Any] = {
     **{"svg.fonttype": "none", "svg.hashsalt": "sphere-edit", "text.parse_math": False, "font.size": 9},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e5e5"},
@@ -57,11 +57,13 @@ _STYLE: dict[str, Any] = {
 
 
 def write_results(study: Study, folder: Path, results: Path) -> Path:
-    """Collect the runs into ``<study>.json``, ``.md`` (tables) and ``.svg`` (plots) in ``results``; where runs have not
-    begun, in ``folder``, so that a part never replaces the whole. Returns the JSON's path.
+    """Collect the runs into ``<study>.json``, ``.md`` (tables) and ``.svg`` (plots) in ``results``.
+
+    If some runs have not begun, the files go to ``folder`` instead, so that partial results never replace complete
+    ones. Returns the JSON's path.
 
     Raises:
-        RunError: no run has been evaluated on its way or at its end, or one is not the study's.
+        RunError: no run has an evaluation yet, or a run is not the study's.
     """
     found = collect(study, folder)
     if not found["runs"]:
@@ -80,18 +82,18 @@ def write_results(study: Study, folder: Path, results: Path) -> Path:
 
 
 def collect(study: Study, folder: Path) -> dict[str, Any]:
-    """What the runs of a study found.
+    """Collect the figures of a study's runs.
 
     Returns:
-        ``study`` as written, and ``runs``: for each that has been evaluated ``finished``, ``edits`` done, ``settings``,
-        ``environment``, ``seconds`` by stage, ``before`` and ``after`` (scores and perplexity; ``after`` None where it
-        is not finished), ``curve`` (scores on the way, each with ``energy``, HE summed over the layers, and where it is
-        known the share of its batch's wanted change that was ``reached``), ``energy``
-        (that sum at both ends), ``layers`` (first and last energy event of each), ``batches`` (over these and layers:
-        the mean share of an update that SPHERE ``suppressed``, and the least ``over_bound``: ‖ΔŴ‖² over the theorem's
-        bound) and ``correlations``; where the same run without SPHERE is there and both are finished, ``less_base``:
-        its name as ``base``, and by score what SPHERE added (mean of the differences of each request's scores, their
-        standard error), ``first`` for retention.
+        ``study`` as written, and ``runs``. For each run with an evaluation: ``finished``, ``edits`` done, ``settings``,
+        ``environment``, ``seconds`` by stage, ``before`` and ``after`` (scores and perplexity; ``after`` is None for an
+        unfinished run), ``curve`` (scores during the run, each with ``energy``, HE summed over the layers, and if known
+        ``reached``, the share of its batch's wanted change in the weights), ``energy`` (HE summed over the layers at
+        both ends), ``layers`` (first and last energy event of each layer), ``batches`` (over batches and layers: the
+        mean share of an update that SPHERE ``suppressed``, and the least ``over_bound``: ‖ΔŴ‖² over the theorem's
+        bound) and ``correlations``. If the same run without SPHERE exists and both are finished, also ``less_base``:
+        the other run's name as ``base``, and by score the gain with SPHERE (mean of the differences of each request's
+        scores, with standard error); ``first`` is retention.
     """
     found, ends = {}, {}
     for name in study.runs:
@@ -113,7 +115,7 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
             run["less_base"] |= _difference_of_first(run["curve"], found[base]["curve"])
     shown = {f.name: getattr(study, f.name) for f in fields(study) if f.name not in ("runs", "settings")}
     if not study.options.get("curve_answers"):
-        del shown["curve_answers"]  # as earlier studies are stored
+        del shown["curve_answers"]  # earlier studies are stored without it
     return {"study": shown, "runs": found}
 
 
@@ -140,7 +142,7 @@ def _summary(events: Sequence[Event]) -> dict[str, Any]:
 
 
 def _without_sphere(found: Mapping[str, Any], name: str) -> str | None:
-    """For a finished run with SPHERE the finished one whose settings are the same but for that."""
+    """The finished run with the same settings but without SPHERE, for a finished run with SPHERE; else None."""
 
     def plain(run: str) -> dict[str, Any]:
         settings = {**defaults(), **as_recorded(found[run]["settings"])}
@@ -160,7 +162,7 @@ def _differences(own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, A
 
 
 def _difference_of_first(own: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Retention: accuracy on the first edits at the end, less the base's; errors as if of different requests."""
+    """Retention: final accuracy on the first edits, less the base's; errors as for independent requests."""
     pair = [curve[-1]["first"].get("efficacy_accuracy") for curve in (own, base) if curve]
     if len(pair) < 2 or None in pair:
         return {}
@@ -170,13 +172,13 @@ def _difference_of_first(own: Sequence[Mapping[str, Any]], base: Sequence[Mappin
 
 
 def _as_written(study: Study, settings: Mapping[str, Any], run: str) -> dict[str, Any]:
-    """A run's recorded settings with texts as the study has them: no folders of this machine."""
+    """A run's recorded settings with texts as in the study's file, without folders of this machine."""
     written = study.settings | study.runs[run]
     return {name: written[name] if isinstance(written.get(name), str) else value for name, value in settings.items()}
 
 
 def _thin(event: Event, energy: float, reached: float | None) -> dict[str, Any]:
-    """A curve's event with four digits of each score, and what its batch ``reached`` where that is known."""
+    """A curve's event with four digits of each score, and the batch's ``reached`` if known."""
     scores = {
         group: {
             name: {key: value if value is None else round(value, 4) for key, value in score.items()}
@@ -190,7 +192,7 @@ def _thin(event: Event, energy: float, reached: float | None) -> dict[str, Any]:
 
 
 def tables(found: Mapping[str, Any]) -> str:
-    """Markdown: how each run ended (shares in per cent, HE as its change), what SPHERE added, weights, Spearman's ρ."""
+    """Markdown tables: final scores (in per cent, HE as change), gains with SPHERE, weights, Spearman's ρ."""
     first = next(iter(found["runs"].values()))["before"]
     shown = _shown(first["scores"])
     scored = ["", *(name.replace("_", " ") for name in shown)]
@@ -232,7 +234,7 @@ def tables(found: Mapping[str, Any]) -> str:
 
 
 def _shown(scores: Mapping[str, Any]) -> tuple[str, ...]:
-    """The scores in tables: token accuracy only where there is no success."""
+    """Names of the scores for tables; token accuracy only if there is no success."""
     tokens = () if (scores.get("efficacy_success") or {}).get("n") else TOKEN_SCORES
     return (*SCORES, *(name for name in (*FOLLOWING_SCORES, *tokens, *_ANSWERS) if name in scores))
 
@@ -252,7 +254,7 @@ def _change(run: Mapping[str, Any], energy: float) -> str:
 
 
 def _doubled(run: Mapping[str, Any]) -> str:
-    """The edits by which perplexity was twice that of before, at the first look on the way that saw it, and HE then."""
+    """Edits and HE at the first evaluation during the run with at least twice the ``before`` perplexity."""
     limit = 2 * (run["before"]["perplexity"] or math.nan)
     seen = (e for e in run["curve"] if e["perplexity"] is None or e["perplexity"] >= limit)
     first = next(seen, None)
@@ -284,7 +286,8 @@ def _correlation(row: Mapping[str, Any] | None) -> str:
 
 
 def plots(found: Mapping[str, Any]) -> str:
-    """One SVG: a panel per measure over the edits, a line per run; a base method and its SPHEREs share a colour."""
+    """One SVG: a panel per measure over the edits, a line per run; a method with and without SPHERE shares a
+    colour."""
     from matplotlib import colormaps, style, ticker
     from matplotlib.figure import Figure
 

@@ -1,1 +1,1 @@
-"""What a run folder tells: its page, plots and figures."""
+"""The report of a run: page, plots and figures, made from the run folder."""

@@ -1,4 +1,4 @@
-"""Whether a run's energies and scores move together."""
+"""Rank correlations between a run's energies and scores."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 from sphere_edit.evaluation.metrics import SCORES
 
-_FEWEST = 4  # points of a correlation
+_FEWEST = 4  # least number of points for a correlation
 
 
 def correlations(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Spearman's rank correlation of energy with scores, over the points of a run at which it was evaluated.
+    """Spearman's rank correlation of energy with scores, over the evaluations along a run.
 
     Args:
-        events: of a run; its ``curve`` events are the points, where the ``energy`` events know their batch.
+        events: the run's events. The ``curve`` events are the points, if the ``energy`` events have their batch.
 
     Returns:
-        A row for each energy and score: ``energy`` (``sum``: HE over the edited layers; ``change``: ``|ΔHE|`` since
-        before the first edit, over them), ``score`` (a name as in evaluations), ``n`` (points with both), ``rho``,
-        ``p`` (two-sided, scipy's: by the t distribution, and as if the points were independent), and ``why`` there is
-        neither: None if there is. No rows without ``curve`` events.
+        A row for each energy and score: ``energy`` (``sum``: HE summed over the edited layers; ``change``: ``|ΔHE|``
+        since before the first edit, summed over them), ``score`` (a name as in evaluations), ``n`` (points with both),
+        ``rho``, ``p`` (two-sided, scipy's: by the t distribution, as if the points were independent), and ``why`` both
+        are missing, else None. No rows without ``curve`` events.
     """
-    from scipy.stats import spearmanr  # a second to import
+    from scipy.stats import spearmanr  # the import takes a second
 
     curve = [event for event in events if event.get("event") == "curve"]
     rows = []
@@ -48,7 +48,7 @@ def correlations(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def energies_by_batch(events: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """``sum`` by batch: the energies of all layers together; ``change``: how far they are from where they began."""
+    """By batch: ``sum``, the energy summed over the layers; ``change``, the distance from the first energies."""
     found: dict[int, dict[int, float]] = {}
     for event in events:
         if event.get("event") == "energy":

@@ -1,4 +1,4 @@
-"""The events of a run, sorted for those who show them."""
+"""The events of a run, sorted for pages, plots and tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STAGES = {
 
 @dataclass(frozen=True)
 class Log:
-    """The events of a run: energies by layer, from before any edit on; the rest by ``before`` and ``after``."""
+    """The events of a run: energies by layer, from before the first edit on; all else by ``before`` and ``after``."""
 
     events: Sequence[Event]
     energies: dict[int, list[Event]]
@@ -66,8 +66,8 @@ class Log:
         return found
 
     def learned(self) -> dict[str, Any] | None:
-        """How many facts the model had right after their batch, of how many, which not, and what was reached of their
-        wanted changes; None for runs that do not say."""
+        """Facts learned right after each batch, facts in all, facts not learned, and the share of the wanted changes
+        that was reached; None if the batch events have no ``learned``."""
         seen = [event for event in self.of_kind("batch") if event.get("learned") is not None]
         if not seen:
             return None
@@ -82,11 +82,11 @@ class Log:
         }
 
     def excess(self, when: str) -> float:
-        """Of all edited layers together."""
+        """Excess energy ``before`` or ``after``, summed over the edited layers."""
         return math.fsum(seen[-1 if when == "after" else 0]["excess"] for seen in self.energies.values())
 
     def layer(self, layer: int) -> dict[str, Any]:
-        """First and last energies of a layer, its directions, and the mean size of its updates."""
+        """First and last energy events of a layer, numbers of directions, and mean figures of the updates."""
         seen, before, after = self.energies[layer], *(self.spectra[w].get(layer, {}) for w in ("before", "after"))
         directions = len((before or after).get("eigenvalues", [])) or None
         ends = {"first": seen[0], "last": seen[-1], "r_before": before.get("rank"), "r_after": after.get("rank")}
@@ -94,11 +94,11 @@ class Log:
         return {**ends, **means, "directions": directions}
 
     def measured(self, layer: int) -> list[Event]:
-        """The energies of a layer that `sphere_edit.evaluation.weights` adds to, first to last."""
+        """The energy events of a layer with figures of `sphere_edit.evaluation.weights`, first to last."""
         return [event for event in self.energies[layer] if event.get("moved_mean") is not None]
 
     def bounds(self) -> list[dict[str, Any]]:
-        """Per layer with bounds: means over the batches, and how many times the closest bound goes into its step."""
+        """For each layer with bounds: means over the batches, and ``closest``, the least ratio of step to bound."""
         rows = []
         for layer in self.energies:
             if seen := [event for event in self.measured(layer) if event.get("bound") is not None]:
@@ -115,13 +115,13 @@ class Log:
         return max(moved, key=moved.__getitem__, default=None)
 
     def guarded(self) -> dict[str, Any] | None:
-        """Batches that stood out, how many facts were left out, and changes of the guard; None where there is none."""
+        """Batches that stood out, number of facts left out, and changes of the guard; None without either."""
         found, changes = self.of_kind("guard"), self.of_kind("setting")
         left = sum(len(event["facts"]) for event in found if event["action"] == "skipped")
         return {"batches": found, "left": left, "changes": changes} if found or changes else None
 
     def seconds(self) -> dict[str, float]:
-        """By stage, over all batches."""
+        """Seconds by stage, summed over all batches."""
         sums: dict[str, float] = {}
         for event in self.of_kind("batch"):
             for stage, seconds in event.get("seconds", {}).items():
@@ -129,7 +129,7 @@ class Log:
         return sums
 
     def stages(self) -> list[tuple[str, float]]:
-        """(stage, seconds) over all batches, then whatever else the whole run took."""
+        """(stage, seconds) of the preparation, of all batches by stage, and of the rest of the run."""
         sums: dict[str, float] = {}
         for event in self.of_kind("prepared"):
             sums["prepare (contexts, key covariance)"] = event.get("seconds", 0.0)
@@ -140,11 +140,11 @@ class Log:
 
 
 def energy_change(event: Event, first: Event) -> float:
-    """Of a layer, between two of its energy events."""
+    """Change of a layer's energy since the event ``first``."""
     return event["energy"] - first["energy"]
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
-    """Of those that are there."""
+    """Mean of the values that are not None; None without any."""
     there = [value for value in values if value is not None]
     return math.fsum(there) / len(there) if there else None

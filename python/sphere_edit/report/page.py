@@ -1,6 +1,6 @@
-"""The page of a run: one HTML file that needs nothing else, made from the run folder alone.
+"""The page of a run: one self-contained HTML file, made from the run folder alone.
 
-Text of models and data files reaches the page only through `_printable` and jinja2's autoescape, never a plot.
+Text of models and data files reaches the page only through `_printable` and jinja2's autoescape; no plot shows it.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _JINJA: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "ls
 
 
 def write_report(run: Path) -> Path:
-    """Make ``report.html`` of a run folder from its config, events and requests; an unfinished run shows what it has.
+    """Make ``report.html`` of a run folder from config, events and requests; an unfinished run gives a partial page.
 
-    The page is written whole or not at all, loads nothing, runs no script, and is the same for the same files.
+    The page is written whole or not at all. It loads nothing and runs no script. The same files give the same page.
 
     Returns:
         The path of the page.
 
     Raises:
-        RunError: not a run folder, of another version, or without events.
-        DataError: its requests are missing or damaged.
+        RunError: ``run`` is not a run folder, is of another version, or has no events.
+        DataError: the requests are missing or damaged.
     """
     config, events = run_folder.read_config(run), run_folder.read_events(run)
     if not events:
@@ -59,7 +59,7 @@ def write_report(run: Path) -> Path:
 
 
 def render(config: Mapping[str, Any], events: Sequence[Event], requests: Iterable[EditRequest]) -> str:
-    """The page as text: any figure that the events lack is a dash, any part without figures is left out."""
+    """The page as text; a missing figure is a dash, and a part without figures is left out."""
     log = Log.of(events)
     environment = Environment(loader=PackageLoader(__package__), autoescape=True, finalize=_printable, **_JINJA)
     filters = (number, signed, percent, short, plain)
@@ -81,7 +81,7 @@ def render(config: Mapping[str, Any], events: Sequence[Event], requests: Iterabl
 
 
 def _scored(requests: Iterable[EditRequest], events: Sequence[Event]) -> Iterator[tuple[EditRequest, Event | None]]:
-    """Requests with what they scored, without those that were not drawn to be; all of them while none has been."""
+    """Scored requests, each with an event; all requests, with None, as long as none is scored."""
     left = iter(events)
     event = next(left, None)
     for request in requests:
@@ -95,7 +95,7 @@ def _scored(requests: Iterable[EditRequest], events: Sequence[Event]) -> Iterato
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """Grouped in thousands; a dash for what is not there."""
+    """A number grouped in thousands; a dash for None."""
     return "–" if value is None else f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "−")
 
 
@@ -108,19 +108,19 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def short(value: float | None) -> str:
-    """Three digits, and where they are if far from the point."""
+    """A number to three digits, in scientific notation if very large or small."""
     return "–" if value is None else f"{value:.3g}".replace("-", "−")
 
 
 def plain(value: Any) -> str:
-    """A setting as one would type it."""
+    """A setting's value in the form that a user types."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(plain, value)) or "–"
     return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _printable(value: Any) -> Any:
-    """Text without what HTML forbids (controls become their pictures, surrogates U+FFFD), cut where absurdly long."""
+    """Text in HTML's characters (controls become control pictures, surrogates U+FFFD), cut if absurdly long."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return (value if len(value) <= _LONGEST else value[:_LONGEST] + "…").translate(_UNPRINTABLE)

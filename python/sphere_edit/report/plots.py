@@ -1,6 +1,6 @@
 """The plots of a run's page, as inline SVG.
 
-They name their colours by placeholders that become CSS variables, so one drawing serves light and dark.
+Plots name their colours by placeholders that become CSS variables, so one drawing serves light and dark.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STYLE: dict[str, Any] = {
 
 
 def draw_plots(log: Log, sphere: bool) -> dict[str, Markup | None]:
-    """All plots by name; None where the events lack what they show, and of suppression without ``sphere``."""
+    """All plots by name; None for a plot without figures, and for suppression without ``sphere``."""
     with style.context(["default", _STYLE]):
         return {
             "energy": _over_edits(log, "energy", "Change of HE", energy_change),
@@ -68,7 +68,12 @@ def _relative_norm(event: Event, _: Event) -> float | None:
 
 
 def _plot(name: str, label: str, draw: Callable[[Axes], None], columns: int, title: str = "") -> Markup:
-    """An inline SVG that scales with its column; ``columns`` of the legend below it. ``name`` keeps its ids apart."""
+    """An inline SVG that scales with the column of the page.
+
+    Args:
+        name: keeps the ids of the plot apart from other plots'.
+        columns: columns of the legend below the plot.
+    """
     figure = Figure(figsize=(4.6, 3.2), layout="constrained")
     draw(figure.subplots())
     figure.legend(loc="outside lower center", ncols=columns, title=title, columnspacing=1.2, handletextpad=0.5)
@@ -81,7 +86,7 @@ def _plot(name: str, label: str, draw: Callable[[Axes], None], columns: int, tit
 
 
 def _over_edits(log: Log, name: str, what: str, value: Callable[[Event, Event], float | None]) -> Markup | None:
-    """One line a layer over the number of edits, through ``value(event, first event)`` where there is one."""
+    """One line per layer over the number of edits, through every ``value(event, first event)`` that is not None."""
     found = {
         layer: [(e["edits"], y) for e in seen if (y := value(e, seen[0])) is not None and math.isfinite(y)]
         for layer, seen in log.energies.items()
@@ -132,7 +137,7 @@ def _metrics_plot(scores: Mapping[str, Mapping[str, Any]]) -> Markup | None:
 
 
 def _spectrum_plot(log: Log) -> Markup | None:
-    """Share of each principal direction: the most changed layer in front, the others thin behind it."""
+    """Share of each principal direction: the most changed layer in front, the other layers thin behind."""
     main = log.most_moved()
     shares = {  # the eigenvalues sum to 1
         when: {layer: [100 * v for v in e["eigenvalues"]] for layer, e in of.items() if e.get("eigenvalues")}
@@ -153,7 +158,7 @@ def _spectrum_plot(log: Log) -> Markup | None:
         if when == "after" and main in shares["before"]:
             axes.plot(at, shares["before"][main], color=_SERIES[1], linestyle="--", label=f"layer {main}, before")
         axes.set(xlabel="Direction, largest first", ylabel="Share of the spectrum, %", xlim=(0, len(front) + 1))
-        if rank and front[0] > 30 * front[rank - 1] > 0:  # one direction outweighs all: linear would show it alone
+        if rank and front[0] > 30 * front[rank - 1] > 0:  # on a linear axis one direction would hide all others
             axes.set_yscale("log")
             axes.set_ylim(bottom=max(front[-1], 1e-5 * front[0]))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -172,7 +177,7 @@ def _lines(
     looks: Mapping[str, Mapping[str, Any]],
     **axis: Any,
 ) -> Markup | None:
-    """Named lines over the number of edits, those that have points; ``axis`` is set on the axes."""
+    """Named lines over the number of edits, without empty lines; ``axis`` is set on the axes."""
     there = {key: points for key, points in lines.items() if points}
     if not there:
         return None
@@ -190,7 +195,7 @@ def _lines(
 
 
 def _bound_plot(log: Log) -> Markup | None:
-    """Of the layer whose energy changed most, what the theorem bounds and what became of the output, as shares."""
+    """The theorem's bound and the change of the output, as shares, for the layer whose energy changed most."""
     main = log.most_moved()
     seen = [event for event in log.measured(main) if event.get("bound") is not None] if main is not None else []
 
@@ -209,7 +214,7 @@ def _bound_plot(log: Log) -> Markup | None:
 
 
 def _curve(log: Log, name: str, of: str = "scores") -> list[tuple[int, float]]:
-    """Percentages of a score over edits, from the evaluations along the way."""
+    """A score in per cent over edits, from the evaluations along the run."""
     found = [(e["edits"], ((e.get(of) or {}).get(name) or {}).get("mean")) for e in log.of_kind("curve")]
     return [(edits, 100 * mean) for edits, mean in found if mean is not None]
 
@@ -217,7 +222,7 @@ def _curve(log: Log, name: str, of: str = "scores") -> list[tuple[int, float]]:
 def _two_kinds(
     log: Log, parts: Iterable[tuple[str, str, str]], solid: str, dashed: str
 ) -> tuple[dict[str, list[tuple[int, float]]], dict[str, dict[str, Any]]]:
-    """Two lines of one colour for each part: what it is called, its metric, and its group in a curve's event."""
+    """A solid and a dashed line of one colour per part; a part is (label, metric, group in a curve's event)."""
     lines: dict[str, list[tuple[int, float]]] = {}
     looks: dict[str, dict[str, Any]] = {}
     for (said, metric, of), colour in zip(parts, _SERIES, strict=False):
@@ -264,7 +269,7 @@ def _perplexity_plot(log: Log) -> Markup | None:
 
 
 def _cosine_map(log: Log) -> Markup | None:
-    """Sampled neurons of the layer whose energy changed most: cosines before below the diagonal, after above it."""
+    """Cosines of sampled neurons of the layer whose energy changed most: before below the diagonal, after above."""
     main, levels, size = log.most_moved(), 10, 7
     if main is None or not all(main in log.cosines[when] for when in ("before", "after")):
         return None

@@ -1,1 +1,1 @@
-"""The folder of a run: what is kept in it, and how."""
+"""The folder of a run: files, journal, and recorded options."""

@@ -1,8 +1,8 @@
-"""Undo a run, or do it again, bit for bit on any machine.
+"""Apply or revert a run, bit for bit on any machine.
 
-Adding low-rank factors again could round differently on another machine, and subtracting them never gives the old bits
-back. So ``deltas.safetensors`` holds, per weight, the exclusive or of the bits before and after: applying it to either
-gives the other, everywhere, and SHA-256 sums say which of the two a model has.
+Adding low-rank factors again could round differently on another machine, and subtracting them does not restore the old
+bits. So ``deltas.safetensors`` holds, per weight, the exclusive or of the bits before and after. Applied to either
+weight, the deltas give the other one, on any machine; SHA-256 sums tell which of the two a model has.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def write_deltas(
     run: Path, names: Mapping[int, str], before: Mapping[int, Tensor], after: Mapping[int, Tensor], model: str
 ) -> None:
-    """Write ``deltas.safetensors``: for each weight ``[n, d]`` the tensor ``W.bits [n, d]``, integers as wide as it.
+    """Write ``deltas.safetensors``: for each weight ``[n, d]`` the tensor ``W.bits [n, d]``, integers of equal width.
 
     Args:
-        names: of the edited weights, by layer.
+        names: names of the edited weights, by layer.
         before, after: the weights by layer.
-        model: what the user called it.
+        model: the user's name for the model.
     """
     tensors = {f"{name}.bits": (_bits(before[layer]) ^ _bits(after[layer])).cpu() for layer, name in names.items()}
     weights = {
@@ -47,7 +47,11 @@ def write_deltas(
 
 
 def weights_dtype(run: Path) -> torch.dtype:
-    """The dtype of the weights that a run edited, as ``deltas.safetensors`` says."""
+    """The dtype of the weights that a run edited, from ``deltas.safetensors``.
+
+    Raises:
+        RunError: the file is missing, damaged, or of another version.
+    """
     try:
         (name,) = {facts["dtype"] for facts in _deltas_facts(run)["weights"].values()}
         dtype = getattr(torch, name.removeprefix("torch."))
@@ -76,10 +80,11 @@ def _deltas_facts(run: Path) -> dict[str, Any]:
 def switch(run: Path, structure: ModelStructure, to: Literal["after", "before"]) -> list[str]:
     """Apply (``to="after"``) or revert (``to="before"``) a run on a model, bit for bit; returns the weights' names.
 
-    Every weight's SHA-256 is checked before any is written, and the result's before it is written.
+    The SHA-256 of every weight and of every result is checked before any weight is written.
 
     Raises:
-        RunError: the model has no such weight, or its bits are neither expected ones; nothing has been written then.
+        RunError: the model lacks a weight of the run, a weight's bits are not the expected ones, or the file is
+            damaged; nothing is written.
     """
     path = run / DELTAS
     here = "before" if to == "after" else "after"

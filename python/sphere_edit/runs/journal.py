@@ -1,16 +1,17 @@
-"""What a run has done, kept so that a kill, a full disk or a flipped bit can only shorten it.
+"""The journal of a run: a kill, a full disk or a flipped bit loses at most the steps from there on.
 
     journal.jsonl                   one line per step done, appended, never rewritten
-    batches/000001.safetensors      what batch 1 did
+    batches/000001.safetensors      the record of batch 1
     checkpoints/000010.safetensors  the whole state after batch 10; the newest two are kept
-    set-aside/1/                    what was found torn or altered, or was rolled back, with all that came after it
-    lock                            held while a process is at work here, and says which
+    set-aside/1/                    steps found torn or altered, or rolled back, with all later ones
+    lock                            names the process at work here, which holds it
 
-A step counts once its line is on the disk, and its file is there before. A line ends in ``chain``, the SHA-256 of the
-line before's ``chain`` and of itself, and names size and SHA-256 of its file: no line or file can change, go or change
-places unnoticed. The steps up to the first that fails this test hold, the rest is moved to ``set-aside/``.
+A step's file is written first, then its line; the step counts once its line is on the disk. A line ends in ``chain``,
+the SHA-256 of the previous line's ``chain`` and of the line itself, and names size and SHA-256 of its file. So no line
+or file can change, vanish or change places unnoticed. The steps before the first one that fails this test hold; the
+rest is moved to ``set-aside/``.
 
-A batch is named tensors and facts here; of models this file knows nothing.
+In this module a batch is named tensors and facts; the module knows nothing about models.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ Record = dict[str, Any]
 
 
 class RunError(ValueError):
-    """A run folder that cannot be used; the message names the folder, what was expected and what was found."""
+    """A run folder cannot be used; the message names the folder, the expectation and the finding."""
 
 
 class InUse(RunError):
-    """Another process is at work there."""
+    """Another process is at work in the run folder."""
 
 
 def resume_command(folder: Path) -> str:
@@ -54,10 +55,11 @@ def resume_command(folder: Path) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder/lock``; the kernel lets go of it when the process ends, however it ends.
+    """Hold ``folder/lock``; the kernel releases the lock when the process ends, in whatever way.
 
     Raises:
-        RunError: another process holds it, and the message says which; or nothing can be written in ``folder``.
+        InUse: another process holds the lock; the message names the process.
+        RunError: nothing can be written in ``folder``.
     """
     path = folder / LOCK
     try:
@@ -78,9 +80,9 @@ def locked(folder: Path) -> Iterator[None]:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 break
-        os.close(handle)  # its last holder took the file away meanwhile
+        os.close(handle)  # the last holder has removed this file meanwhile
     try:
-        with suppress(OSError):  # a full disk must not keep anyone from rolling back
+        with suppress(OSError):  # a full disk must not prevent a rollback
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
@@ -89,19 +91,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class Journal:
-    """The steps of the run in ``folder`` that hold. Making one reads and verifies, and changes nothing.
+    """The valid steps of the run in ``folder``. The constructor reads and verifies, and changes nothing.
 
-    A record is a dictionary with ``kind``, ``number`` (the batches done by then) and, for steps with a file, ``file``,
-    ``size`` and ``sha256``. Kinds known here are ``run`` (the first), ``batch`` and ``checkpoint``.
+    A record is a dictionary with ``kind``, ``number`` (batches done by then) and, for a step with a file, ``file``,
+    ``size`` and ``sha256``. The journal itself knows the kinds ``run`` (the first), ``batch`` and ``checkpoint``.
 
     Attributes:
-        records: in order.
-        fault: what is wrong with the first step that does not hold, or None.
-        resume_hint: the command that an error names to go on with.
-        on_note: called with what a user should hear: faults found, and what is done about them.
+        records: the valid steps, in order.
+        fault: the fault of the first step that is not valid, or None.
+        resume_hint: the command to resume the run, for error messages.
+        on_note: called with a message for the user about each fault and its remedy.
 
     Raises:
-        RunError: the first line is damaged, or there are batches and no journal: there is nothing to go back to.
+        RunError: the first line is damaged, or there are batches but no journal. No step remains to go back to.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -110,14 +112,14 @@ class Journal:
         self.fault: str | None = None
         self.on_note: Callable[[str], None] = warnings.warn
         self.resume_hint = resume_command(folder)
-        self._marks: list[tuple[int, bytes]] = [(0, b"")]  # where each record's line ends, and its chain
+        self._marks: list[tuple[int, bytes]] = [(0, b"")]  # end of each record's line, and its chain
         self._file: int | None = None
         self._read()
 
     @classmethod
     @contextmanager
     def opened(cls, folder: Path) -> Iterator[Journal]:
-        """With the lock held."""
+        """A journal under the lock of the folder."""
         with locked(folder):
             journal = cls(folder)
             try:
@@ -127,7 +129,7 @@ class Journal:
 
     @property
     def batches(self) -> int:
-        """The number of the last batch that is safe."""
+        """Number of the last batch that is safe on the disk."""
         return self.records[-1]["number"] if self.records else 0
 
     def of_kind(self, kind: str) -> list[Record]:
@@ -149,7 +151,7 @@ class Journal:
         self._hold(record, len(line), chain)
 
     def add(self, kind: str, file: str | None = None, **facts: Any) -> None:
-        """Append a line, for a step whose ``file``, if it has one, is complete. On an error there is no such line."""
+        """Append a step's line; the step's ``file``, if any, must be complete. An error leaves no line behind."""
         record: Record = {"kind": kind, "number": self.batches, **facts}
         if file is not None:
             path = self.folder / file
@@ -160,7 +162,7 @@ class Journal:
             self._append(record)
 
     def add_batch(self, number: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], **more: Any) -> None:
-        """Keep batch ``number``, the next one: ``tensors`` and ``facts`` in its file, ``more`` in its line."""
+        """Record batch ``number``, the next one: ``tensors`` and ``facts`` in a file, ``more`` in the line."""
         assert number == self.batches + 1
         file = f"{BATCHES}/{number:06d}.safetensors"
         with self.writing(file):
@@ -175,7 +177,7 @@ class Journal:
             raise
 
     def add_checkpoint(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the state after the last batch, and of the earlier ones the newest."""
+        """Write the state after the last batch as a checkpoint; delete all but the newest two checkpoints."""
         file = f"{CHECKPOINTS}/{self.batches:06d}.safetensors"
         with self.writing(file):
             make_folder(self.folder / CHECKPOINTS)
@@ -185,7 +187,7 @@ class Journal:
             self.path(old).unlink(missing_ok=True)
 
     def checkpoint(self, number: int) -> Record | None:
-        """The newest checkpoint of at most ``number`` batches that is whole."""
+        """The newest undamaged checkpoint of at most ``number`` batches, or None."""
         for record in reversed(self.of_kind("checkpoint")):
             if record["number"] <= number and self.path(record).exists():
                 fault = self.fault_of(record)
@@ -195,7 +197,7 @@ class Journal:
         return None
 
     def fault_of(self, record: Record) -> str | None:
-        """What is wrong with the file of a record; None if it is whole."""
+        """The fault of a record's file, in words; None for an undamaged file."""
         path = self.path(record)
         try:
             size = path.stat().st_size
@@ -209,7 +211,7 @@ class Journal:
         return None
 
     def repair(self) -> None:
-        """Go back to what holds: set aside what does not and all that came after; take away what a kill left half."""
+        """Set aside the first invalid step and all later files; delete temporary files that a kill left."""
         aside = self._cut(len(self.records))
         if self.fault is not None:
             later = "" if aside is None else f", what came later is in {aside}"
@@ -220,11 +222,11 @@ class Journal:
                 left.unlink()
 
     def go_back(self, number: int, also: Iterable[str] = ()) -> Path | None:
-        """Set aside everything after batch ``number``, and the files ``also``, which no longer hold; where to."""
+        """Set aside all steps after batch ``number`` and the files ``also``, now outdated; returns the new folder."""
         return self._cut(sum(record["number"] <= number for record in self.records), also)
 
     def set_aside(self, *files: str) -> Path:
-        """Move files, named from the run folder, to a new place for them; returns it."""
+        """Move files, named from the run folder, into a new folder under ``set-aside/``; returns that folder."""
         taken = [int(path.name) for path in (self.folder / SET_ASIDE).glob("[0-9]*")]
         aside = self.folder / SET_ASIDE / str(max(taken, default=0) + 1)
         with self.writing(SET_ASIDE):
@@ -234,7 +236,7 @@ class Journal:
 
     @contextmanager
     def writing(self, file: str) -> Iterator[None]:
-        """Around anything that writes ``file``: an error says what is safe, and how to go on."""
+        """Turn an OSError while ``file`` is written into a RunError with the safe batches and the resume command."""
         try:
             yield
         except OSError as error:
@@ -246,7 +248,7 @@ class Journal:
     def _read(self) -> None:
         path = self.folder / JOURNAL
         try:
-            *lines, _torn = path.read_bytes().split(b"\n")  # what a kill tore has no end of line
+            *lines, _torn = path.read_bytes().split(b"\n")  # a line torn by a kill has no end of line
         except FileNotFoundError:
             if any((self.folder / BATCHES).glob("[!.]*")):
                 raise RunError(f"{path} is missing, though there are batches; put back a copy of it") from None
@@ -291,7 +293,7 @@ class Journal:
             self._hold(record, len(line), chain)
         except BaseException:
             self._forget(count)
-            with suppress(OSError):  # then the end stays torn, which the next to open it takes back
+            with suppress(OSError):  # else the torn end stays, and the next process repairs it
                 os.ftruncate(self._file, end)
                 os.fsync(self._file)
             raise
@@ -307,10 +309,10 @@ class Journal:
             move(self.folder / file, (aside / file).parent)
 
     def _cut(self, count: int, also: Iterable[str] = ()) -> Path | None:
-        """Keep ``count`` records. Killed at any point, the same call does the rest.
+        """Keep ``count`` records. After a kill at any point, the same call does the rest.
 
-        What holds only together with the last lines (``also``) goes first, so that it is never there without them;
-        then the lines, which decide; then the files that no line names any more."""
+        Files that are valid only with the last lines (``also``) go first, so that they never remain without these
+        lines. Then the lines go, which decide; then the files that no line names any more."""
         if not self.records:
             return None
         path, end = self.folder / JOURNAL, self._marks[count][0]
@@ -319,7 +321,7 @@ class Journal:
         inside = [file for name in (BATCHES, CHECKPOINTS) for file in sorted((self.folder / name).glob("[!.]*"))]
         strays = [name for file in inside if (name := file.relative_to(self.folder).as_posix()) not in named]
         derived = [file for file in also if (self.folder / file).exists()]
-        lines = b"\n" in rest  # else at most a torn one, which tells nothing
+        lines = b"\n" in rest  # else at most a torn line, which holds nothing
         aside = self.set_aside(*derived) if derived or strays or lines else None
         with self.writing(SET_ASIDE):
             if aside is not None and lines:
@@ -335,7 +337,7 @@ class Journal:
 
 
 def _line(record: Record, previous: bytes) -> tuple[bytes, bytes]:
-    """(the line, its chain)."""
+    """(line, chain) of a record after the chain ``previous``."""
     body = json.dumps(record, allow_nan=False).encode()[:-1]
     chain = _sha256(previous + body)
     return body + _CHAIN + chain + b'"}\n', chain

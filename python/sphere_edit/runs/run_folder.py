@@ -2,16 +2,16 @@
 
     config.yaml          model, data, settings, versions
     requests.jsonl       the edits in order
-    before.json          the evaluation and completions from before the first edit
-    judged.jsonl         what a judge was asked and replied, see `judge`; only where there is one
+    before.json          the snapshot from before the first edit: scores and completions
+    judged.jsonl         questions to a judge and its replies, see `evaluation.judge`; only in runs with a judge
     batches/, checkpoints/, journal.jsonl, set-aside/, lock
-                         what each batch did, kept safe as it happens: see `journal`
-    metrics.jsonl        one event a line; made anew from the journal when a run goes on
+                         the record of each batch, safe before the next batch begins: see `journal`
+    metrics.jsonl        one event a line; made anew from the journal when a run is resumed
     deltas.safetensors   per edited weight the bits that the run changed; see `deltas`
     report.html          the page made from the above
-    model/               the edited model, where asked for
+    model/               the edited model, on request
 
-The last three are there when a run is complete.
+The last three appear when the run is complete.
 """
 
 from __future__ import annotations
@@ -73,18 +73,18 @@ CONFIG, REQUESTS, BEFORE, JUDGED, METRICS, DELTAS, REPORT, MODEL = (
 )
 _BEGINNING = (CONFIG, REQUESTS, LOCK)
 _NAMES = (*_BEGINNING, BEFORE, JUDGED, METRICS, DELTAS, REPORT, MODEL, JOURNAL, BATCHES, CHECKPOINTS, SET_ASIDE)
-_LEFT = re.compile(r"\..*\.tmp|\.model\.partial-.*")  # by a kill
+_LEFT = re.compile(r"\..*\.tmp|\.model\.partial-.*")  # temporary files that a kill leaves
 
 
 @contextmanager
 def new_run(path: Path, overwrite: bool = False) -> Iterator[Journal]:
-    """The locked folder of a new run: ``path``, or where there is a run, a folder ``<path>.partial-…`` beside it.
+    """Make and lock the folder of a new run: ``path``, or ``<path>.partial-…`` beside an earlier run at ``path``.
 
-    An error before the journal begins takes the folder away again; later, what there is stays and can be resumed.
+    An error before the journal begins removes the folder; after a later error the run stays and can be resumed.
 
     Raises:
-        RunError: ``path`` exists and ``overwrite`` is not given, it is something other than a run folder, another
-            process is at work in it, or it cannot be written.
+        RunError: ``path`` exists and ``overwrite`` is not given, ``path`` is not a run folder, another process is at
+            work in it, or it cannot be written.
     """
     path = path.resolve()  # a link stays a link
     check_new_run(path, overwrite)
@@ -111,7 +111,7 @@ def new_run(path: Path, overwrite: bool = False) -> Iterator[Journal]:
                         if entry.name in _BEGINNING or (_LEFT.fullmatch(entry.name) and entry.is_file()):
                             entry.unlink()
     finally:
-        with suppress(OSError):  # that it is not empty
+        with suppress(OSError):  # a folder that is not empty stays
             for folder in reversed(made):
                 folder.rmdir()
 
@@ -139,18 +139,18 @@ def check_new_run(path: Path, overwrite: bool) -> None:
 
 
 def _unbegun(path: Path) -> bool:
-    """Whether a run was stopped there before its first step: nothing to lose, and nothing to resume."""
+    """Whether a run in ``path`` was stopped before the first step: nothing to lose, and nothing to resume."""
     names = [entry.name for entry in path.iterdir()]
     return not names or (LOCK in names and all(name in _BEGINNING or _LEFT.fullmatch(name) for name in names))
 
 
 @contextmanager
 def existing_run(path: Path) -> Iterator[Journal]:
-    """The locked folder of an earlier run.
+    """Lock the folder of an earlier run.
 
     Raises:
-        RunError: no run began there, its config or requests are not those it was made with, another process is at
-            work in it, or it cannot be written.
+        RunError: no run began in ``path``, its config or requests have changed since, another process is at work in
+            the folder, or the folder cannot be written.
     """
     path = path.resolve()
     read_config(path)
@@ -168,30 +168,30 @@ def existing_run(path: Path) -> Iterator[Journal]:
 
 
 def is_finished(journal: Journal) -> bool:
-    """Whether the run is complete and its result is as it was written."""
+    """Whether the run is complete and the result undamaged."""
     end = journal.last("finished")
     return end is not None and end["number"] == journal.batches and not journal.fault_of(end) and has_deltas(journal)
 
 
 def has_deltas(journal: Journal) -> bool:
-    """Whether ``deltas.safetensors`` is whole and holds for the last batch."""
+    """Whether ``deltas.safetensors`` is undamaged and belongs to the last batch."""
     found = journal.last("deltas")
     return found is not None and found["number"] == journal.batches and not (journal.fault or journal.fault_of(found))
 
 
 def guard_of(journal: Journal, begun: str) -> str:
-    """The setting ``guard`` of a run that was begun with ``begun``: the one it was resumed with last."""
+    """The current setting ``guard`` of a run: from the last change on a resume, else ``begun``."""
     found = journal.last("setting")
     return begun if found is None else str(found["guard"])
 
 
 def place(folder: Path, name: str | None) -> Path:
-    """Where a run that was to replace ``name`` goes: a folder that was moved or copied since replaces nothing."""
+    """The final path of a run that is to replace ``name``; a folder moved or copied since stays in place."""
     return folder.with_name(name) if name and folder.name.startswith(f"{name}.partial-") else folder
 
 
 def replace_earlier(folder: Path, name: str | None) -> Path:
-    """Put a complete run that was made beside an earlier one called ``name`` into its place; where the run is then.
+    """Move a complete run into the place of an earlier run ``name`` in the same folder; returns the new path.
 
     Raises: as `new_run`.
     """
@@ -217,13 +217,13 @@ def replace_earlier(folder: Path, name: str | None) -> Path:
 
 
 def beside(path: Path) -> list[Path]:
-    """Runs that were to replace the run at ``path`` and have been stopped, or still go on."""
+    """Unfinished runs, stopped or still going on, that are to replace the run at ``path``."""
     found = path.parent.glob(f"{glob.escape(path.name)}.partial-*/{JOURNAL}")
     return sorted(journal.parent for journal in found)
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on besides the settings."""
+    """Versions, machine and thread count, on which figures depend besides the settings."""
     import transformers
 
     return {
@@ -237,7 +237,7 @@ def environment() -> dict[str, Any]:
 
 
 def environment_changes(config: Mapping[str, Any]) -> list[str]:
-    """What differs from where a run was made, but for the threads, which can be set."""
+    """Differences from the environment in which a run began, without the threads, which a resume can set."""
     now = environment()
     then = {name: config["environment"].get(name) for name in now if name != "threads"}
     return [f"{name} was {value}, is {now[name]}" for name, value in then.items() if value != now[name]]
@@ -271,10 +271,11 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
-    """The events of a run, without the line that names their schema.
+    """The events of a run, without the line of the schema.
 
     Raises:
-        RunError: a line is not JSON, as a torn last one; or the schema is later than `SCHEMA`.
+        RunError: the file cannot be read, a line is not JSON (such as a torn last one), or the schema is later than
+            `SCHEMA`.
     """
     path = run / METRICS
     events = []
@@ -299,10 +300,11 @@ def read_requests(run: Path) -> list[EditRequest]:
 
 
 def write_batch(journal: Journal, batch: BatchRecord) -> None:
-    """Keep a batch: per layer of its `LayerRecord` ``4.keys``, ``4.gradients`` and the update's factors ``4.left``
-    and ``4.right`` (a matrix is right), as far as it has them, and ``random_state``.
+    """Record a batch in the journal. The file holds ``random_state`` and, from the `LayerRecord` of each layer such as
+    4, ``4.keys``, the update's factors ``4.left`` and ``4.right``, and ``4.gradients`` if there are any; a dense update
+    is ``4.right`` alone.
 
-    Its events, which hold times, go into the journal's line: the same batch gives the same file."""
+    The events hold times, so they go into the journal's line: the same batch gives the same file."""
     tensors = {"random_state": batch.random_state}
     for layer, done in batch.layers.items():
         left, right = factors(done.update)
@@ -336,7 +338,7 @@ def read_batch(journal: Journal, record: Record) -> BatchRecord:
 
 @contextmanager
 def new_model_folder(path: Path) -> Iterator[Path]:
-    """A folder to save a model in, moved to ``path`` when complete; ``path`` must be new."""
+    """A temporary folder to save a model in, moved to ``path`` when complete; RunError unless ``path`` is new."""
     if path.exists():
         raise RunError(f"{path} exists; expected a new folder for the model")
     with new_folder(path) as work:

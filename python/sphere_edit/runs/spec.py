@@ -1,4 +1,4 @@
-"""What a run does besides editing: its options, each declared once, and how ``config.yaml`` records them."""
+"""The options of a run besides the settings of the edits: each declared once, and recorded in ``config.yaml``."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from sphere_edit.evaluation.metrics import PERPLEXITY_TOKENS
 
 
 def _option(default: Any, doc: str, **more: Any) -> Any:
-    """A field of `RunOptions` with what is said of it.
+    """A field of `RunOptions` with the description ``doc``.
 
     Args:
-        more: ``flags`` of the command line, where its option is not named like the field; ``least``, of a count;
-            ``earlier``, what runs of versions without the field did, where that is not the default.
+        more: ``flags`` of the command line, unless they follow from the field's name; ``least`` value of a count;
+            ``earlier``: the value for runs of versions without the field, unless it is the default; ``metavar``.
     """
     return field(default=default, metadata={"doc": doc, **more})
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run does besides editing; each option says what it does in its ``metadata["doc"]``.
+    """Options of a run besides the settings; ``metadata["doc"]`` of each field describes the option.
 
     Args:
-        model_name, data_name: as the user gave them; for the record.
+        model_name, data_name: the user's names for model and data; for the record.
         out: the run folder.
         perplexity_tokens: see `sphere_edit.evaluation.metrics.perplexity`.
-        given: how model and data were read, for those who go on with the run.
+        given: how model and data were read; a resume reads them in the same way.
     """
 
     model_name: str
@@ -78,7 +78,7 @@ class RunOptions:
     given: dict[str, Any] = field(default_factory=dict)
 
     def recorded(self) -> dict[str, Any]:
-        """The options as ``config.yaml`` has them."""
+        """The options in the form of ``config.yaml``."""
         found = {one.name: getattr(self, one.name) for one in declared() if one.name != "overwrite"}
         return found | {"harness": list(self.harness), "perplexity_tokens_at_most": self.perplexity_tokens}
 
@@ -89,7 +89,7 @@ def declared() -> list[Field[Any]]:
 
 
 def check_counts(options: RunOptions) -> None:
-    """Raise ValueError unless every count can be."""
+    """Raise ValueError if a count is below the least value."""
     for one in declared():
         value, least = getattr(options, one.name), one.metadata.get("least")
         if least is None or (value is None and one.default is None):
@@ -99,10 +99,10 @@ def check_counts(options: RunOptions) -> None:
 
 
 def recorded_options(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The options other than settings that a run was begun with, from its ``config.yaml``."""
+    """The options, without settings, that a run began with; read from ``config.yaml``."""
     own = {one.name: recorded.get(one.name, one.metadata.get("earlier", one.default)) for one in declared()}
     own["harness"] = ",".join(own["harness"] or ()) or None
     own |= {"overwrite": recorded["replaces"] is not None, "device": recorded["device"]}
     own |= {"threads": recorded["environment"]["threads"]}
-    own |= {"on_conflict": recorded["given"].get("on_conflict", "refuse")}  # as earlier runs and those from Python
+    own |= {"on_conflict": recorded["given"].get("on_conflict", "refuse")}  # earlier runs and runs from Python
     return own | {name: recorded["given"].get(name) for name in ("limit", "order", "preset", "dtype")}
