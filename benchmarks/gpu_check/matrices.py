@@ -31,6 +31,7 @@ from sphere_kernels import (
     LowRankUpdate,
     apply_projected_update_,
     gram,
+    gram_energy,
     gram_update_energy_,
     sparse_projection,
 )
@@ -43,7 +44,7 @@ ALPHA = 0.7
 
 
 def checks(device: Target, impl: str) -> Iterator[Case]:
-    for make in (grams, updates, projections, products):
+    for make in (grams, energies, updates, projections, products):
         yield from make(device, impl)
 
 
@@ -89,6 +90,41 @@ def _depth(device: Target, kind: Kind, d: int) -> Row:
     }
 
 
+def energies(device: Target, impl: str) -> Iterator[Case]:
+    for kind in kinds(device, "gram_energy", impl, wide=True):
+        for variant in FEW:
+            run = partial(_energy_of_gram, device, kind, variant)
+            yield Case(kind.info("gram_energy", title(variant)), under(kind, run))
+        yield Case(kind.info("gram_energy", "near pairs"), under(kind, partial(_energy_of_near_pairs, device, kind)))
+
+
+def _energy_of_gram(device: Target, kind: Kind, variant: Variant) -> Row:
+    weight = randn(device, *device.sizes.usual, dtype=torch.float64)
+    matrix = (weight @ weight.mT).to(kind.dtype)
+    matrix = (matrix + matrix.mT) / 2
+    s, distance, half_space = variant
+    (actual,) = twice(device, lambda: gram_energy(matrix, s, distance=distance, half_space=half_space, impl=kind.impl))
+    expected, plain = (oracle.per_neuron_of_gram(m, s, distance, half_space) for m in (matrix.double(), matrix))
+    return within(actual, expected, plain, _own_error(kind))
+
+
+def _energy_of_near_pairs(device: Target, kind: Kind) -> Row:
+    _, _, crowded = inputs.update_to_crowded(kind.dtype)
+    crowded = crowded.to(device.torch)
+    matrix, weight = (crowded @ crowded.mT).to(kind.dtype), crowded.to(kind.dtype)
+    (actual,) = twice(device, lambda: gram_energy(matrix, weight=weight, impl=kind.impl))
+    return row_by_row(actual, oracle.per_neuron(crowded), _loose(kind))
+
+
+def _own_error(kind: Kind) -> float:
+    """In fp64 the oracle has an error of its own: arccos of a rounded number."""
+    return 5e3 * kind.eps if kind.dtype == torch.float64 else kind.eps
+
+
+def _loose(kind: Kind) -> float:
+    return {"tf32": 1e-2, "": 1e-9}.get(kind.dot, 2e-4)
+
+
 def updates(device: Target, impl: str) -> Iterator[Case]:
     for kind in kinds(device, "gram_update_energy_", impl, wide=True):
         for variant in FEW:
@@ -124,9 +160,7 @@ def _update_of(device: Target, kind: Kind, variant: Variant, b: int) -> Row:
     expected = _updated(*(tensor.double() for tensor in (whole, left, cross, inner)), torch.matmul)
     plain = _updated(whole, left, cross, inner, lambda a, b: product(a, b, kind.plain))
     energies = [oracle.per_neuron_of_gram(m, s, distance, half_space) for m in (expected, plain)]
-    # In fp64 the oracle has an error of its own: arccos of a rounded number.
-    own = 5e3 * kind.eps if kind.dtype == torch.float64 else kind.eps
-    return within(actual, (expected, energies[0]), (plain, energies[1]), kind.product_eps, own)
+    return within(actual, (expected, energies[0]), (plain, energies[1]), kind.product_eps, _own_error(kind))
 
 
 def _updated(gram: Tensor, left: Tensor, cross: Tensor, inner: Tensor, times: Callable[..., Tensor]) -> Tensor:
@@ -143,8 +177,7 @@ def _update_to_near_pairs(device: Target, kind: Kind) -> Row:
     def run() -> Tensor:
         return gram_update_energy_(matrix.clone(), left, cross, inner, weight=weight, impl=kind.impl)
 
-    loose = {"tf32": 1e-2, "": 1e-9}.get(kind.dot, 2e-4)
-    return row_by_row(twice(device, run)[0], oracle.per_neuron(after), loose)
+    return row_by_row(twice(device, run)[0], oracle.per_neuron(after), _loose(kind))
 
 
 def projections(device: Target, impl: str) -> Iterator[Case]:
