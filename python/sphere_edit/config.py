@@ -34,7 +34,7 @@ class Setting:
     default: Any
     doc: str
     expected: str
-    fits: Callable[[Any], bool] = field(repr=False)
+    fits: Callable[[Any], bool] = field(repr=False, compare=False)
     flags: tuple[str, ...] = ()
     solved: bool = False
 
@@ -250,6 +250,9 @@ class EditConfig:
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"settings are immutable; expected config.replace({name}={value!r})")
 
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"settings are immutable; expected config.replace(…), not del {name}")
+
     def __eq__(self, other: object) -> bool:
         return self.__dict__ == other.__dict__ if isinstance(other, EditConfig) else NotImplemented
 
@@ -314,7 +317,7 @@ def find_method(name: object) -> Any:
     if not colon:
         return METHODS.get(module)
     found = getattr(sys.modules.get(module), attribute, None)
-    return found if hasattr(found, "settings") else None
+    return found if all(hasattr(found, part) for part in ("settings", "presets", "check", "trains")) else None
 
 
 def unused_settings(method: str, targets: str) -> list[str]:
@@ -327,7 +330,7 @@ def _unused(method: str, targets: str) -> dict[str, str]:
     own = find_method(method)
     solves = own is None or not own.trains
     found: dict[str, str] = {}
-    if method in METHODS:
+    if str(method) in METHODS:
         users: dict[str, list[str]] = {}
         for name, one in METHODS.items():
             solved = () if one.trains else (key for key, setting in COMMON.items() if setting.solved)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
 
 import pytest
@@ -78,6 +80,28 @@ def test_refused(name, value):
         EditConfig(**{name: value})
     with pytest.raises(ConfigError, match=rf"^{name}: "):
         EditConfig().replace(**{name: value})
+
+
+def test_settings_stay_as_they_are():
+    config = EditConfig(ridge=2.0)
+    with pytest.raises(AttributeError, match=r"settings are immutable; expected config.replace\(ridge=1\)"):
+        config.ridge = 1
+    with pytest.raises(AttributeError, match=r"settings are immutable; .* not del ridge"):
+        del config.ridge
+    for made in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), eval(repr(config))):
+        assert made == config and hash(made) == hash(config) and made.ridge == 2.0
+
+
+@pytest.mark.parametrize("name", ["method", "targets"])
+@pytest.mark.parametrize("value", [["memit"], {"a": 1}], ids=["list", "mapping"])
+def test_names_that_are_no_texts(name, value, tmp_path):
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump({"settings": {name: value}}))
+    message = re.escape(f"{name}: expected a text, got {value!r}")
+    for given in ((tmp_path / "given.yaml", []), (None, [f"{name}={json.dumps(value)}"])):
+        with pytest.raises(ConfigError, match=message):
+            settings("auto", *given, {})
+    with pytest.raises(ConfigError, match=message):
+        EditConfig.from_run({name: value})
 
 
 def test_every_setting_is_checked():

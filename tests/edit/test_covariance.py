@@ -252,3 +252,13 @@ def test_eigenvectors_are_computed_once_and_kept(tokenizer, text, tmp_path, monk
     assert all(torch.equal(a, b) for a, b in zip(first, seen(), strict=True)) and calls == [80, 80]
     _get(model, tokenizer, tmp_path / "c", text, tokens=200)  # other keys, other eigenvectors
     assert not torch.equal(_get(model, tokenizer, tmp_path / "c", text, tokens=200).eigh(1)[0], first[0])
+
+
+def test_eigenvectors_that_cannot_be_kept_are_used(tokenizer, text, tmp_path):
+    """As in a folder that may only be read, where the covariance itself has been all along."""
+    found = _get(tiny.make_model("llama"), tokenizer, tmp_path / "c", text)
+    path = next(path for path in (tmp_path / "c").iterdir() if "-layer1-" in path.name)
+    path.with_suffix(".eigh.safetensors").mkdir()
+    with pytest.warns(UserWarning, match="eigenvectors are not kept, each start computes them: .*Is a directory"):
+        values, vectors = found.eigh(1)
+    torch.testing.assert_close(vectors * values @ vectors.T, found[1])

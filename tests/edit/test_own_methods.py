@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 import sphere_edit
 from sphere_edit.cli.app import app
 from sphere_edit.cli.options import settings
-from sphere_edit.config import ConfigError, EditConfig
+from sphere_edit.config import ConfigError, EditConfig, positive
 from sphere_edit.experiments import run as experiment
 from sphere_edit.experiments.run import resume
-from sphere_edit.methods import method_class
+from sphere_edit.methods import METHODS, Method, method_class
 from sphere_edit.methods.importing import import_method
 from sphere_edit.runs import run_folder
 
@@ -32,6 +32,10 @@ from sphere_kernels import LowRankUpdate
 
 Path(__file__).with_name("ran").touch()
 NUMBER = 1
+
+
+class NoMethod:
+    settings = {}
 
 
 class Ridge(Method):
@@ -174,6 +178,7 @@ def test_a_run_does_not_go_on_with_other_code(stopped, own):
         ),
         (":Ridge", "cannot be imported .* expected package.module:Class"),
         ("mine.own:Bridge", "mine.own:Bridge: expected a class made from sphere_edit.methods.Method, got None"),
+        ("mine.own:NoMethod", "expected a class made from sphere_edit.methods.Method, got <class"),
         ("mine.own:NUMBER", "expected a class made from sphere_edit.methods.Method, got 1"),
         ("mine.own:Path", "expected a class made from sphere_edit.methods.Method, got <class"),
         ("os:getcwd", "expected a class made from sphere_edit.methods.Method, got <built-in"),
@@ -193,6 +198,32 @@ def test_names_that_lead_to_no_method(name, message, own):
     ):
         import_method(name, False)
         method_class(EditConfig(method=name))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "message"),
+    [
+        (None, "batch_size", "Mine: settings: 'batch_size' is the loop's; expected another name"),
+        (None, "replace", "Mine: settings: 'replace' is the loop's"),
+        ("mine", "ridge", "Mine: settings: 'ridge' is a setting of alphaedit; expected another name"),
+        ("mine", "loop_stop", "Mine: settings: 'loop_stop' is a setting of closed_loop"),
+        ("memit", "own", "Mine: 'memit' is a method already; expected another name"),
+    ],
+)
+def test_a_declaration_that_would_change_others_is_refused(name, key, message):
+    """Such as a default of one's own for ``ridge``, which AlphaEdit would have had from then on."""
+    methods, ridge = dict(METHODS), EditConfig().ridge
+    with pytest.raises(ConfigError, match=message):
+        type("Mine", (Method,), {"settings": {key: positive(3.0, "")}}, name=name)
+    assert methods == METHODS and EditConfig().ridge == ridge
+
+
+def test_a_method_that_is_made_anew_takes_its_own_place(monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", None)
+    del METHODS["mine"]
+    for default in (3.0, 4.0):
+        made = type("Mine", (Method,), {"settings": {"own": positive(default, "")}}, name="mine")
+        assert METHODS["mine"] is made and EditConfig(method="mine").own == default
 
 
 def test_code_that_fails_while_it_is_imported(own):

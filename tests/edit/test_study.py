@@ -94,7 +94,12 @@ def test_runs_are_made_once_and_compared(write, tmp_path):
     assert said == [f"{name}: {what}" for what in ("begins", "finished") for name in one.runs]
     path = write_results(one, tmp_path / "runs", tmp_path / "results")
     found = json.loads(path.read_text())
-    assert list(found["runs"]) == list(one.runs) and found["study"]["title"] == "tiny"
+    assert list(found["runs"]) == list(one.runs) and found["study"].keys() == {
+        *("name", "title", "model", "make_model", "data", "limit", "order", "dtype", "threads", "preset"),
+        *("perplexity_text", "checkpoint_every", "curve_every", "curve_sample", "score_sample", "answers"),
+    }
+    assert found["study"]["title"] == "tiny" and found["study"]["curve_sample"] == 3
+    assert found["study"]["perplexity_text"] == "heldout" and found["study"]["answers"] is False  # not given
     for name, run in found["runs"].items():
         events = run_folder.read_events(tmp_path / "runs" / slug(name))
         (last,) = (e for e in events if e["event"] == "evaluation" and e["when"] == "after")

@@ -84,3 +84,8 @@ def test_a_file_gets_lines_and_no_bars(capsys):
         show("batches", 1, 1)
         show("edits", 7, 7)
     assert re.fullmatch(r"batch 1 of 1, 7 of 7 edits\n", capsys.readouterr().err)
+
+
+def test_a_name_with_colons_is_shown_as_it_is(capsys):
+    terminal.complain("method: mine:Key: expected another")
+    assert capsys.readouterr().err == "error: method: mine:Key: expected another\n"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from sphere_edit.config import METHODS, OPEN, TARGETS, ConfigError, EditConfig, as_recorded, declarations
+from sphere_edit.config import COMMON, METHODS, OPEN, TARGETS, ConfigError, EditConfig, as_recorded, declarations
 from sphere_edit.data.requests import EditRequest
 from sphere_edit.methods import method_class
 from sphere_edit.methods.importing import import_method
@@ -91,8 +91,9 @@ def settings(
     """Combine preset (of the named method), file, ``--set`` and named options into one config; the last one wins."""
     given = given_settings(file, pairs, named)
     if "method" in given:
+        COMMON["method"].check("method", given["method"])
         typed = given_settings(None, pairs, named).get("method") == given["method"]
-        import_method(str(given["method"]), trust_remote_code or typed)
+        import_method(given["method"], trust_remote_code or typed)
     chosen = on_preset(preset_name, given)
     method_class(chosen)  # raises for an unknown name
     return chosen

@@ -23,8 +23,8 @@ from sphere_edit.runs.journal import Journal, resume_command
 from sphere_edit.targets.reached import named
 from sphere_edit.units import duration
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)  # ":key:" in a name or a prompt is text
+errors = Console(stderr=True, emoji=False)
 
 
 def say(text: str) -> None:

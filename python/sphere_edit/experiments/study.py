@@ -124,6 +124,13 @@ class Study:
         method_class(config)  # raises for an unknown name
         return config
 
+    def described(self) -> dict[str, Any]:
+        """The fields, as results show them: all but runs and settings, each with its default."""
+        shown = {one.name: getattr(self, one.name) for one in fields(self)}
+        for name in ("runs", "settings", "options"):
+            del shown[name]
+        return shown | {name: self.options.get(name, one.default) for name, one in _OPTIONS.items()}
+
     def run_options(self, path: Path) -> RunOptions:
         """`RunOptions` of a run in folder ``path``."""
         return RunOptions(

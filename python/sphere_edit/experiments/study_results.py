@@ -6,7 +6,6 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +112,8 @@ def collect(study: Study, folder: Path) -> dict[str, Any]:
         if base:
             run["less_base"] = {"base": base, **_differences(ends[name], ends[base])}
             run["less_base"] |= _difference_of_first(run["curve"], found[base]["curve"])
-    shown = {f.name: getattr(study, f.name) for f in fields(study) if f.name not in ("runs", "settings")}
-    if not study.options.get("curve_answers"):
+    shown = study.described()
+    if not shown["curve_answers"]:
         del shown["curve_answers"]  # earlier studies are stored without it
     return {"study": shown, "runs": found}
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sphere_edit.config import METHODS, EditConfig, Setting
+from sphere_edit.config import COMMON, METHODS, TARGETS, ConfigError, EditConfig, Setting
 from sphere_edit.updates import Update
 from sphere_kernels import LowRankUpdate
 
@@ -44,9 +44,22 @@ class Method:
     projects = False
 
     def __init_subclass__(cls, name: str | None = None) -> None:
+        """Raise ConfigError for a setting, or a name, that stands for something else."""
         super().__init_subclass__()
-        if name is not None:
-            METHODS[name] = cls
+        for key in cls.settings:
+            if key in COMMON or hasattr(EditConfig, key):
+                raise ConfigError(f"{cls.__name__}: settings: {key!r} is the loop's; expected another name")
+        if name is None:
+            return
+        if name in METHODS and not _again(METHODS[name], cls):
+            raise ConfigError(f"{cls.__name__}: {name!r} is a method already; expected another name")
+        for user, other in (*METHODS.items(), *TARGETS.items()):
+            for key in cls.settings.keys() & other.settings.keys():
+                if cls.settings[key] != other.settings[key] and not _again(other, cls):
+                    raise ConfigError(
+                        f"{cls.__name__}: settings: {key!r} is a setting of {user}; expected another name"
+                    )
+        METHODS[name] = cls
 
     @classmethod
     def check(cls, config: EditConfig) -> None:
@@ -86,3 +99,8 @@ class Method:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state_dict` of a method made alike; raise ValueError for another, before anything changes."""
+
+
+def _again(one: object, other: type) -> bool:
+    """Whether a notebook's cell was run twice, so that the same class is made anew."""
+    return getattr(one, "__qualname__", None) == other.__qualname__ and one.__module__ == other.__module__

@@ -93,13 +93,19 @@ class KeyCovariances(dict[int, Tensor]):
         self._paths = paths
 
     def eigh(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Eigenvalues ``[d]``, ascending, and eigenvectors ``[d, d]``, as `torch.linalg.eigh` gives them."""
+        """Eigenvalues ``[d]``, ascending, and eigenvectors ``[d, d]``, as `torch.linalg.eigh` gives them.
+
+        A warning says where they cannot be kept.
+        """
         moment = self[layer]
         path, described = self._paths[layer].with_suffix(".eigh.safetensors"), {"moment": tensor_sha256(moment)}
         found = _load(path, described, "values", "vectors")
         if found is None:
             values, vectors = torch.linalg.eigh(moment)
-            _save(path, {"values": values, "vectors": vectors}, described)
+            try:
+                _save(path, {"values": values, "vectors": vectors}, described)
+            except (OSError, SafetensorError) as error:  # the folder may only be read, or is full
+                warnings.warn(f"eigenvectors are not kept, each start computes them: {error}", stacklevel=2)
             return values, vectors
         return found[0].to(moment.device), found[1].to(moment.device)
 

@@ -44,6 +44,9 @@ def preset(name: str, method: str | None = None, targets: str | None = None) -> 
     """
     if name not in _BASES:
         raise ConfigError(f"preset {name!r} is not known; expected one of {', '.join(_BASES)}")
+    for key, value in (("method", method), ("targets", targets)):
+        if value is not None:
+            COMMON[key].check(key, value)
     base = _BASES[name]
     default = {one: setting.default for one, setting in COMMON.items()}
     method = method or base.get("method", default["method"])
