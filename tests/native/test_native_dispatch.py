@@ -21,10 +21,10 @@ from sphere_kernels import (
     gram,
     gram_update_energy_,
     hyperspherical_energy,
-    native,
     principal_directions,
     sparse_projection,
 )
+from sphere_kernels._backends import native
 
 OPERATIONS = (
     "pair_energy",

@@ -316,7 +316,9 @@ class SphereEditor:
         config, start = self.config, time.perf_counter()
         self.check_parts()
         contexts = generate_contexts(self.model, self.tokenizer, config.contexts, config.context_length, config.seed)
-        writer = BatchWriter(self.model, self.tokenizer, self.structure, config, contexts, self._on_progress)
+        writer = BatchWriter(
+            self.model, self.tokenizer, self.structure, config, contexts, lambda *place: self._on_progress(*place)
+        )
         covariances: Mapping[int, Tensor] = {}
         if not method_class(config).trains:
             covariances = key_covariances(

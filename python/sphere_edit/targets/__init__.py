@@ -4,6 +4,7 @@
 (published); ``gradient`` from one backward pass (UltraEdit's). Each declares its own settings, presets and checks.
 """
 
-from sphere_edit.targets import closed_loop, gradient, optimised
+import importlib
 
-__all__ = ["closed_loop", "gradient", "optimised"]
+for _name in ("optimised", "closed_loop", "gradient"):  # the order in which they are named to users
+    importlib.import_module(f"{__name__}.{_name}")
