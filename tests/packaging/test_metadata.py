@@ -69,7 +69,7 @@ def test_the_description_has_the_code_of_the_readme(metadata, root):
 def test_links_of_every_form_become_absolute_and_nothing_else_changes(root, repository, tmp_path):
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(root / name, tmp_path)
-    for name in ("csrc", "sphere_kernels", "python"):
+    for name in ("csrc", "sphere_kernels", "python", "tools"):
         shutil.copytree(
             root / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
         )
