@@ -10,7 +10,7 @@
 
 // Batches of matrices, and other memory, that end at what must not be touched: a page, or a sanitizer's red zone.
 
-using sphere::cuda::Batch;
+using sphere::Batch;
 
 enum class Layout { rows, columns, spread };
 
