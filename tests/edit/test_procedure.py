@@ -108,11 +108,11 @@ def test_failure_in_a_batch_keeps_those_before(edit, quick_report, monkeypatch, 
 
     calls, add = [], Engine._add
 
-    def failing(self, layer, left, right):
+    def failing(self, layer, update):
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        add(self, layer, left, right)
+        add(self, layer, update)
 
     monkeypatch.setattr(Engine, "_add", failing)
     with pytest.raises(KeyboardInterrupt):

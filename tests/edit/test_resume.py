@@ -28,6 +28,7 @@ from sphere_edit.runs import run_folder
 from sphere_edit.runs.deltas import switch
 from sphere_edit.runs.journal import BATCHES, CHECKPOINTS, JOURNAL, SET_ASIDE, Journal, RunError
 from sphere_edit.runs.spec import RunOptions
+from sphere_kernels import LowRankUpdate
 
 _BATCHES = 13
 _SETTINGS = tiny.CONFIG.replace(contexts=1, value_steps=3, refresh_every=2)
@@ -437,7 +438,11 @@ def test_bits_that_come_out_different_are_refused(copy, tokenizer, monkeypatch):
 
     rollback(tiny.make_model("llama"), tokenizer, copy, 4)
     before, add = _files(copy), Engine._add
-    monkeypatch.setattr(Engine, "_add", lambda self, layer, left, right: add(self, layer, left * (1 + 1e-6), right))
+
+    def otherwise(self, layer, update):
+        add(self, layer, LowRankUpdate(update.left * (1 + 1e-6), update.right))
+
+    monkeypatch.setattr(Engine, "_add", otherwise)
     monkeypatch.setattr(run_folder, "environment_changes", lambda recorded: ["machine was this, is that"])
     with pytest.raises(RunError, match="000001.safetensors: .*SHA-256.*machine was this, is that"), pytest.warns():
         resume(tiny.make_model("llama"), tokenizer, copy)
