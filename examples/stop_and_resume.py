@@ -23,7 +23,7 @@ tokenizer.save_pretrained(work / "model")
 (work / "text.txt").write_text("The river was low in autumn, and boats lay on the sand. " * 50)
 
 SPHERE_EDIT = [sys.executable, "-m", "sphere_edit"]  # the command sphere-edit
-RUN = [*SPHERE_EDIT, "run", "--model", work / "model", "--data", "world-facts", "--limit", "32", "--batch-size", "4"]
+RUN = [*SPHERE_EDIT, "run", "--model", work / "model", "--data", "world-facts", "--limit", "32", "--batch-size", "2"]
 RUN += ["--covariance-text", work / "text.txt", "--perplexity-text", work / "text.txt", "--score-sample", "4"]
 
 
@@ -49,7 +49,7 @@ print(f"rolled back: {kept(run)} batch kept")
 
 resume = [*SPHERE_EDIT, "run", "--resume", run]
 process = subprocess.Popen(resume, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-while process.poll() is None and kept(run) < 4:
+while process.poll() is None and kept(run) < 3:
     time.sleep(0.01)
 process.send_signal(signal.SIGINT)  # as Ctrl-C; a kill or a power cut would do as well
 print(f"stopped: status {process.wait()}, {kept(run)} batches kept")
