@@ -23,7 +23,7 @@ tokenizer.save_pretrained(work / "model")
 (work / "text.txt").write_text("The river was low in autumn, and boats lay on the sand. " * 50)
 
 SPHERE_EDIT = [sys.executable, "-m", "sphere_edit"]  # the command sphere-edit
-RUN = [*SPHERE_EDIT, "run", "--model", work / "model", "--data", "world-facts", "--limit", "32", "--batch-size", "2"]
+RUN = [*SPHERE_EDIT, "run", "--model", work / "model", "--data", "world-facts", "--limit", "32", "--batch-size", "1"]
 RUN += ["--covariance-text", work / "text.txt", "--perplexity-text", work / "text.txt", "--score-sample", "4"]
 
 
