@@ -14,6 +14,7 @@ from sphere_edit.cli.options import (
     check_same,
     check_same_requests,
     load_as,
+    option_of,
     settings,
     split_options,
     with_declared_options,
@@ -82,16 +83,6 @@ RemoteOption = Annotated[
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; results depend on their number.", min=1)]
-JudgeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--judge",
-        metavar="URL",
-        help="With --answers: an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1, that is asked whether each "
-        "answer is right.",
-    ),
-]
-JudgeModelOption = Annotated[str | None, typer.Option("--judge-model", metavar="NAME", help="Its model's name there.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder made by 'sphere-edit run'.")]
 OutModelOption = Annotated[Path, typer.Option("--out", "-o", help="New folder for the resulting model.")]
 
@@ -317,8 +308,8 @@ def evaluate_command(
     chat: Annotated[
         bool, typer.Option("--chat", help="With --answers: in the tokenizer's chat template, as a user would ask.")
     ] = False,
-    judge: JudgeOption = None,
-    judge_model: JudgeModelOption = None,
+    judge: Annotated[str | None, option_of("judge")] = None,
+    judge_model: Annotated[str | None, option_of("judge_model")] = None,
     references: Annotated[
         Path | None,
         typer.Option(

@@ -31,9 +31,8 @@ def with_declared_options(command: Callable[..., None]) -> Callable[..., None]:
         name: _parameter(
             name,
             None,
-            setting.doc + (f" One of {', '.join(known[name])}." if name in known else ""),
-            setting.flags,
             str if name == "layers" else type(setting.default),
+            _option(setting.doc + (f" One of {', '.join(known[name])}." if name in known else ""), setting.flags),
         )
         for name, setting in declarations().items()
         if setting.flags
@@ -42,11 +41,8 @@ def with_declared_options(command: Callable[..., None]) -> Callable[..., None]:
         one.name: _parameter(
             one.name,
             one.default or None if one.name == "harness" else one.default,
-            one.metadata["doc"],
-            one.metadata.get("flags", ()),
             _KINDS[str(one.type).split(" | ")[0]],
-            one.metadata.get("least"),
-            one.metadata.get("metavar"),
+            option_of(one.name),
         )
         for one in declared()
     }
@@ -71,16 +67,17 @@ def split_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 _KINDS = {"str": str, "int": int, "bool": bool, "tuple[str, ...]": str}
 
 
-def _parameter(
-    name: str,
-    default: Any,
-    doc: str,
-    flags: Sequence[str],
-    kind: type,
-    least: int | None = None,
-    metavar: str | None = None,
-) -> inspect.Parameter:
-    option = typer.Option(*flags, help=doc.replace("`", ""), min=least, metavar=metavar)
+def option_of(name: str) -> Any:
+    """The command-line option that a field of `RunOptions` declares."""
+    said = next(one.metadata for one in declared() if one.name == name)
+    return _option(said["doc"], said.get("flags", ()), min=said.get("least"), metavar=said.get("metavar"))
+
+
+def _option(doc: str, flags: Sequence[str], **more: Any) -> Any:
+    return typer.Option(*flags, help=doc.replace("`", ""), **more)
+
+
+def _parameter(name: str, default: Any, kind: type, option: Any) -> inspect.Parameter:
     annotation = Annotated[kind if default is not None else kind | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

@@ -153,11 +153,10 @@ class BatchWriter:
 
     def see_gradients(self, engine: Engine, facts: Sequence[EditRequest]) -> Seen:
         """Run one forward and backward pass over prompts and targets, and update the running statistics."""
-        rows = [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in facts]
         seen = look_back(
             self.model,
             self.structure,
-            rows,
+            self._rows(facts),
             self.config.layers,
             lambda done, total: self._progress("gradients", done, total),
         )
@@ -198,8 +197,7 @@ class BatchWriter:
             walk.advance(layers[-1])
         got = (walk.outputs() if values.outputs else walk.values()) - values.start
         reached = share_reached([(got, values.target - values.start)])
-        rows = [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in facts]
-        seen = plain.look(self.model, self.structure, rows, layers[-1:])
+        seen = plain.look(self.model, self.structure, self._rows(facts), layers[-1:])
         clock.lap("check")
         parts = {"loss": values.loss, "nll": values.nll, "steps": values.steps.float()}
         means = {name: float(part.mean()) for name, part in parts.items()}
@@ -219,10 +217,13 @@ class BatchWriter:
             [self.structure.edited[layer] for layer in layers] if self._not_additive else (),
         )
 
+    def _rows(self, facts: Sequence[EditRequest]) -> list[Row]:
+        """Bare prompts with their targets behind them."""
+        return [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in facts]
+
     def _own_outputs(self, facts: Sequence[EditRequest]) -> dict[int, Tensor]:
         """Outputs of the edited maps at the subjects of the bare prompts, ``{layer: [facts, n]}``."""
-        rows = [encode(self.tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in facts]
-        return plain.look(self.model, self.structure, rows, self.config.layers).outputs
+        return plain.look(self.model, self.structure, self._rows(facts), self.config.layers).outputs
 
     def _measure_anchors(self) -> dict[int, float]:
         """Mean length by layer of the values of other facts, before all edits; empty unless values are anchored."""

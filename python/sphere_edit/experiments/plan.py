@@ -31,7 +31,6 @@ from sphere_edit.units import duration, size
 _WINDOW = 256
 _LONG = 0.5  # seconds; a longer probe is accepted
 _MOST = 64  # most requests of a probe
-_DENSE = ("rect", "ft")  # methods with dense updates
 _STATES = 3  # checkpoints on the disk while the newest is written
 
 
@@ -248,7 +247,7 @@ def _disk(editor: SphereEditor, requests: Sequence[EditRequest], options: RunOpt
         columns = sum(len(encode(editor.tokenizer, r.text, None, r.target_new).target) for r in requests)
     kept = states = 0
     for n, d in (m.weight.shape for m in maps):
-        update = parts * n * d if config.method in _DENSE else columns * (n + d)
+        update = parts * n * d if method_class(config).dense else columns * (n + d)
         kept += 4 * (columns * d + update + (columns * n if gradient else 0))
         states += max(4, editor.structure.dtype.itemsize) * (n * d + n * n)
         if config.method == "alphaedit" or config.history:  # keys in fp64, or one square matrix instead

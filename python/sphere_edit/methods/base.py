@@ -31,6 +31,7 @@ class Method:
         trains: training gives the updates (`sphere_edit.methods.fine_tuning`), not `solve`; the method gets no
             covariances.
         projects: the loop does not project this method's updates; `finish` does.
+        dense: updates are matrices, not factors; the room that a run takes depends on it.
 
     Args:
         config: all settings.
@@ -42,6 +43,7 @@ class Method:
     place: ClassVar[float | None] = None
     trains = False
     projects = False
+    dense = False
 
     def __init_subclass__(cls, name: str | None = None) -> None:
         """Raise ConfigError for a setting, or a name, that stands for something else."""

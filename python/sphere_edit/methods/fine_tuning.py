@@ -42,6 +42,7 @@ class FineTuning(Method, name="ft"):
     presets = {"*": {"layers": ()}, "llama3-8b": {"layers": (21,)}, "qwen2.5-7b": {"layers": (27,)}}
     place = 21 / 32
     trains = True
+    dense = True
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class Rect(Memit, name="rect"):
     """
 
     settings = Memit.settings | {"rect_share": share(0.4, "The share of an update's entries that RECT keeps.")}
+    dense = True
 
     def __init__(self, config: EditConfig, covariances: Mapping[int, Tensor]) -> None:
         super().__init__(config, covariances)

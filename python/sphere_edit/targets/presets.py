@@ -58,12 +58,9 @@ def preset(name: str, method: str | None = None, targets: str | None = None) -> 
     for own in (TARGETS.get(targets), solver):
         if own is not None:
             values |= own.presets.get("*", {}) | own.presets.get(name, {})
-    return EditConfig(**_used(values, method, targets) | {"method": method, "targets": targets})
-
-
-def _used(values: Mapping[str, Any], method: str, targets: str) -> dict[str, Any]:
     unused = unused_settings(method, targets)
-    return {name: value for name, value in values.items() if name not in unused}
+    used = {key: value for key, value in values.items() if key not in unused}
+    return EditConfig(**used | {"method": method, "targets": targets})
 
 
 def on_preset(name: str, given: Mapping[str, Any]) -> EditConfig:
